@@ -1,0 +1,341 @@
+//! The op contract: what a device must be able to do, and no more.
+//!
+//! Ops are few and coarse. Each has its adjoint beside it. An adjoint returns the cotangents of activations and
+//! *adds* the gradients of parameters to a place in a flat buffer ([`Sink`]), because the buffer already holds
+//! what earlier micro-steps left there. Nothing is read back to the host inside an op, so that a backend may
+//! record instead of computing.
+
+use crate::flat::{FlatShape, Slot};
+
+/// A label that takes no part in the loss.
+pub const IGNORE_LABEL: i32 = -100;
+
+/// Element type of an activation or of a buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DType {
+    /// IEEE single precision.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// 32-bit integers: token ids, labels, document ids.
+    I32,
+}
+
+/// Over which channels the gated RMS norm takes its mean square.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormGroup {
+    /// One mean per group of E/G channels: what state-spaces and transformers compute.
+    PerGroup,
+    /// One mean over all E channels (`--rmsnorm-across-groups`).
+    Across,
+}
+
+/// The constants of the `mamba2` op.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Mamba2Spec {
+    /// H.
+    pub heads: usize,
+    /// P.
+    pub head_dim: usize,
+    /// G; divides H. The H/G heads of a group are neighbours.
+    pub groups: usize,
+    /// N.
+    pub state: usize,
+    /// K, 1 to 4.
+    pub conv_kernel: usize,
+    /// Q, the chunk length of the scan. The result does not depend on it beyond rounding.
+    pub chunk: usize,
+    /// Δt after softplus is clamped to this closed interval; the upper end may be infinite.
+    pub dt_limit: (f32, f32),
+    /// Width of the gated norm's mean.
+    pub norm: NormGroup,
+    /// Added to the mean square of the gated norm.
+    pub norm_eps: f32,
+}
+
+impl Mamba2Spec {
+    /// E = H·P, channels of x, z and of the output.
+    pub fn inner(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// C = E + 2·G·N, channels of the convolution `[x|B|C]`.
+    pub fn conv_channels(&self) -> usize {
+        self.inner() + 2 * self.groups * self.state
+    }
+
+    /// Width of the fused projection `[z|x|B|C|dt]`: E + C + H.
+    pub fn projection(&self) -> usize {
+        self.inner() + self.conv_channels() + self.heads
+    }
+
+    /// Channels that share one mean of the gated norm.
+    pub fn norm_width(&self) -> usize {
+        match self.norm {
+            NormGroup::PerGroup => self.inner() / self.groups,
+            NormGroup::Across => self.inner(),
+        }
+    }
+}
+
+/// What a layer carries from one stretch of a sequence to the next, always fp32.
+#[derive(Clone, Debug)]
+pub struct State<T> {
+    /// `[B, K−1, C]`: the last inputs of the convolution, before bias and SiLU, oldest first.
+    pub conv: T,
+    /// `[B, H, P, N]`: the state of the scan.
+    pub ssm: T,
+}
+
+/// Activations that go into `mamba2`.
+#[derive(Clone, Debug)]
+pub struct Mamba2Inputs<T> {
+    /// `[B, L, E + C + H]`, in the order `[z|x|B|C|dt]`.
+    pub projected: T,
+    /// `[B, L]` i32 document ids: where two neighbours differ, conv and scan start afresh. None: one document.
+    /// An initial state belongs to the document of position 0.
+    pub documents: Option<T>,
+    /// State before position 0. None: zeros.
+    pub initial: Option<State<T>>,
+}
+
+/// Parameters of `mamba2`: tensors in the forward op, sinks in the adjoint.
+#[derive(Clone, Debug)]
+pub struct Mamba2Weights<T> {
+    /// `[C, 1, K]`; the last tap multiplies the current position.
+    pub conv_weight: T,
+    /// `[C]`.
+    pub conv_bias: Option<T>,
+    /// `[H]`, added to dt before softplus. fp32.
+    pub dt_bias: T,
+    /// `[H]`; A = −exp(A_log). fp32.
+    pub a_log: T,
+    /// `[H]`: y += D·x. fp32.
+    pub d: T,
+    /// `[E]`, weight of the gated norm. fp32.
+    pub norm_weight: T,
+}
+
+impl<T> Mamba2Weights<T> {
+    /// The same record of references.
+    pub fn as_ref(&self) -> Mamba2Weights<&T> {
+        Mamba2Weights {
+            conv_weight: &self.conv_weight,
+            conv_bias: self.conv_bias.as_ref(),
+            dt_bias: &self.dt_bias,
+            a_log: &self.a_log,
+            d: &self.d,
+            norm_weight: &self.norm_weight,
+        }
+    }
+
+    /// Applies `f` to every parameter.
+    pub fn map<U>(self, mut f: impl FnMut(T) -> U) -> Mamba2Weights<U> {
+        Mamba2Weights {
+            conv_weight: f(self.conv_weight),
+            conv_bias: self.conv_bias.map(&mut f),
+            dt_bias: f(self.dt_bias),
+            a_log: f(self.a_log),
+            d: f(self.d),
+            norm_weight: f(self.norm_weight),
+        }
+    }
+}
+
+/// Where `mamba2_adjoint` adds parameter gradients; shapes as in [`Mamba2Weights`].
+pub type Mamba2Sinks<'a> = Mamba2Weights<&'a Slot>;
+
+/// What `mamba2` gives back.
+#[derive(Clone, Debug)]
+pub struct Mamba2Output<T> {
+    /// `[B, L, E]` in the dtype of the projection.
+    pub y: T,
+    /// State after the last position.
+    pub state: State<T>,
+    /// What the adjoint wants to see again; empty unless asked for.
+    pub saved: Vec<T>,
+}
+
+/// Cotangents that `mamba2_adjoint` gives back.
+#[derive(Clone, Debug)]
+pub struct Mamba2Grads<T> {
+    /// `[B, L, E + C + H]`.
+    pub projected: T,
+    /// Present exactly when an initial state was given.
+    pub initial: Option<State<T>>,
+}
+
+/// A place to which a parameter gradient is added.
+pub struct Sink<'a, B: Backend> {
+    /// The flat gradient buffer, fp32.
+    pub buffer: &'a mut B::Buffer,
+    /// The parameter's place in it.
+    pub slot: &'a Slot,
+}
+
+/// Host scalars of one AdamW update.
+#[derive(Clone, Copy, Debug)]
+pub struct AdamW {
+    /// Learning rate of this step.
+    pub lr: f32,
+    /// Decay of the first moment.
+    pub beta1: f32,
+    /// Decay of the second moment.
+    pub beta2: f32,
+    /// Added to the root of the second moment.
+    pub eps: f32,
+    /// Decoupled weight decay, applied where the layout says so.
+    pub weight_decay: f32,
+    /// Optimizer step, counted from 1, for the bias correction.
+    pub step: u64,
+}
+
+/// A device. See the module's text for the rules that all ops follow.
+///
+/// Shapes and dtypes that an op cannot take are a programming error of the caller and panic; user input is
+/// checked before it gets here.
+pub trait Backend: Sized + Sync + 'static {
+    /// An immutable value on the device; cloning shares it.
+    type Tensor: Clone + Send + Sync + 'static;
+    /// A flat buffer of [`FlatShape`]: parameters, gradients or moments.
+    type Buffer: Send + Sync;
+
+    // --- host and device ---
+
+    /// A tensor of `dtype` (F32 or Bf16) with the given row-major values.
+    fn tensor(&self, values: &[f32], shape: &[usize], dtype: DType) -> Self::Tensor;
+
+    /// An i32 tensor with the given row-major values.
+    fn tensor_i32(&self, values: &[i32], shape: &[usize]) -> Self::Tensor;
+
+    /// The values of an F32 or Bf16 tensor, row-major. Waits for the device.
+    fn values(&self, tensor: &Self::Tensor) -> Vec<f32>;
+
+    /// Extents of a tensor.
+    fn shape(&self, tensor: &Self::Tensor) -> Vec<usize>;
+
+    // --- flat buffers ---
+
+    /// A buffer of zeros.
+    fn buffer(&self, shape: FlatShape, dtype: DType) -> Self::Buffer;
+
+    /// Copies `values` into the place `slot`.
+    fn write_slot(&self, buffer: &mut Self::Buffer, slot: &Slot, values: &[f32]);
+
+    /// The tensor at `slot`, sharing the buffer's memory where the device can.
+    fn view(&self, buffer: &Self::Buffer, slot: &Slot) -> Self::Tensor;
+
+    /// `to` = `from`, rounded to the dtype of `to`. Both have the same extents.
+    fn cast_buffer(&self, from: &Self::Buffer, to: &mut Self::Buffer);
+
+    /// Sets a buffer to zero.
+    fn zero_buffer(&self, buffer: &mut Self::Buffer);
+
+    // --- ops ---
+
+    /// Rows of `table` `[V, D]` at `ids` `[B, L]`: `[B, L, D]` in `out` dtype.
+    fn embedding(&self, table: &Self::Tensor, ids: &Self::Tensor, out: DType) -> Self::Tensor;
+
+    /// Adds the rows of `dy` `[B, L, D]` to the rows `ids` of the table's gradient `[V, D]`.
+    fn embedding_adjoint(&self, ids: &Self::Tensor, dy: &Self::Tensor, d_table: Sink<'_, Self>);
+
+    /// `x / sqrt(mean(x²) + eps) · weight` over the last axis D, in `out` dtype; the mean in fp32.
+    fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Tensor, eps: f32, out: DType) -> Self::Tensor;
+
+    /// Cotangent of `x`, in the dtype of `x`; adds to the gradient of `weight`.
+    fn rms_norm_adjoint(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Tensor,
+        eps: f32,
+        dy: &Self::Tensor,
+        d_weight: Sink<'_, Self>,
+    ) -> Self::Tensor;
+
+    /// `x [.., I] · weight [O, I]ᵀ + bias [O]`: `[.., O]` in the dtype of `x`.
+    fn linear(&self, x: &Self::Tensor, weight: &Self::Tensor, bias: Option<&Self::Tensor>) -> Self::Tensor;
+
+    /// Cotangent of `x`; adds to the gradients of `weight` and, where a slot is given, of `bias`.
+    fn linear_adjoint(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Tensor,
+        dy: &Self::Tensor,
+        d_weight: Sink<'_, Self>,
+        d_bias: Option<&Slot>,
+    ) -> Self::Tensor;
+
+    /// `a + b` in the dtype of `a`. Its adjoint is [`Backend::cast`] to either side.
+    fn add(&self, a: &Self::Tensor, b: &Self::Tensor) -> Self::Tensor;
+
+    /// `x` rounded to `dtype`; the same value when it has that dtype already.
+    fn cast(&self, x: &Self::Tensor, dtype: DType) -> Self::Tensor;
+
+    /// Element type of a tensor.
+    fn dtype(&self, x: &Self::Tensor) -> DType;
+
+    /// Everything between in_proj and out_proj of a Mamba-2 mixer: causal depthwise conv + SiLU over `[x|B|C]`,
+    /// Δt = clamp(softplus(dt + dt_bias)), the selective scan
+    /// `S_t = exp(Δt·A)·S_{t−1} + Δt·x_t B_tᵀ`, `y_t = S_t C_t + D·x_t`, then `rms_norm(y · silu(z)) · weight`.
+    /// Source: Dao & Gu 2024, "Transformers are SSMs", section 7 and listing 1.
+    fn mamba2(
+        &self,
+        spec: &Mamba2Spec,
+        inputs: &Mamba2Inputs<Self::Tensor>,
+        weights: &Mamba2Weights<Self::Tensor>,
+        save: bool,
+    ) -> Mamba2Output<Self::Tensor>;
+
+    /// Adjoint of [`Backend::mamba2`]: `dy` `[B, L, E]`, `d_state` the cotangent of the final state (None: zero),
+    /// `saved` what the forward op saved.
+    fn mamba2_adjoint(
+        &self,
+        spec: &Mamba2Spec,
+        inputs: &Mamba2Inputs<Self::Tensor>,
+        weights: &Mamba2Weights<Self::Tensor>,
+        saved: &[Self::Tensor],
+        dy: &Self::Tensor,
+        d_state: Option<&State<Self::Tensor>>,
+        grads: &mut Self::Buffer,
+        sinks: &Mamba2Sinks<'_>,
+    ) -> Mamba2Grads<Self::Tensor>;
+
+    /// Sum over positions of the cross entropy of `softmax(x · weightᵀ)` against `labels`, fp32, shape `[]`.
+    /// `x` `[B, L, D]`, `weight` `[V, D]`, `labels` `[B, L]` with [`IGNORE_LABEL`] where there is none.
+    /// Works in blocks of positions: the `[B, L, V]` logits never exist at once.
+    fn head_loss(&self, x: &Self::Tensor, weight: &Self::Tensor, labels: &Self::Tensor) -> Self::Tensor;
+
+    /// [`Backend::head_loss`] and its adjoint in one pass over the blocks: (loss, cotangent of `x`). The loss is the
+    /// end of every training graph, so its own cotangent is 1; adds to the gradient of `weight`.
+    fn head_loss_adjoint(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Tensor,
+        labels: &Self::Tensor,
+        d_weight: Sink<'_, Self>,
+    ) -> (Self::Tensor, Self::Tensor);
+
+    /// fp32 logits `x [.., D] · weight [V, D]ᵀ`, for decoding.
+    fn logits(&self, x: &Self::Tensor, weight: &Self::Tensor) -> Self::Tensor;
+
+    // --- the update ---
+
+    /// From the accumulated gradients of the token-loss sum: `[norm, factor, finite]`, fp32. `norm` is the global
+    /// norm of the gradients times `scale`; `factor` = scale · min(1, max_norm / (norm + 1e-6)), what a gradient is
+    /// multiplied by (`max_norm` ≤ 0: no clipping); `finite` is 1 where norm and `loss` are finite, else 0.
+    fn clip(&self, grads: &Self::Buffer, loss: &Self::Tensor, scale: f32, max_norm: f32) -> Self::Tensor;
+
+    /// One decoupled AdamW update of fp32 `params` and moments `m`, `v` with gradients `grads · clip.factor`; nothing
+    /// changes where `clip.finite` is 0. Weight decay applies to the first `decayed` elements of each row
+    /// (`decay_len(layer row, shared region)`). Source: Loshchilov & Hutter 2019, algorithm 2.
+    fn adamw(
+        &self,
+        hyper: &AdamW,
+        decayed: (usize, usize),
+        clip: &Self::Tensor,
+        grads: &Self::Buffer,
+        params: &mut Self::Buffer,
+        m: &mut Self::Buffer,
+        v: &mut Self::Buffer,
+    );
+}

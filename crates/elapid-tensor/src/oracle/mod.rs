@@ -1,0 +1,1 @@
+//! Plain f64 definitions of every op and its adjoint.

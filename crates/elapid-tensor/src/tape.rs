@@ -1,0 +1,347 @@
+//! The tape: runs ops forward, remembers their adjoints, and plays them back.
+//!
+//! A training tape holds the flat gradient buffer. Activations get cotangents; parameters ([`Weight`]) get their
+//! gradients added to the buffer as their op's adjoint runs. An inference tape runs the same model code and
+//! remembers nothing.
+
+use crate::backend::{Backend, DType, Mamba2Inputs, Mamba2Spec, Mamba2Weights, Sink, State};
+use crate::flat::Slot;
+
+/// A parameter: its value in compute dtype and the place of its gradient.
+#[derive(Clone, Debug)]
+pub struct Weight<T> {
+    /// View into the parameter buffer.
+    pub value: T,
+    /// Place in the gradient buffer.
+    pub slot: Slot,
+}
+
+/// An activation on the tape.
+#[derive(Clone, Debug)]
+pub struct Var<T> {
+    /// Its value.
+    pub value: T,
+    /// Index of its cotangent; None where no gradient flows.
+    id: Option<usize>,
+}
+
+impl<T> Var<T> {
+    /// A value through which no gradient flows.
+    pub fn constant(value: T) -> Self {
+        Self { value, id: None }
+    }
+}
+
+/// What `layers` keeps of each layer for its adjoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Checkpointing {
+    /// What each op saves.
+    #[default]
+    None,
+    /// The layer's input only; the layer runs again in the adjoint.
+    Block,
+}
+
+type Adjoint<'a, B> = Box<dyn FnOnce(&mut Backprop<'_, B>) + 'a>;
+
+/// The state of a backward pass: cotangents of activations, gradients of parameters.
+struct Backprop<'g, B: Backend> {
+    backend: &'g B,
+    grads: &'g mut B::Buffer,
+    cotangents: Vec<Option<B::Tensor>>,
+}
+
+impl<B: Backend> Backprop<'_, B> {
+    fn take(&mut self, id: usize) -> Option<B::Tensor> {
+        self.cotangents[id].take()
+    }
+
+    /// Adds `cotangent` to that of `id`, in the dtype that came first.
+    fn give(&mut self, id: Option<usize>, cotangent: B::Tensor) {
+        let Some(id) = id else { return };
+        self.cotangents[id] = Some(match self.cotangents[id].take() {
+            None => cotangent,
+            Some(sum) => self.backend.add(&sum, &cotangent),
+        });
+    }
+
+    fn sink<'s>(&'s mut self, slot: &'s Slot) -> Sink<'s, B> {
+        Sink { buffer: self.grads, slot }
+    }
+}
+
+/// Runs ops and remembers how to undo them.
+pub struct Tape<'a, B: Backend> {
+    backend: &'a B,
+    /// Present when gradients are wanted.
+    grads: Option<&'a mut B::Buffer>,
+    adjoints: Vec<Adjoint<'a, B>>,
+    vars: usize,
+}
+
+/// The body of `layers`: (tape, layer, input, state before) → (output, state after).
+pub type LayerBody<'a, B> = dyn for<'t> Fn(
+        &mut Tape<'t, B>,
+        usize,
+        Var<<B as Backend>::Tensor>,
+        Option<&State<<B as Backend>::Tensor>>,
+    ) -> (Var<<B as Backend>::Tensor>, State<<B as Backend>::Tensor>)
+    + 'a;
+
+impl<'a, B: Backend> Tape<'a, B> {
+    /// A tape that computes and remembers nothing.
+    pub fn inference(backend: &'a B) -> Self {
+        Self { backend, grads: None, adjoints: Vec::new(), vars: 0 }
+    }
+
+    /// A tape whose [`Tape::backward`] adds parameter gradients to `grads`.
+    pub fn training(backend: &'a B, grads: &'a mut B::Buffer) -> Self {
+        Self { backend, grads: Some(grads), adjoints: Vec::new(), vars: 0 }
+    }
+
+    /// The device this tape runs on.
+    pub fn backend(&self) -> &'a B {
+        self.backend
+    }
+
+    /// An activation whose gradient can be asked for: the input of a layer that is run again.
+    fn variable(&mut self, value: B::Tensor) -> Var<B::Tensor> {
+        let id = self.grads.is_some().then(|| {
+            self.vars += 1;
+            self.vars - 1
+        });
+        Var { value, id }
+    }
+
+    /// Remembers `adjoint`, which is called with the cotangent of the returned variable unless that is zero.
+    fn record(
+        &mut self,
+        value: B::Tensor,
+        adjoint: impl FnOnce(&mut Backprop<'_, B>, B::Tensor) + 'a,
+    ) -> Var<B::Tensor> {
+        let var = self.variable(value);
+        if let Some(id) = var.id {
+            self.adjoints.push(Box::new(move |pass| {
+                if let Some(cotangent) = pass.take(id) {
+                    adjoint(pass, cotangent);
+                }
+            }));
+        }
+        var
+    }
+
+    /// See [`Backend::embedding`].
+    pub fn embedding(&mut self, table: &Weight<B::Tensor>, ids: &B::Tensor, out: DType) -> Var<B::Tensor> {
+        let value = self.backend.embedding(&table.value, ids, out);
+        let (ids, slot) = (ids.clone(), table.slot.clone());
+        self.record(value, move |pass, dy| {
+            let backend = pass.backend;
+            backend.embedding_adjoint(&ids, &dy, pass.sink(&slot));
+        })
+    }
+
+    /// See [`Backend::rms_norm`].
+    pub fn rms_norm(
+        &mut self,
+        x: &Var<B::Tensor>,
+        weight: &Weight<B::Tensor>,
+        eps: f32,
+        out: DType,
+    ) -> Var<B::Tensor> {
+        let value = self.backend.rms_norm(&x.value, &weight.value, eps, out);
+        let (x, weight) = (x.clone(), weight.clone());
+        self.record(value, move |pass, dy| {
+            let backend = pass.backend;
+            let dx = backend.rms_norm_adjoint(&x.value, &weight.value, eps, &dy, pass.sink(&weight.slot));
+            pass.give(x.id, dx);
+        })
+    }
+
+    /// See [`Backend::linear`].
+    pub fn linear(
+        &mut self,
+        x: &Var<B::Tensor>,
+        weight: &Weight<B::Tensor>,
+        bias: Option<&Weight<B::Tensor>>,
+    ) -> Var<B::Tensor> {
+        let value = self.backend.linear(&x.value, &weight.value, bias.map(|b| &b.value));
+        let (x, weight, bias) = (x.clone(), weight.clone(), bias.map(|b| b.slot.clone()));
+        self.record(value, move |pass, dy| {
+            let backend = pass.backend;
+            let sink = pass.sink(&weight.slot);
+            let dx = backend.linear_adjoint(&x.value, &weight.value, &dy, sink, bias.as_ref());
+            pass.give(x.id, dx);
+        })
+    }
+
+    /// See [`Backend::add`].
+    pub fn add(&mut self, a: &Var<B::Tensor>, b: &Var<B::Tensor>) -> Var<B::Tensor> {
+        let value = self.backend.add(&a.value, &b.value);
+        let sides = [(a.id, self.backend.dtype(&a.value)), (b.id, self.backend.dtype(&b.value))];
+        self.record(value, move |pass, dy| {
+            for (id, dtype) in sides {
+                let cotangent = pass.backend.cast(&dy, dtype);
+                pass.give(id, cotangent);
+            }
+        })
+    }
+
+    /// See [`Backend::mamba2`]. Gives (y, state after the last position).
+    pub fn mamba2(
+        &mut self,
+        spec: &Mamba2Spec,
+        projected: &Var<B::Tensor>,
+        documents: Option<&B::Tensor>,
+        initial: Option<&State<Var<B::Tensor>>>,
+        weights: &Mamba2Weights<Weight<B::Tensor>>,
+    ) -> (Var<B::Tensor>, State<Var<B::Tensor>>) {
+        let inputs = Mamba2Inputs {
+            projected: projected.value.clone(),
+            documents: documents.cloned(),
+            initial: initial.map(|s| State { conv: s.conv.value.clone(), ssm: s.ssm.value.clone() }),
+        };
+        let values = weights.as_ref().map(|w| w.value.clone());
+        let out = self.backend.mamba2(spec, &inputs, &values, self.grads.is_some());
+        let y = self.variable(out.y);
+        let state = State { conv: self.variable(out.state.conv), ssm: self.variable(out.state.ssm) };
+        if let (Some(y_id), Some(conv_id), Some(ssm_id)) = (y.id, state.conv.id, state.ssm.id) {
+            let (spec, saved) = (*spec, out.saved);
+            let slots = weights.as_ref().map(|w| w.slot.clone());
+            let projected_id = projected.id;
+            let initial_ids = initial.map(|s| (s.conv.id, s.ssm.id));
+            let state_values = State { conv: state.conv.value.clone(), ssm: state.ssm.value.clone() };
+            let y_value = y.value.clone();
+            self.adjoints.push(Box::new(move |pass| {
+                let backend = pass.backend;
+                let (dy, d_conv, d_ssm) = (pass.take(y_id), pass.take(conv_id), pass.take(ssm_id));
+                if dy.is_none() && d_conv.is_none() && d_ssm.is_none() {
+                    return;
+                }
+                let dy = dy.unwrap_or_else(|| zeros_like(backend, &y_value));
+                let d_state = (d_conv.is_some() || d_ssm.is_some()).then(|| State {
+                    conv: d_conv.unwrap_or_else(|| zeros_like(backend, &state_values.conv)),
+                    ssm: d_ssm.unwrap_or_else(|| zeros_like(backend, &state_values.ssm)),
+                });
+                let sinks = slots.as_ref();
+                let grads = backend.mamba2_adjoint(
+                    &spec,
+                    &inputs,
+                    &values,
+                    &saved,
+                    &dy,
+                    d_state.as_ref(),
+                    pass.grads,
+                    &sinks,
+                );
+                pass.give(projected_id, grads.projected);
+                if let (Some((conv, ssm)), Some(d)) = (initial_ids, grads.initial) {
+                    pass.give(conv, d.conv);
+                    pass.give(ssm, d.ssm);
+                }
+            }));
+        }
+        (y, state)
+    }
+
+    /// See [`Backend::head_loss`]. On a training tape value and adjoint are computed together, here.
+    pub fn head_loss(
+        &mut self,
+        x: &Var<B::Tensor>,
+        weight: &Weight<B::Tensor>,
+        labels: &B::Tensor,
+    ) -> B::Tensor {
+        let Some(grads) = self.grads.as_deref_mut() else {
+            return self.backend.head_loss(&x.value, &weight.value, labels);
+        };
+        let sink = Sink { buffer: grads, slot: &weight.slot };
+        let (loss, dx) = self.backend.head_loss_adjoint(&x.value, &weight.value, labels, sink);
+        let id = x.id;
+        self.adjoints.push(Box::new(move |pass| pass.give(id, dx)));
+        loss
+    }
+
+    /// Runs `body` for layers 0 to `n` − 1, each on the output of the one before. `states`, where given, holds the
+    /// state before each layer's first position and is replaced by the state after its last one; no gradient flows
+    /// through it.
+    pub fn layers(
+        &mut self,
+        n: usize,
+        mut x: Var<B::Tensor>,
+        mut states: Option<&mut Vec<State<B::Tensor>>>,
+        checkpointing: Checkpointing,
+        body: std::rc::Rc<LayerBody<'a, B>>,
+    ) -> Var<B::Tensor> {
+        for layer in 0..n {
+            let before = states.as_ref().and_then(|s| s.get(layer)).cloned();
+            let (out, after) = if self.grads.is_some() && checkpointing == Checkpointing::Block {
+                self.layer_run_again(layer, x, before, &body)
+            } else {
+                body(self, layer, x, before.as_ref())
+            };
+            x = out;
+            if let Some(states) = states.as_deref_mut() {
+                states.truncate(n);
+                match states.get_mut(layer) {
+                    Some(state) => *state = after,
+                    None => states.push(after),
+                }
+            }
+        }
+        x
+    }
+
+    /// Runs one layer without remembering its inside; its adjoint runs it again on a tape of its own.
+    fn layer_run_again(
+        &mut self,
+        layer: usize,
+        x: Var<B::Tensor>,
+        before: Option<State<B::Tensor>>,
+        body: &std::rc::Rc<LayerBody<'a, B>>,
+    ) -> (Var<B::Tensor>, State<B::Tensor>) {
+        let input = Var::constant(x.value.clone());
+        let (out, after) = body(&mut Tape::inference(self.backend), layer, input, before.as_ref());
+        let body = body.clone();
+        let out = self.record(out.value, move |pass, dy| {
+            let mut inner = Tape::training(pass.backend, pass.grads);
+            let input = inner.variable(x.value.clone());
+            let (out, _) = body(&mut inner, layer, input.clone(), before.as_ref());
+            let dx = inner.backward(&[(&out, dy)], &[&input]).remove(0);
+            if let Some(dx) = dx {
+                pass.give(x.id, dx);
+            }
+        });
+        (out, after)
+    }
+
+    /// Plays the tape back from the loss and from the given cotangents; returns the cotangents of `wanted`, None
+    /// where nothing depends on the variable.
+    ///
+    /// # Panics
+    /// On an inference tape.
+    pub fn backward(
+        self,
+        seeds: &[(&Var<B::Tensor>, B::Tensor)],
+        wanted: &[&Var<B::Tensor>],
+    ) -> Vec<Option<B::Tensor>> {
+        let grads = self.grads.expect("backward needs a training tape");
+        let mut pass = Backprop { backend: self.backend, grads, cotangents: Vec::new() };
+        pass.cotangents.resize_with(self.vars, || None);
+        for (var, cotangent) in seeds {
+            pass.give(var.id, cotangent.clone());
+        }
+        for adjoint in self.adjoints.into_iter().rev() {
+            adjoint(&mut pass);
+        }
+        wanted.iter().map(|var| var.id.and_then(|id| pass.take(id))).collect()
+    }
+
+    /// An activation with a gradient of its own: for checks of ops, where inputs are leaves.
+    pub fn leaf(&mut self, value: B::Tensor) -> Var<B::Tensor> {
+        self.variable(value)
+    }
+}
+
+fn zeros_like<B: Backend>(backend: &B, x: &B::Tensor) -> B::Tensor {
+    let shape = backend.shape(x);
+    backend.tensor(&vec![0.0; shape.iter().product()], &shape, backend.dtype(x))
+}
