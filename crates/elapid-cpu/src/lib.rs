@@ -1,1 +1,365 @@
-//! CPU kernels.
+//! The CPU backend: every op of the contract on the cores of one machine.
+//!
+//! Results are the same bits with any number of threads (see `parallel`); the instruction set is chosen at run time
+//! (see [`Isa`]).
+
+mod embedding;
+mod head;
+mod isa;
+mod linear;
+mod mamba2;
+mod math;
+mod matmul;
+mod memory;
+mod norm;
+mod parallel;
+mod tensor;
+mod update;
+
+use std::sync::Arc;
+
+use elapid_tensor::{
+    AdamW, Backend, DType, FlatShape, Mamba2Grads, Mamba2Inputs, Mamba2Output, Mamba2Sinks, Mamba2Spec,
+    Mamba2Weights, Sink, Slot, State,
+};
+use half::bf16;
+
+pub use isa::Isa;
+pub use tensor::{Buffer, Tensor};
+
+use memory::Pool;
+use parallel::{ROWS, Workers};
+
+/// How a [`CpuBackend`] works; none of it changes results but for the instruction set of matrix products.
+#[derive(Clone, Debug, Default)]
+pub struct CpuOptions {
+    /// Worker threads; None: one a core.
+    pub threads: Option<usize>,
+    /// Path of the elementwise kernels; None: the best the machine can run.
+    pub isa: Option<Isa>,
+    /// Fill every piece of memory with NaN before it is used. For tests: finds reads of what was never written.
+    pub poison: bool,
+}
+
+/// Why a [`CpuBackend`] could not be made.
+#[derive(Debug)]
+pub enum CpuError {
+    /// The threads could not be started.
+    Threads(rayon::ThreadPoolBuildError),
+    /// This machine cannot run that path.
+    Isa(Isa),
+}
+
+impl std::fmt::Display for CpuError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Threads(e) => write!(f, "worker threads could not be started: {e}"),
+            Self::Isa(isa) => write!(f, "this machine has no {isa:?} instructions"),
+        }
+    }
+}
+
+impl std::error::Error for CpuError {}
+
+/// The CPU as a device.
+pub struct CpuBackend {
+    workers: Workers,
+    isa: Isa,
+    pool: Arc<Pool>,
+}
+
+impl CpuBackend {
+    /// A backend with worker threads of its own.
+    ///
+    /// # Errors
+    /// When threads cannot be started or the machine lacks the instruction set asked for.
+    pub fn new(options: &CpuOptions) -> Result<Self, CpuError> {
+        let isa = options.isa.unwrap_or_else(Isa::best);
+        if !Isa::available().contains(&isa) {
+            return Err(CpuError::Isa(isa));
+        }
+        let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = options.threads.unwrap_or_else(cores).max(1);
+        let workers = Workers::new(threads).map_err(CpuError::Threads)?;
+        Ok(Self { workers, isa, pool: Pool::new(options.poison) })
+    }
+
+    /// Number of worker threads.
+    pub fn threads(&self) -> usize {
+        self.workers.threads()
+    }
+
+    /// The instruction-set path in use.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// A tensor made row by row: `f(row, output row, scratch of `scratch` numbers)`. Output rows are fp32 and hold
+    /// anything at first; they are rounded where `dtype` is bf16.
+    fn build(
+        &self,
+        shape: &[usize],
+        dtype: DType,
+        scratch: usize,
+        f: impl Fn(usize, &mut [f32], &mut [f32]) + Sync,
+    ) -> Tensor {
+        let width = *shape.last().expect("not a scalar");
+        let len = shape.iter().product();
+        match dtype {
+            DType::F32 => {
+                let mut block = self.pool.take::<f32>(len);
+                self.workers.rows(block.as_mut_slice::<f32>(len), width, ROWS, |first, rows| {
+                    let mut spare = self.pool.take::<f32>(scratch);
+                    let spare = spare.as_mut_slice(scratch);
+                    self.isa.run(|| {
+                        for (row, out) in (first..).zip(rows.chunks_exact_mut(width)) {
+                            f(row, out, spare);
+                        }
+                    });
+                });
+                Tensor::new(block, shape, dtype)
+            }
+            DType::Bf16 => {
+                let mut block = self.pool.take::<bf16>(len);
+                self.workers.rows(block.as_mut_slice::<bf16>(len), width, ROWS, |first, rows| {
+                    let mut spare = self.pool.take::<f32>(scratch + width);
+                    let (spare, wide) = spare.as_mut_slice::<f32>(scratch + width).split_at_mut(scratch);
+                    self.isa.run(|| {
+                        for (row, out) in (first..).zip(rows.chunks_exact_mut(width)) {
+                            f(row, wide, spare);
+                            tensor::narrow(wide, out);
+                        }
+                    });
+                });
+                Tensor::new(block, shape, dtype)
+            }
+            DType::I32 => panic!("rows of floats cannot be built into an integer tensor"),
+        }
+    }
+
+    /// `x` in `dtype`: shared where it has it already.
+    fn cast_to(&self, x: &Tensor, dtype: DType) -> Tensor {
+        if x.dtype() == dtype {
+            return x.clone();
+        }
+        const WIDTH: usize = 4096;
+        let len = x.len();
+        match dtype {
+            DType::F32 => {
+                let mut block = self.pool.take::<f32>(len);
+                self.workers.rows(block.as_mut_slice::<f32>(len), 1, WIDTH, |first, part| {
+                    self.isa.run(|| x.floats().load(first, part));
+                });
+                Tensor::new(block, x.shape(), dtype)
+            }
+            DType::Bf16 => {
+                let x32 = x.f32();
+                let mut block = self.pool.take::<bf16>(len);
+                self.workers.rows(block.as_mut_slice::<bf16>(len), 1, WIDTH, |first, part| {
+                    self.isa.run(|| tensor::narrow(&x32[first..first + part.len()], part));
+                });
+                Tensor::new(block, x.shape(), dtype)
+            }
+            DType::I32 => panic!("floats are never cast to integers"),
+        }
+    }
+
+    /// A small fp32 tensor from host values.
+    fn scalars(&self, values: &[f32], shape: &[usize]) -> Tensor {
+        let mut block = self.pool.take::<f32>(values.len());
+        block.as_mut_slice::<f32>(values.len()).copy_from_slice(values);
+        Tensor::new(block, shape, DType::F32)
+    }
+
+    /// Σ over rows of `x` `[rows, width]`.
+    fn sum_rows(&self, x: &[f32], width: usize) -> Vec<f32> {
+        const COLUMNS: usize = 64;
+        let mut sums = vec![0.0; width];
+        self.workers.rows(&mut sums, 1, COLUMNS, |first, part| {
+            for row in x.chunks_exact(width) {
+                part.iter_mut().zip(&row[first..]).for_each(|(s, x)| *s += x);
+            }
+        });
+        sums
+    }
+}
+
+impl Backend for CpuBackend {
+    type Tensor = Tensor;
+    type Buffer = Buffer;
+
+    fn tensor(&self, values: &[f32], shape: &[usize], dtype: DType) -> Tensor {
+        assert_eq!(values.len(), shape.iter().product::<usize>());
+        self.cast_to(&self.scalars(values, shape), dtype)
+    }
+
+    fn tensor_i32(&self, values: &[i32], shape: &[usize]) -> Tensor {
+        assert_eq!(values.len(), shape.iter().product::<usize>());
+        let mut block = self.pool.take::<i32>(values.len());
+        block.as_mut_slice::<i32>(values.len()).copy_from_slice(values);
+        Tensor::new(block, shape, DType::I32)
+    }
+
+    fn values(&self, tensor: &Tensor) -> Vec<f32> {
+        let mut values = vec![0.0; tensor.len()];
+        tensor.floats().load(0, &mut values);
+        values
+    }
+
+    fn shape(&self, tensor: &Tensor) -> Vec<usize> {
+        tensor.shape().to_vec()
+    }
+
+    fn buffer(&self, shape: FlatShape, dtype: DType) -> Buffer {
+        let block = match dtype {
+            DType::F32 => self.pool.zeros::<f32>(shape.len()),
+            DType::Bf16 => self.pool.zeros::<bf16>(shape.len()),
+            DType::I32 => panic!("flat buffers hold floats"),
+        };
+        Buffer::new(block, shape, dtype)
+    }
+
+    fn write_slot(&self, buffer: &mut Buffer, slot: &Slot, values: &[f32]) {
+        let range = buffer.shape().range(slot);
+        match buffer.dtype() {
+            DType::F32 => buffer.f32_mut()[range].copy_from_slice(values),
+            _ => tensor::narrow(values, &mut buffer.slice_mut::<bf16>()[range]),
+        }
+    }
+
+    fn view(&self, buffer: &Buffer, slot: &Slot) -> Tensor {
+        buffer.view(slot)
+    }
+
+    fn cast_buffer(&self, from: &Buffer, to: &mut Buffer) {
+        const PIECE: usize = 1 << 16;
+        assert_eq!(from.shape(), to.shape());
+        let from = from.f32();
+        match to.dtype() {
+            DType::F32 => to.f32_mut().copy_from_slice(from),
+            _ => self.workers.rows(to.slice_mut::<bf16>(), 1, PIECE, |first, part| {
+                self.isa.run(|| tensor::narrow(&from[first..first + part.len()], part));
+            }),
+        }
+    }
+
+    fn zero_buffer(&self, buffer: &mut Buffer) {
+        const PIECE: usize = 1 << 18;
+        self.workers.rows(buffer.f32_mut(), 1, PIECE, |_, part| part.fill(0.0));
+    }
+
+    fn embedding(&self, table: &Tensor, ids: &Tensor, out: DType) -> Tensor {
+        embedding::forward(self, table, ids, out)
+    }
+
+    fn embedding_adjoint(&self, ids: &Tensor, dy: &Tensor, d_table: Sink<'_, Self>) {
+        embedding::adjoint(self, ids, dy, d_table);
+    }
+
+    fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f32, out: DType) -> Tensor {
+        norm::forward(self, x, weight, eps, out)
+    }
+
+    fn rms_norm_adjoint(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        eps: f32,
+        dy: &Tensor,
+        d_weight: Sink<'_, Self>,
+    ) -> Tensor {
+        norm::adjoint(self, x, weight, eps, dy, d_weight)
+    }
+
+    fn linear(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
+        linear::forward(self, x, weight, bias)
+    }
+
+    fn linear_adjoint(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        dy: &Tensor,
+        d_weight: Sink<'_, Self>,
+        d_bias: Option<&Slot>,
+    ) -> Tensor {
+        linear::adjoint(self, x, weight, dy, d_weight, d_bias)
+    }
+
+    fn add(&self, a: &Tensor, b: &Tensor) -> Tensor {
+        assert_eq!(a.shape(), b.shape());
+        let width = a.last();
+        self.build(a.shape(), a.dtype(), width, |row, out, scratch| {
+            a.floats().load(row * width, out);
+            let b = b.floats().row(row * width, scratch);
+            out.iter_mut().zip(b).for_each(|(o, b)| *o += b);
+        })
+    }
+
+    fn cast(&self, x: &Tensor, dtype: DType) -> Tensor {
+        self.cast_to(x, dtype)
+    }
+
+    fn dtype(&self, x: &Tensor) -> DType {
+        x.dtype()
+    }
+
+    fn mamba2(
+        &self,
+        spec: &Mamba2Spec,
+        inputs: &Mamba2Inputs<Tensor>,
+        weights: &Mamba2Weights<Tensor>,
+        save: bool,
+    ) -> Mamba2Output<Tensor> {
+        mamba2::forward(self, spec, inputs, weights, save)
+    }
+
+    fn mamba2_adjoint(
+        &self,
+        spec: &Mamba2Spec,
+        inputs: &Mamba2Inputs<Tensor>,
+        weights: &Mamba2Weights<Tensor>,
+        saved: &[Tensor],
+        dy: &Tensor,
+        d_state: Option<&State<Tensor>>,
+        grads: &mut Buffer,
+        sinks: &Mamba2Sinks<'_>,
+    ) -> Mamba2Grads<Tensor> {
+        mamba2::adjoint(self, spec, inputs, weights, saved, dy, d_state, grads, sinks)
+    }
+
+    fn head_loss(&self, x: &Tensor, weight: &Tensor, labels: &Tensor) -> Tensor {
+        head::forward(self, x, weight, labels)
+    }
+
+    fn head_loss_adjoint(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        labels: &Tensor,
+        d_weight: Sink<'_, Self>,
+    ) -> (Tensor, Tensor) {
+        head::adjoint(self, x, weight, labels, d_weight)
+    }
+
+    fn logits(&self, x: &Tensor, weight: &Tensor) -> Tensor {
+        linear::product(self, x, weight, None)
+    }
+
+    fn clip(&self, grads: &Buffer, loss: &Tensor, scale: f32, max_norm: f32) -> Tensor {
+        update::clip(self, grads, loss, scale, max_norm)
+    }
+
+    fn adamw(
+        &self,
+        hyper: &AdamW,
+        decayed: (usize, usize),
+        clip: &Tensor,
+        grads: &Buffer,
+        params: &mut Buffer,
+        m: &mut Buffer,
+        v: &mut Buffer,
+    ) {
+        update::adamw(self, hyper, decayed, clip, grads, params, m, v);
+    }
+}

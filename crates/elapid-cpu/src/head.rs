@@ -1,0 +1,106 @@
+//! `head_loss`: vocabulary projection and cross entropy in blocks of positions.
+
+use elapid_tensor::{DType, IGNORE_LABEL, Sink};
+
+use crate::CpuBackend;
+use crate::math;
+use crate::matmul::{Into, Mat, matmul};
+use crate::tensor::{Buffer, Tensor};
+
+/// Logits of one block hold at most this many numbers (24 MiB), but never less than 16 positions.
+const BLOCK: usize = 6 << 20;
+
+pub(crate) fn forward(backend: &CpuBackend, x: &Tensor, weight: &Tensor, labels: &Tensor) -> Tensor {
+    blocks(backend, x, weight, labels, None).0
+}
+
+pub(crate) fn adjoint(
+    backend: &CpuBackend,
+    x: &Tensor,
+    weight: &Tensor,
+    labels: &Tensor,
+    d_weight: Sink<'_, CpuBackend>,
+) -> (Tensor, Tensor) {
+    let (loss, dx) = blocks(backend, x, weight, labels, Some(d_weight));
+    (loss, dx.expect("asked for"))
+}
+
+fn blocks(
+    backend: &CpuBackend,
+    x: &Tensor,
+    weight: &Tensor,
+    labels: &Tensor,
+    mut d_weight: Option<Sink<'_, CpuBackend>>,
+) -> (Tensor, Option<Tensor>) {
+    let &[vocab, d] = weight.shape() else { panic!("the head must be [V, D]") };
+    let labels = labels.i32();
+    let rows = labels.len();
+    assert_eq!(x.len(), rows * d);
+    let x32 = backend.cast_to(x, DType::F32);
+    let weight = backend.cast_to(weight, DType::F32);
+    let weight = Mat::new(weight.f32(), vocab, d);
+    let mut dx = d_weight.is_some().then(|| backend.pool.take::<f32>(rows * d));
+
+    let most = (BLOCK / vocab).max(16).min(rows.max(1));
+    let mut logits = backend.pool.take::<f32>(most * vocab);
+    let mut loss = 0.0f64;
+    let mut first = 0;
+    while first < rows {
+        let n = most.min(rows - first);
+        let labels = &labels[first..first + n];
+        let x = Mat::new(&x32.f32()[first * d..][..n * d], n, d);
+        let logits = logits.as_mut_slice::<f32>(n * vocab);
+        matmul(&backend.workers, Into::Set, logits, vocab, x, weight.t());
+        let mut losses = vec![0.0f32; n];
+        let shared = crate::parallel::Shared::new(&mut losses);
+        backend.workers.rows(logits, vocab, 4, |from, chunk| {
+            for (i, row) in (from..).zip(chunk.chunks_exact_mut(vocab)) {
+                // SAFETY: each position belongs to one piece.
+                let loss = unsafe { &mut shared.slice(i, 1)[0] };
+                *loss = backend.isa.run(|| cross_entropy(row, labels[i], d_weight.is_some()));
+            }
+        });
+        loss += losses.iter().map(|&l| f64::from(l)).sum::<f64>();
+        if let (Some(Sink { buffer, slot }), Some(dx)) = (&mut d_weight, &mut dx) {
+            let buffer: &mut Buffer = buffer;
+            let d_logits = Mat::new(logits, n, vocab);
+            let dx = &mut dx.as_mut_slice::<f32>(rows * d)[first * d..][..n * d];
+            matmul(&backend.workers, Into::Set, dx, d, d_logits, weight);
+            matmul(&backend.workers, Into::Add, buffer.slot_mut(slot), d, d_logits.t(), x);
+        }
+        first += n;
+    }
+    let loss = backend.scalars(&[loss as f32], &[]);
+    (loss, dx.map(|dx| backend.cast_to(&Tensor::new(dx, x.shape(), DType::F32), x.dtype())))
+}
+
+/// −log softmax(row)[label]; with `adjoint`, `row` becomes its derivative softmax(row) − onehot(label).
+/// An ignored label gives 0 and zeros.
+#[inline(always)]
+fn cross_entropy(row: &mut [f32], label: i32, adjoint: bool) -> f32 {
+    if label == IGNORE_LABEL {
+        if adjoint {
+            row.fill(0.0);
+        }
+        return 0.0;
+    }
+    // Lanes, since a running maximum would be a chain of compares; a NaN goes to the sum below.
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    for part in row.chunks(16) {
+        lanes.iter_mut().zip(part).for_each(|(m, x)| *m = if *x > *m { *x } else { *m });
+    }
+    let max = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    let logit = row[label as usize];
+    let sum = if adjoint {
+        row.iter_mut().for_each(|x| *x = math::exp(*x - max));
+        math::sum_map([row], |[x]| x)
+    } else {
+        math::sum_map([row], |[x]| math::exp(x - max))
+    };
+    if adjoint {
+        let scale = 1.0 / sum;
+        row.iter_mut().for_each(|x| *x *= scale);
+        row[label as usize] -= 1.0;
+    }
+    sum.ln() + max - logit
+}

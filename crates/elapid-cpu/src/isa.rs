@@ -1,0 +1,71 @@
+//! Which instruction set the kernels use, decided at run time.
+//!
+//! Elementwise kernels are plain Rust that the compiler vectorises. [`Isa::run`] compiles the closure it is given
+//! once for each instruction set and calls the one chosen. They use no fused multiply-add, so their results are
+//! the same bits on every path; only matrix products differ.
+
+/// An instruction-set path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Isa {
+    /// What every CPU of the target architecture has.
+    Portable,
+    /// AVX2: 8 lanes.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// AVX-512 F, BW, DQ and VL: 16 lanes.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+impl Isa {
+    /// Every path this machine can run, the best one last.
+    pub fn available() -> Vec<Isa> {
+        #[allow(unused_mut)]
+        let mut paths = vec![Isa::Portable];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx2") {
+                paths.push(Isa::Avx2);
+            }
+            if is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vl")
+            {
+                paths.push(Isa::Avx512);
+            }
+        }
+        paths
+    }
+
+    /// The best path this machine can run.
+    pub fn best() -> Isa {
+        *Self::available().last().expect("the portable path is always there")
+    }
+
+    /// Runs `f` compiled for this path. `f` and what it calls must be inlined to profit.
+    #[inline(always)]
+    pub(crate) fn run<R>(self, f: impl FnOnce() -> R) -> R {
+        match self {
+            Isa::Portable => f(),
+            // SAFETY: the variant only comes from `available`, which has asked the CPU for AVX2.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => unsafe { avx2(f) },
+            // SAFETY: the variant only comes from `available`, which has asked the CPU for these four features.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => unsafe { avx512(f) },
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn avx2<R>(f: impl FnOnce() -> R) -> R {
+    f()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
+fn avx512<R>(f: impl FnOnce() -> R) -> R {
+    f()
+}

@@ -1,0 +1,91 @@
+//! `linear` and `logits`.
+
+use elapid_tensor::{DType, Sink, Slot};
+
+use crate::CpuBackend;
+use crate::math;
+use crate::matmul::{Into, Mat, matmul};
+use crate::parallel::ROWS;
+use crate::tensor::Tensor;
+
+/// Rows below which a product is done by dot products: then every weight is read once and packing would cost more.
+const FEW_ROWS: usize = 4;
+
+pub(crate) fn forward(backend: &CpuBackend, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
+    let y = product(backend, x, weight, bias);
+    backend.cast_to(&y, x.dtype())
+}
+
+/// `x [.., I] · weight [O, I]ᵀ + bias` in fp32.
+pub(crate) fn product(backend: &CpuBackend, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
+    let (input, output) = (x.last(), weight.shape()[0]);
+    assert_eq!(weight.shape(), [output, input]);
+    let rows = x.len() / input;
+    let mut shape = x.shape().to_vec();
+    *shape.last_mut().expect("not a scalar") = output;
+    let mut y = backend.pool.take::<f32>(rows * output);
+    let out = y.as_mut_slice::<f32>(rows * output);
+    let x = backend.cast_to(x, DType::F32);
+    if rows < FEW_ROWS {
+        few_rows(backend, x.f32(), weight, out, rows);
+    } else {
+        let weight = backend.cast_to(weight, DType::F32);
+        let weight = Mat::new(weight.f32(), output, input).t();
+        matmul(&backend.workers, Into::Set, out, output, Mat::new(x.f32(), rows, input), weight);
+    }
+    if let Some(bias) = bias {
+        let bias = backend.cast_to(bias, DType::F32);
+        backend.workers.rows(out, output, ROWS, |_, chunk| {
+            for row in chunk.chunks_exact_mut(output) {
+                row.iter_mut().zip(bias.f32()).for_each(|(y, b)| *y += b);
+            }
+        });
+    }
+    Tensor::new(y, &shape, DType::F32)
+}
+
+/// The product as one dot product an output, in pieces of outputs.
+fn few_rows(backend: &CpuBackend, x: &[f32], weight: &Tensor, out: &mut [f32], rows: usize) {
+    const OUTPUTS: usize = 64;
+    let (output, input) = (weight.shape()[0], weight.shape()[1]);
+    let shared = crate::parallel::Shared::new(out);
+    backend.workers.each(output.div_ceil(OUTPUTS), |piece| {
+        let mut scratch = vec![0.0; input];
+        backend.isa.run(|| {
+            for o in piece * OUTPUTS..output.min((piece + 1) * OUTPUTS) {
+                let w = weight.floats().row(o * input, &mut scratch);
+                for row in 0..rows {
+                    // SAFETY: each output belongs to one piece.
+                    unsafe { shared.slice(row * output + o, 1)[0] = math::dot(&x[row * input..][..input], w) };
+                }
+            }
+        });
+    });
+}
+
+pub(crate) fn adjoint(
+    backend: &CpuBackend,
+    x: &Tensor,
+    weight: &Tensor,
+    dy: &Tensor,
+    d_weight: Sink<'_, CpuBackend>,
+    d_bias: Option<&Slot>,
+) -> Tensor {
+    let (input, output) = (x.last(), weight.shape()[0]);
+    let rows = x.len() / input;
+    let dy = backend.cast_to(dy, DType::F32);
+    let x32 = backend.cast_to(x, DType::F32);
+    let Sink { buffer, slot } = d_weight;
+    let dy_mat = Mat::new(dy.f32(), rows, output);
+    let x_mat = Mat::new(x32.f32(), rows, input);
+    matmul(&backend.workers, Into::Add, buffer.slot_mut(slot), input, dy_mat.t(), x_mat);
+    if let Some(slot) = d_bias {
+        let sums = backend.sum_rows(dy.f32(), output);
+        buffer.slot_mut(slot).iter_mut().zip(&sums).for_each(|(g, s)| *g += s);
+    }
+    let weight = backend.cast_to(weight, DType::F32);
+    let mut dx = backend.pool.take::<f32>(rows * input);
+    let out = dx.as_mut_slice::<f32>(rows * input);
+    matmul(&backend.workers, Into::Set, out, input, dy_mat, Mat::new(weight.f32(), output, input));
+    backend.cast_to(&Tensor::new(dx, x.shape(), DType::F32), x.dtype())
+}
