@@ -7,8 +7,8 @@ use crate::math;
 use crate::matmul::{Into, Mat, matmul};
 use crate::tensor::{Buffer, Tensor};
 
-/// Logits of one block hold at most this many numbers (24 MiB), but never less than 16 positions.
-const BLOCK: usize = 6 << 20;
+/// Logits of one block hold at most this many numbers (32 MiB), but never less than 16 positions.
+const BLOCK: usize = 8 << 20;
 
 pub(crate) fn forward(backend: &CpuBackend, x: &Tensor, weight: &Tensor, labels: &Tensor) -> Tensor {
     blocks(backend, x, weight, labels, None).0
@@ -74,7 +74,7 @@ fn blocks(
     (loss, dx.map(|dx| backend.cast_to(&Tensor::new(dx, x.shape(), DType::F32), x.dtype())))
 }
 
-/// −log softmax(row)[label]; with `adjoint`, `row` becomes its derivative softmax(row) − onehot(label).
+/// −log softmax(row)[label]; `row` is overwritten, with `adjoint` by its derivative softmax(row) − onehot(label).
 /// An ignored label gives 0 and zeros.
 #[inline(always)]
 fn cross_entropy(row: &mut [f32], label: i32, adjoint: bool) -> f32 {
@@ -91,12 +91,8 @@ fn cross_entropy(row: &mut [f32], label: i32, adjoint: bool) -> f32 {
     }
     let max = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
     let logit = row[label as usize];
-    let sum = if adjoint {
-        row.iter_mut().for_each(|x| *x = math::exp(*x - max));
-        math::sum_map([row], |[x]| x)
-    } else {
-        math::sum_map([row], |[x]| math::exp(x - max))
-    };
+    row.iter_mut().for_each(|x| *x = math::exp(*x - max));
+    let sum = math::sum_map([row], |[x]| x);
     if adjoint {
         let scale = 1.0 / sum;
         row.iter_mut().for_each(|x| *x *= scale);

@@ -1,0 +1,147 @@
+//! Continuations: the prompt in one chunked scan, then one token a step with constant state.
+
+use elapid_tensor::Backend;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::model::Mamba2ForCausalLM;
+
+/// How the next token is chosen.
+#[derive(Clone, Copy, Debug)]
+pub struct Sampling {
+    /// Logits are divided by this; 0 takes the most likely token.
+    pub temperature: f32,
+    /// Keep only the k most likely tokens; 0 keeps all.
+    pub top_k: usize,
+    /// Keep the most likely tokens up to this total probability; 1 keeps all.
+    pub top_p: f32,
+    /// Seed of the draws.
+    pub seed: u64,
+}
+
+/// Draws tokens from logits.
+pub struct Sampler {
+    sampling: Sampling,
+    rng: ChaCha8Rng,
+}
+
+impl Sampler {
+    /// A sampler at the start of its random stream.
+    pub fn new(sampling: Sampling) -> Self {
+        Self { sampling, rng: ChaCha8Rng::seed_from_u64(sampling.seed) }
+    }
+
+    /// A token for fp32 `logits` `[V]`. Of equally likely tokens the first counts as the more likely.
+    pub fn next(&mut self, logits: &[f32]) -> u32 {
+        let Sampling { temperature, top_k, top_p, .. } = self.sampling;
+        if temperature == 0.0 {
+            let first_best = |best: usize, i: usize| if logits[i] > logits[best] { i } else { best };
+            return (0..logits.len()).fold(0, first_best) as u32;
+        }
+        let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+        order.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]));
+        if top_k > 0 {
+            order.truncate(top_k);
+        }
+        let max = f64::from(logits[order[0] as usize]);
+        let weight = |id: u32| ((f64::from(logits[id as usize]) - max) / f64::from(temperature)).exp();
+        let mut weights: Vec<f64> = order.iter().map(|&id| weight(id)).collect();
+        if top_p < 1.0 {
+            let total: f64 = weights.iter().sum();
+            let mut seen = 0.0;
+            let keep = weights.iter().take_while(|w| {
+                let enough = seen >= f64::from(top_p) * total;
+                seen += **w;
+                !enough
+            });
+            let keep = keep.count().max(1);
+            weights.truncate(keep);
+        }
+        let mut left = self.rng.random::<f64>() * weights.iter().sum::<f64>();
+        for (id, weight) in order.iter().zip(&weights) {
+            left -= weight;
+            if left < 0.0 {
+                return *id;
+            }
+        }
+        order[weights.len() - 1]
+    }
+}
+
+/// Up to `max_new_tokens` tokens after `prompt`, each handed to `on_token` as it comes; ends after a token for which
+/// `is_end` holds.
+///
+/// # Panics
+/// On an empty prompt, or a token outside of the vocabulary.
+pub fn generate<B: Backend>(
+    backend: &B,
+    model: &Mamba2ForCausalLM<B>,
+    prompt: &[u32],
+    max_new_tokens: usize,
+    sampler: &mut Sampler,
+    is_end: impl Fn(u32) -> bool,
+    mut on_token: impl FnMut(u32),
+) -> Vec<u32> {
+    let mut states = Vec::new();
+    let mut ids = Vec::new();
+    let mut unread: Vec<i32> = prompt.iter().map(|&id| id as i32).collect();
+    while ids.len() < max_new_tokens {
+        let logits = model.next_logits(backend, &unread, &mut states);
+        let id = sampler.next(&logits);
+        ids.push(id);
+        on_token(id);
+        if is_end(id) {
+            break;
+        }
+        unread = vec![id as i32];
+    }
+    ids
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn draws(sampling: Sampling, logits: &[f32]) -> Vec<usize> {
+        let mut sampler = Sampler::new(sampling);
+        let mut counts = vec![0; logits.len()];
+        (0..4000).for_each(|_| counts[sampler.next(logits) as usize] += 1);
+        counts
+    }
+
+    const PLAIN: Sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, seed: 7 };
+    const LOGITS: [f32; 4] = [0.0, 2.0, 1.0, -1.0];
+
+    #[test]
+    fn temperature_zero_takes_the_first_of_the_best() {
+        let mut sampler = Sampler::new(Sampling { temperature: 0.0, ..PLAIN });
+        assert_eq!(sampler.next(&[1.0, 3.0, 3.0]), 1);
+    }
+
+    #[test]
+    fn draws_follow_the_softmax() {
+        let total: f64 = LOGITS.iter().map(|&l| f64::from(l).exp()).sum();
+        for (count, logit) in draws(PLAIN, &LOGITS).iter().zip(LOGITS) {
+            let expected = 4000.0 * f64::from(logit).exp() / total;
+            // Four standard deviations of a binomial.
+            assert!((*count as f64 - expected).abs() < 4.0 * expected.sqrt(), "{count} for {expected}");
+        }
+    }
+
+    #[test]
+    fn top_k_and_top_p_cut_the_tail() {
+        let counts = draws(Sampling { top_k: 2, ..PLAIN }, &LOGITS);
+        assert!(counts[0] == 0 && counts[3] == 0 && counts[1] > counts[2] && counts[2] > 0);
+        // The best has 0.64 of the probability, the best two 0.88.
+        let counts = draws(Sampling { top_p: 0.6, ..PLAIN }, &LOGITS);
+        assert_eq!(counts, [0, 4000, 0, 0]);
+        let counts = draws(Sampling { top_p: 0.8, ..PLAIN }, &LOGITS);
+        assert!(counts[0] == 0 && counts[3] == 0 && counts[2] > 0);
+    }
+
+    #[test]
+    fn the_same_seed_draws_the_same() {
+        assert_eq!(draws(PLAIN, &LOGITS), draws(PLAIN, &LOGITS));
+        assert_ne!(draws(PLAIN, &LOGITS), draws(Sampling { seed: 8, ..PLAIN }, &LOGITS));
+    }
+}

@@ -1,0 +1,129 @@
+//! One optimizer step: micro-steps that accumulate gradients, and an update.
+
+use elapid_tensor::{AdamW, Backend, Checkpointing, DType, IGNORE_LABEL, Tape};
+
+use crate::model::Mamba2ForCausalLM;
+
+/// Blocks of tokens with their labels.
+#[derive(Clone, Debug, Default)]
+pub struct Batch {
+    /// B.
+    pub size: usize,
+    /// L.
+    pub length: usize,
+    /// `[B, L]`.
+    pub ids: Vec<i32>,
+    /// `[B, L]`: the token after each position, [`IGNORE_LABEL`] where there is none or it does not count.
+    pub labels: Vec<i32>,
+}
+
+impl Batch {
+    /// A batch of blocks of equal length: pairs of (ids, labels as a dataset stores them, unshifted).
+    pub fn new<'a>(samples: impl IntoIterator<Item = (&'a [i32], &'a [i32])>) -> Self {
+        let mut batch = Self::default();
+        for (ids, labels) in samples {
+            batch.size += 1;
+            batch.length = ids.len();
+            batch.ids.extend_from_slice(ids);
+            batch.labels.extend_from_slice(labels.get(1..).unwrap_or_default());
+            batch.labels.push(IGNORE_LABEL);
+        }
+        debug_assert_eq!(batch.ids.len(), batch.size * batch.length);
+        batch
+    }
+
+    /// Number of labels that count.
+    pub fn valid(&self) -> usize {
+        self.labels.iter().filter(|&&label| label != IGNORE_LABEL).count()
+    }
+
+    /// Number of inputs, B·L.
+    pub fn tokens(&self) -> usize {
+        self.ids.len()
+    }
+}
+
+/// What an optimizer step came to.
+#[derive(Clone, Copy, Debug)]
+pub struct StepReport {
+    /// Mean token loss of the whole batch, before the update.
+    pub loss: f64,
+    /// Global gradient norm before clipping.
+    pub grad_norm: f64,
+    /// False: loss or gradient was not finite, and nothing was updated.
+    pub finite: bool,
+}
+
+/// A model in training: parameters, accumulated gradients, AdamW's moments.
+pub struct Trainer<'b, B: Backend> {
+    backend: &'b B,
+    model: Mamba2ForCausalLM<B>,
+    grads: B::Buffer,
+    m: B::Buffer,
+    v: B::Buffer,
+    /// Sum of token losses since the last update; None before the first micro-step.
+    loss: Option<B::Tensor>,
+    checkpointing: Checkpointing,
+}
+
+impl<'b, B: Backend> Trainer<'b, B> {
+    /// Starts with zero gradients and moments.
+    pub fn new(backend: &'b B, model: Mamba2ForCausalLM<B>, checkpointing: Checkpointing) -> Self {
+        let flat = model.layout().flat;
+        let zeros = || backend.buffer(flat, DType::F32);
+        Self { backend, model, grads: zeros(), m: zeros(), v: zeros(), loss: None, checkpointing }
+    }
+
+    /// The model as it is now.
+    pub fn model(&self) -> &Mamba2ForCausalLM<B> {
+        &self.model
+    }
+
+    /// The accumulated gradients of the *sum* of token losses.
+    pub fn grads(&self) -> &B::Buffer {
+        &self.grads
+    }
+
+    /// Forward and adjoints of one batch; adds to loss and gradients. Reads nothing back.
+    pub fn micro_step(&mut self, batch: &Batch) {
+        let backend = self.backend;
+        let shape = [batch.size, batch.length];
+        let (ids, labels) =
+            (backend.tensor_i32(&batch.ids, &shape), backend.tensor_i32(&batch.labels, &shape));
+        let mut tape = Tape::training(backend, &mut self.grads);
+        let loss = self.model.loss(&mut tape, &ids, &labels, None, self.checkpointing);
+        tape.backward(&[], &[]);
+        self.loss = Some(match self.loss.take() {
+            None => loss,
+            Some(sum) => backend.add(&sum, &loss),
+        });
+    }
+
+    /// Scales the gradients by 1 / `valid`, the number of labels since the last update, clips them to `max_norm`
+    /// (≤ 0: not at all) and applies AdamW. Where loss or gradient is not finite nothing changes and the gradients
+    /// stay for inspection.
+    ///
+    /// # Panics
+    /// Without a micro-step since the last update.
+    pub fn update(&mut self, hyper: &AdamW, max_norm: f32, valid: usize) -> StepReport {
+        let Self { backend, model, grads, m, v, .. } = self;
+        let loss = self.loss.take().expect("an update follows a micro-step");
+        let clip = backend.clip(grads, &loss, 1.0 / valid as f32, max_norm);
+        let decayed = model.layout().decayed;
+        backend.adamw(hyper, decayed, &clip, grads, model.masters_mut(), m, v);
+        model.refresh(backend);
+        // The step is enqueued; only now does the host look.
+        let outcome = backend.values(&clip);
+        let finite = outcome[2] != 0.0;
+        if finite {
+            backend.zero_buffer(grads);
+        }
+        let loss = f64::from(backend.values(&loss)[0]) / valid as f64;
+        StepReport { loss, grad_norm: f64::from(outcome[0]), finite }
+    }
+
+    /// Gives the model back.
+    pub fn into_model(self) -> Mamba2ForCausalLM<B> {
+        self.model
+    }
+}
