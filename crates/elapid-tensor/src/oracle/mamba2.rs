@@ -223,13 +223,13 @@ impl<'a> Sequence<'a> {
             let delta: Vec<f64> = (0..heads).map(|h| self.softplus(t, h).0.clamp(lowest, highest)).collect();
             let mut state = self.state_before(t, &trace.states);
             let mut scan = Vec::new();
-            for h in 0..heads {
+            for (h, &delta) in delta.iter().enumerate() {
                 let head = self.head(h);
                 let (b, c) = (&active[head.b], &active[head.c]);
-                let decay = (-delta[h] * self.weights.a_log[h].exp()).exp();
+                let decay = (-delta * self.weights.a_log[h].exp()).exp();
                 for (x, state) in active[head.x].iter().zip(state[head.state].chunks_mut(n)) {
                     for (s, b) in state.iter_mut().zip(b) {
-                        *s = decay * *s + delta[h] * x * b;
+                        *s = decay * *s + delta * x * b;
                     }
                     scan.push(dot(state, c) + self.weights.d[h] * x);
                 }
@@ -352,10 +352,10 @@ impl<'a> Sequence<'a> {
             }
             for back in 0..k {
                 let tap = self.tap(t, back);
-                for c in 0..channels {
+                for (c, d_conv) in d_conv.iter().enumerate() {
                     let w = c * k + k - 1 - back;
-                    grads.conv_weight[w] += d_conv[c] * self.tap_value(&tap, c);
-                    self.tap_adjoint(&tap, c, d_conv[c] * self.weights.conv_weight[w], &mut out);
+                    grads.conv_weight[w] += d_conv * self.tap_value(&tap, c);
+                    self.tap_adjoint(&tap, c, d_conv * self.weights.conv_weight[w], &mut out);
                 }
             }
         }
