@@ -1,0 +1,128 @@
+//! The suite that every backend passes: each op and each adjoint against the oracle.
+//!
+//! Inputs are seeded random numbers. In a bf16 case they are rounded to bf16 first and the oracle gets the rounded
+//! values, so that only what the backend itself rounds counts as its error. The error of a tensor is
+//! ‖got − wanted‖ / ‖wanted‖ over all its elements. Gradients are added to buffers that already hold values, and
+//! everything around their places must stay as it was, to the bit.
+
+mod bits;
+mod check;
+mod mixer;
+mod ops;
+mod update;
+
+pub use bits::bits;
+pub use mixer::mamba2;
+pub use ops::{add_and_cast, embedding, head_loss, linear, rms_norm};
+pub use update::{adamw, clip, flat_buffers};
+
+use crate::backend::Backend;
+use std::fmt;
+
+/// What one comparison found.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// The op.
+    pub op: &'static str,
+    /// Its sizes and what is special about them.
+    pub case: String,
+    /// The output or gradient compared, with what is wrong in kind if it has another shape or dtype.
+    pub tensor: String,
+    /// ‖got − wanted‖ / ‖wanted‖; infinite where shape or dtype differ.
+    pub error: f64,
+    /// The largest error that passes.
+    pub tolerance: f64,
+}
+
+impl Report {
+    /// Whether the error is within the tolerance; NaN is not.
+    pub fn passes(&self) -> bool {
+        self.error <= self.tolerance
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { op, case, tensor, error, tolerance } = self;
+        let verdict = if self.passes() { "ok" } else { "FAILED" };
+        write!(f, "{verdict:6} {op} {tensor}: error {error:.1e}, tolerance {tolerance:.0e} ({case})")
+    }
+}
+
+/// Every check of this suite.
+pub fn check_all<B: Backend>(backend: &B) -> Vec<Report> {
+    let checks = [flat_buffers, embedding, rms_norm, linear, add_and_cast, mamba2, head_loss, clip, adamw];
+    checks.iter().flat_map(|check| check(backend)).collect()
+}
+
+/// For tests: prints the comparisons that fail.
+///
+/// # Panics
+/// If one fails or there is none.
+#[track_caller]
+pub fn assert_passes(reports: &[Report]) {
+    assert!(!reports.is_empty(), "nothing was compared");
+    let failed: Vec<String> = reports.iter().filter(|r| !r.passes()).map(Report::to_string).collect();
+    assert!(failed.is_empty(), "{} of {} failed\n{}", failed.len(), reports.len(), failed.join("\n"));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::check::{Check, Gradient};
+    use super::*;
+    use crate::backend::DType;
+    use crate::oracle::OracleBackend;
+
+    #[test]
+    fn oracle_passes() {
+        assert_passes(&check_all(&OracleBackend));
+    }
+
+    #[test]
+    fn bits_repeat() {
+        let bits_of_one_run = bits(&OracleBackend);
+        assert_eq!(bits_of_one_run, bits(&OracleBackend));
+        assert!(bits_of_one_run.iter().all(|&b| f32::from_bits(b).is_finite()));
+    }
+
+    fn compared(got: f32, dtype: DType, shape: &[usize]) -> Report {
+        let mut check = Check::new(&OracleBackend, "op", "case");
+        check.compare("y", &OracleBackend.tensor(&[got], &[1], dtype), &[1.0], shape, DType::F32, 1e-5);
+        check.finish().remove(0)
+    }
+
+    #[test]
+    fn wrong_value_kind_or_shape_fails() {
+        assert!(compared(1.000001, DType::F32, &[1]).passes());
+        assert!(!compared(1.001, DType::F32, &[1]).passes());
+        assert!(!compared(f32::NAN, DType::F32, &[1]).passes());
+        assert!(!compared(1.0, DType::Bf16, &[1]).passes());
+        assert!(!compared(1.0, DType::F32, &[1, 1]).passes());
+    }
+
+    fn gradient_written(
+        write: impl Fn(&OracleBackend, &mut crate::oracle::OracleBuffer, std::ops::Range<usize>),
+    ) -> bool {
+        let mut check = Check::new(&OracleBackend, "op", "case");
+        let wanted = [Gradient { name: "w", shape: &[2], want: &[1.0, 2.0], tolerance: 1e-5 }];
+        check.gradients(&wanted, |buffer, slots| {
+            let range = buffer.shape.range(&slots[0]);
+            write(&OracleBackend, buffer, range);
+        });
+        check.finish().iter().all(Report::passes)
+    }
+
+    #[test]
+    fn gradients_must_be_added_in_their_place_and_nowhere_else() {
+        assert!(gradient_written(|_, buffer, range| {
+            buffer.values[range.start] += 1.0;
+            buffer.values[range.start + 1] += 2.0;
+        }));
+        assert!(!gradient_written(|_, buffer, range| buffer.values[range].copy_from_slice(&[1.0, 2.0])));
+        assert!(!gradient_written(|_, buffer, range| {
+            buffer.values[range.start] += 1.0;
+            buffer.values[range.start + 1] += 2.0;
+            buffer.values[range.end] += 1e-3;
+        }));
+    }
+}
