@@ -153,10 +153,9 @@ impl CpuBackend {
                 Tensor::new(block, x.shape(), dtype)
             }
             DType::Bf16 => {
-                let x32 = x.f32();
                 let mut block = self.pool.take::<bf16>(len);
                 self.workers.rows(block.as_mut_slice::<bf16>(len), 1, WIDTH, |first, part| {
-                    self.isa.run(|| tensor::narrow(&x32[first..first + part.len()], part));
+                    self.isa.run(|| x.floats().load_bf16(first, part));
                 });
                 Tensor::new(block, x.shape(), dtype)
             }
@@ -234,18 +233,23 @@ impl Backend for CpuBackend {
     fn cast_buffer(&self, from: &Buffer, to: &mut Buffer) {
         const PIECE: usize = 1 << 16;
         assert_eq!(from.shape(), to.shape());
-        let from = from.f32();
+        let from = from.floats();
         match to.dtype() {
-            DType::F32 => to.f32_mut().copy_from_slice(from),
+            DType::F32 => self.workers.rows(to.f32_mut(), 1, PIECE, |first, part| {
+                self.isa.run(|| from.load(first, part));
+            }),
             _ => self.workers.rows(to.slice_mut::<bf16>(), 1, PIECE, |first, part| {
-                self.isa.run(|| tensor::narrow(&from[first..first + part.len()], part));
+                self.isa.run(|| from.load_bf16(first, part));
             }),
         }
     }
 
     fn zero_buffer(&self, buffer: &mut Buffer) {
         const PIECE: usize = 1 << 18;
-        self.workers.rows(buffer.f32_mut(), 1, PIECE, |_, part| part.fill(0.0));
+        match buffer.dtype() {
+            DType::F32 => self.workers.rows(buffer.f32_mut(), 1, PIECE, |_, part| part.fill(0.0)),
+            _ => self.workers.rows(buffer.slice_mut::<bf16>(), 1, PIECE, |_, part| part.fill(bf16::ZERO)),
+        }
     }
 
     fn embedding(&self, table: &Tensor, ids: &Tensor, out: DType) -> Tensor {

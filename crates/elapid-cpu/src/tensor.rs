@@ -88,6 +88,15 @@ impl<'a> Floats<'a> {
         }
     }
 
+    /// Copies `from..from + dst.len()` into `dst`, rounded to bf16.
+    #[inline(always)]
+    pub(crate) fn load_bf16(&self, from: usize, dst: &mut [bf16]) {
+        match self {
+            Floats::F32(values) => narrow(&values[from..from + dst.len()], dst),
+            Floats::Bf16(values) => dst.copy_from_slice(&values[from..from + dst.len()]),
+        }
+    }
+
     /// Copies `from..from + dst.len()` into `dst`.
     #[inline(always)]
     pub(crate) fn load(&self, from: usize, dst: &mut [f32]) {
@@ -151,6 +160,13 @@ impl Buffer {
     pub(crate) fn slice_mut<T: Plain>(&mut self) -> &mut [T] {
         let len = self.shape.len();
         Arc::get_mut(&mut self.block).expect("a buffer is written while a view of it is alive").as_mut_slice(len)
+    }
+
+    pub(crate) fn floats(&self) -> Floats<'_> {
+        match self.dtype {
+            DType::Bf16 => Floats::Bf16(self.slice()),
+            _ => Floats::F32(self.slice()),
+        }
     }
 
     pub(crate) fn f32(&self) -> &[f32] {
