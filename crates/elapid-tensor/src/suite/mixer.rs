@@ -131,6 +131,8 @@ fn segments(spec: &Mamba2Spec) -> [(&'static str, usize); 5] {
 fn tolerance(tensor: &str, case: &Case, dtype: DType) -> f64 {
     let through_decay = ["dt", "dt_bias", "a_log"].contains(&tensor);
     match dtype {
+        // A copy of inputs.
+        _ if tensor == "conv state" => 0.0,
         // y and cotangents are stored in bf16, and matrix products inside may round their operands to it. What
         // reaches dt and A sums such terms of both signs.
         Bf16 => {
