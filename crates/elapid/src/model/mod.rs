@@ -1,0 +1,1 @@
+//! The model: its layout in memory, initial values, and pretrained folders.
