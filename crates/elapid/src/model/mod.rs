@@ -1,1 +1,6 @@
-//! The model: its layout in memory, initial values, and pretrained folders.
+//! The model: its layout in memory, its initial values, and pretrained folders.
+
+pub mod init;
+pub mod layout;
+
+pub use layout::{LayerSlots, Layout, ParamInfo, Role, Segment, Shard, SharedSlots};
