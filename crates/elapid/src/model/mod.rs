@@ -2,5 +2,6 @@
 
 pub mod init;
 pub mod layout;
+pub mod pretrained;
 
 pub use layout::{LayerSlots, Layout, ParamInfo, Role, Segment, Shard, SharedSlots};
