@@ -1,0 +1,50 @@
+//! Errors for people: what is wrong, with the value and the file, and what to do about it.
+
+use std::path::Path;
+
+/// What went wrong (`Display`) and what to do ([`Error::hint`]). The command line prints them as `error: …` and
+/// `hint: …`.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct Error {
+    message: String,
+    hint: Option<String>,
+}
+
+impl Error {
+    /// An error without a hint. `message` names the offending value and the file it stands in.
+    pub fn new(message: impl Into<String>) -> Self {
+        Self { message: message.into(), hint: None }
+    }
+
+    /// The operating system refused something: `cannot {action} {path}: {cause}`.
+    pub fn io(action: &str, path: &Path, cause: &std::io::Error) -> Self {
+        Self::new(format!("cannot {action} {}: {cause}", path.display()))
+    }
+
+    /// Says what to do.
+    pub fn with_hint(self, hint: impl Into<String>) -> Self {
+        Self { hint: Some(hint.into()), ..self }
+    }
+
+    /// Puts the place of the fault in front of the message.
+    pub fn at(self, place: impl std::fmt::Display) -> Self {
+        Self { message: format!("{place}: {}", self.message), ..self }
+    }
+
+    /// What to do, where that is known.
+    pub fn hint(&self) -> Option<&str> {
+        self.hint.as_deref()
+    }
+}
+
+/// The candidate most like `name`, where one is like it at all.
+pub(crate) fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let likeness = |candidate: &str| strsim::jaro_winkler(&name.to_lowercase(), &candidate.to_lowercase());
+    candidates
+        .into_iter()
+        .map(|candidate| (candidate, likeness(candidate)))
+        .filter(|(_, score)| *score > 0.75)
+        .max_by(|a, b| a.1.total_cmp(&b.1))
+        .map(|(candidate, _)| candidate)
+}

@@ -1,0 +1,470 @@
+//! The layout table: every parameter once, with its name, shape, role, segments and shard axis.
+//!
+//! Initialisation, weight decay, conversion, checkpoints and tensor parallelism read this table; none of them knows
+//! an offset or a segment size of its own. [`Layout`] places the tensors in the flat buffers.
+
+use std::fmt;
+
+use elapid_tensor::{DType, FlatShape, Mamba2Spec, Row, Slot};
+
+use crate::config::ModelConfig;
+
+/// What a parameter is: decides its initial values, its dtype and whether it is decayed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// Embedding table `[V, D]`.
+    Embedding,
+    /// Vocabulary head `[V, D]`, where it is not the embedding table.
+    Head,
+    /// Input projection `[2E + 2GN + H, D]`.
+    InProj,
+    /// Output projection `[D, E]`.
+    OutProj,
+    /// Bias of a projection.
+    LinearBias,
+    /// Depthwise convolution `[C, 1, K]`.
+    ConvWeight,
+    /// Its bias `[C]`.
+    ConvBias,
+    /// `[H]`.
+    DtBias,
+    /// `[H]`.
+    ALog,
+    /// The skip `[H]`.
+    D,
+    /// Weight of an RMS norm, `[D]` or `[E]`.
+    Norm,
+}
+
+impl Role {
+    /// Whether weight decay applies: to what multiplies activations as a matrix, and to nothing else.
+    pub fn decayed(self) -> bool {
+        matches!(self, Self::Embedding | Self::Head | Self::InProj | Self::OutProj)
+    }
+
+    /// Whether the parameter is fp32 even when the model computes in bf16.
+    pub fn fp32(self) -> bool {
+        matches!(self, Self::DtBias | Self::ALog | Self::D | Self::Norm)
+    }
+}
+
+/// A named stretch of a fused axis: `units` equal pieces of `width`. Tensor parallelism deals out whole units
+/// (heads, groups), so a stretch of fewer units than ranks is replicated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// `z`, `x`, `B`, `C` or `dt`.
+    pub name: &'static str,
+    /// Number of heads or groups.
+    pub units: usize,
+    /// Elements of one head or group along the axis.
+    pub width: usize,
+}
+
+impl Segment {
+    /// Elements along the axis.
+    pub fn len(&self) -> usize {
+        self.units * self.width
+    }
+
+    /// True for a segment without elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// How tensor parallelism cuts a parameter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Shard {
+    /// Whole on every rank.
+    Replicated,
+    /// Axis 0, each segment by itself.
+    Column(Vec<Segment>),
+    /// Axis 1, each segment by itself.
+    Row(Vec<Segment>),
+    /// Axis 0, over the vocabulary.
+    Vocabulary,
+}
+
+/// One line of the table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ParamInfo {
+    /// The Hugging Face name; `{i}` stands for the layer.
+    pub pattern: &'static str,
+    /// What it is.
+    pub role: Role,
+    /// Logical extents.
+    pub shape: Vec<usize>,
+    /// How it is cut.
+    pub shard: Shard,
+}
+
+impl ParamInfo {
+    /// The Hugging Face name in a row.
+    pub fn name(&self, row: Row) -> String {
+        match row {
+            Row::Shared => self.pattern.to_owned(),
+            Row::Layer(layer) => self.pattern.replace("{i}", &layer.to_string()),
+        }
+    }
+
+    /// Number of elements.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Element type in a model that computes in `compute`.
+    pub fn dtype(&self, compute: DType) -> DType {
+        if self.role.fp32() { DType::F32 } else { compute }
+    }
+
+    /// Place in a row: decayed before not decayed, sharded before replicated, compute dtype before fp32, so that
+    /// each of these is one range.
+    fn rank(&self) -> (bool, bool, bool) {
+        (!self.role.decayed(), self.shard == Shard::Replicated, self.role.fp32())
+    }
+}
+
+/// Segments of in_proj, `[z|x|B|C|dt]`.
+pub fn projection_segments(spec: &Mamba2Spec) -> Vec<Segment> {
+    let z = Segment { name: "z", units: spec.heads, width: spec.head_dim };
+    let dt = Segment { name: "dt", units: spec.heads, width: 1 };
+    [vec![z], conv_segments(spec), vec![dt]].concat()
+}
+
+/// Segments of the convolution, `[x|B|C]`.
+pub fn conv_segments(spec: &Mamba2Spec) -> Vec<Segment> {
+    let group = |name| Segment { name, units: spec.groups, width: spec.state };
+    vec![Segment { name: "x", units: spec.heads, width: spec.head_dim }, group("B"), group("C")]
+}
+
+/// The table: parameters of a layer, parameters of the shared region.
+fn table(config: &ModelConfig) -> (Vec<ParamInfo>, Vec<ParamInfo>) {
+    use Shard::{Column, Replicated, Row, Vocabulary};
+    let spec = config.spec();
+    let (hidden, inner, heads) = (config.hidden_size, spec.inner(), spec.heads);
+    let (projection, channels) = (spec.projection(), spec.conv_channels());
+    let (in_proj, conv) = (projection_segments(&spec), conv_segments(&spec));
+    let per_channel = vec![Segment { name: "x", units: heads, width: spec.head_dim }];
+    let per_head = || Column(vec![Segment { name: "dt", units: heads, width: 1 }]);
+
+    let line =
+        |pattern, role, shape: &[usize], shard| ParamInfo { pattern, role, shape: shape.to_vec(), shard };
+    #[rustfmt::skip]
+    let mut layer = vec![
+        line("backbone.layers.{i}.norm.weight", Role::Norm, &[hidden], Replicated),
+        line("backbone.layers.{i}.mixer.in_proj.weight", Role::InProj, &[projection, hidden], Column(in_proj.clone())),
+        line("backbone.layers.{i}.mixer.in_proj.bias", Role::LinearBias, &[projection], Column(in_proj)),
+        line("backbone.layers.{i}.mixer.conv1d.weight", Role::ConvWeight, &[channels, 1, config.conv_kernel], Column(conv.clone())),
+        line("backbone.layers.{i}.mixer.conv1d.bias", Role::ConvBias, &[channels], Column(conv)),
+        line("backbone.layers.{i}.mixer.dt_bias", Role::DtBias, &[heads], per_head()),
+        line("backbone.layers.{i}.mixer.A_log", Role::ALog, &[heads], per_head()),
+        line("backbone.layers.{i}.mixer.D", Role::D, &[heads], per_head()),
+        line("backbone.layers.{i}.mixer.norm.weight", Role::Norm, &[inner], Column(per_channel.clone())),
+        line("backbone.layers.{i}.mixer.out_proj.weight", Role::OutProj, &[hidden, inner], Row(per_channel)),
+        line("backbone.layers.{i}.mixer.out_proj.bias", Role::LinearBias, &[hidden], Replicated),
+    ];
+    layer.retain(|info| match info.role {
+        Role::LinearBias => config.use_bias,
+        Role::ConvBias => config.use_conv_bias,
+        _ => true,
+    });
+    let mut shared = vec![
+        line("backbone.embeddings.weight", Role::Embedding, &[config.vocab_size, hidden], Vocabulary),
+        line("backbone.norm_f.weight", Role::Norm, &[hidden], Replicated),
+        line("lm_head.weight", Role::Head, &[config.vocab_size, hidden], Vocabulary),
+    ];
+    shared.retain(|info| info.role != Role::Head || !config.tie_word_embeddings);
+    layer.sort_by_key(ParamInfo::rank);
+    shared.sort_by_key(ParamInfo::rank);
+    (layer, shared)
+}
+
+/// Rows are padded to a multiple of this many elements: one cache line of fp32.
+const ROW_MULTIPLE: usize = 16;
+
+/// Parameters in the order of their row, each with its offset.
+fn place(params: Vec<ParamInfo>) -> (Vec<(usize, ParamInfo)>, usize) {
+    let mut end = 0;
+    let placed = params.into_iter().map(|info| {
+        let offset = end;
+        end += info.elements();
+        (offset, info)
+    });
+    (placed.collect(), end.next_multiple_of(ROW_MULTIPLE))
+}
+
+/// Where a layer's parameters lie.
+#[derive(Clone, Debug)]
+pub struct LayerSlots {
+    /// Norm before the mixer, `[D]`.
+    pub norm: Slot,
+    /// `[2E + 2GN + H, D]`.
+    pub in_proj: Slot,
+    /// `[2E + 2GN + H]`.
+    pub in_proj_bias: Option<Slot>,
+    /// `[C, 1, K]`.
+    pub conv_weight: Slot,
+    /// `[C]`.
+    pub conv_bias: Option<Slot>,
+    /// `[H]`.
+    pub dt_bias: Slot,
+    /// `[H]`.
+    pub a_log: Slot,
+    /// `[H]`.
+    pub d: Slot,
+    /// Gated norm, `[E]`.
+    pub norm_weight: Slot,
+    /// `[D, E]`.
+    pub out_proj: Slot,
+    /// `[D]`.
+    pub out_proj_bias: Option<Slot>,
+}
+
+/// Where the parameters outside the layers lie.
+#[derive(Clone, Debug)]
+pub struct SharedSlots {
+    /// `[V, D]`.
+    pub embedding: Slot,
+    /// Final norm, `[D]`.
+    pub norm_f: Slot,
+    /// `[V, D]`; None: the head is the embedding table.
+    pub head: Option<Slot>,
+}
+
+/// All parameters of a model and their places in a flat buffer.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    /// Extents of the flat buffers.
+    pub flat: FlatShape,
+    /// Weight decay applies to the first elements of each row: (of a layer row, of the shared region).
+    pub decayed: (usize, usize),
+    layer: Vec<(usize, ParamInfo)>,
+    shared: Vec<(usize, ParamInfo)>,
+}
+
+impl Layout {
+    /// The layout of a valid configuration.
+    pub fn new(config: &ModelConfig) -> Self {
+        let (layer, shared) = table(config);
+        let decayed = |params: &[ParamInfo]| {
+            params.iter().filter(|info| info.role.decayed()).map(ParamInfo::elements).sum()
+        };
+        let decayed = (decayed(&layer), decayed(&shared));
+        let ((layer, row), (shared, shared_len)) = (place(layer), place(shared));
+        let flat = FlatShape { layers: config.num_hidden_layers, row, shared: shared_len };
+        Self { flat, decayed, layer, shared }
+    }
+
+    /// The table of a layer, or of the shared region, in memory order.
+    pub fn params(&self, row: Row) -> impl Iterator<Item = (Slot, &ParamInfo)> {
+        let params = match row {
+            Row::Shared => &self.shared,
+            Row::Layer(_) => &self.layer,
+        };
+        params
+            .iter()
+            .map(move |(offset, info)| (Slot { row, offset: *offset, shape: info.shape.clone() }, info))
+    }
+
+    /// Every parameter of the model with its Hugging Face name, in memory order.
+    pub fn iter(&self) -> impl Iterator<Item = (String, Slot, &ParamInfo)> {
+        let rows = (0..self.flat.layers).map(Row::Layer).chain([Row::Shared]);
+        rows.flat_map(|row| self.params(row).map(move |(slot, info)| (info.name(row), slot, info)))
+    }
+
+    /// The slots of layer `layer`.
+    ///
+    /// # Panics
+    /// If there is no such layer.
+    pub fn layer(&self, layer: usize) -> LayerSlots {
+        assert!(layer < self.flat.layers, "layer {layer} of {}", self.flat.layers);
+        let row = Row::Layer(layer);
+        LayerSlots {
+            norm: self.slot(row, ".{i}.norm.weight"),
+            in_proj: self.slot(row, ".in_proj.weight"),
+            in_proj_bias: self.find(row, ".in_proj.bias"),
+            conv_weight: self.slot(row, ".conv1d.weight"),
+            conv_bias: self.find(row, ".conv1d.bias"),
+            dt_bias: self.slot(row, ".dt_bias"),
+            a_log: self.slot(row, ".A_log"),
+            d: self.slot(row, ".D"),
+            norm_weight: self.slot(row, ".mixer.norm.weight"),
+            out_proj: self.slot(row, ".out_proj.weight"),
+            out_proj_bias: self.find(row, ".out_proj.bias"),
+        }
+    }
+
+    /// The slots outside the layers.
+    pub fn shared(&self) -> SharedSlots {
+        SharedSlots {
+            embedding: self.slot(Row::Shared, ".embeddings.weight"),
+            norm_f: self.slot(Row::Shared, ".norm_f.weight"),
+            head: self.find(Row::Shared, "lm_head.weight"),
+        }
+    }
+
+    /// Number of parameters, padding not counted.
+    pub fn parameter_count(&self) -> usize {
+        self.iter().map(|(_, slot, _)| slot.len()).sum()
+    }
+
+    fn find(&self, row: Row, ending: &str) -> Option<Slot> {
+        self.params(row).find(|(_, info)| info.pattern.ends_with(ending)).map(|(slot, _)| slot)
+    }
+
+    fn slot(&self, row: Row, ending: &str) -> Slot {
+        self.find(row, ending).expect("the table holds every parameter that is not optional")
+    }
+}
+
+/// The table that a run prints at its start: each parameter with its shape and count over all layers, in the two
+/// groups of weight decay.
+impl fmt::Display for Layout {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let of_layers = self.layer.iter().map(|(_, info)| (self.flat.layers, info));
+        let all: Vec<_> = of_layers.chain(self.shared.iter().map(|(_, info)| (1, info))).collect();
+        for (title, decayed) in [("weight decay", true), ("no weight decay", false)] {
+            let group = || all.iter().filter(|(_, info)| info.role.decayed() == decayed);
+            let total: usize = group().map(|(times, info)| times * info.elements()).sum();
+            writeln!(out, "{:<62}{:>16}", title, grouped(total))?;
+            for (times, info) in group() {
+                let name = info.pattern.replace("{i}", "*");
+                let shape = format!("{:?}", info.shape);
+                let dtype = if info.role.fp32() { "fp32" } else { "" };
+                let count = grouped(times * info.elements());
+                writeln!(out, "  {name:<40}{shape:<16}{dtype:<4}{count:>16}")?;
+            }
+        }
+        write!(out, "{:<62}{:>16}", "parameters", grouped(self.parameter_count()))
+    }
+}
+
+/// A number with its digits in threes.
+fn grouped(number: usize) -> String {
+    let digits = number.to_string();
+    let threes: Vec<_> = digits.as_bytes().rchunks(3).rev().map(String::from_utf8_lossy).collect();
+    threes.join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> ModelConfig {
+        ModelConfig {
+            use_bias: true,
+            tie_word_embeddings: false,
+            n_groups: 4,
+            vocab_size: 37,
+            ..ModelConfig::preset("tiny").unwrap()
+        }
+    }
+
+    #[test]
+    fn slots_tile_every_row() {
+        let layout = Layout::new(&config());
+        let mut owner = vec![0_u8; layout.flat.len()];
+        for (_, slot, _) in layout.iter() {
+            owner[layout.flat.range(&slot)].iter_mut().for_each(|owners| *owners += 1);
+        }
+        assert!(owner.iter().all(|owners| *owners <= 1), "slots overlap");
+        let free = owner.iter().filter(|owners| **owners == 0).count();
+        assert_eq!(owner.len() - free, layout.parameter_count());
+        assert!(free < ROW_MULTIPLE * (layout.flat.layers + 1), "only the ends are padding");
+        assert!(
+            layout.flat.row.is_multiple_of(ROW_MULTIPLE) && layout.flat.shared.is_multiple_of(ROW_MULTIPLE)
+        );
+    }
+
+    #[test]
+    fn t22_decay_is_a_prefix_of_matrices() {
+        let layout = Layout::new(&config());
+        for (name, slot, info) in layout.iter() {
+            let decayed = match slot.row {
+                Row::Layer(_) => layout.decayed.0,
+                Row::Shared => layout.decayed.1,
+            };
+            assert_eq!(slot.offset + slot.len() <= decayed, info.role.decayed(), "{name}");
+            // A matrix has two axes; A_log, D, dt_bias, norms and biases have one, the convolution three.
+            assert_eq!(info.role.decayed(), info.shape.len() == 2, "{name}");
+        }
+    }
+
+    #[test]
+    fn ranges_of_a_row_are_contiguous() {
+        let layout = Layout::new(&config());
+        for row in [Row::Layer(0), Row::Shared] {
+            let ranks: Vec<_> = layout.params(row).map(|(_, info)| info.rank()).collect();
+            assert!(ranks.is_sorted(), "{ranks:?}");
+        }
+    }
+
+    #[test]
+    fn segments_fill_the_sharded_axis() {
+        let layout = Layout::new(&config());
+        for (name, slot, info) in layout.iter() {
+            let (axis, segments) = match &info.shard {
+                Shard::Column(segments) => (0, segments),
+                Shard::Row(segments) => (1, segments),
+                Shard::Replicated | Shard::Vocabulary => continue,
+            };
+            assert_eq!(segments.iter().map(Segment::len).sum::<usize>(), slot.shape[axis], "{name}");
+        }
+        let names = |segments: Vec<Segment>| segments.iter().map(|s| s.name).collect::<Vec<_>>();
+        assert_eq!(names(projection_segments(&config().spec())), ["z", "x", "B", "C", "dt"]);
+        assert_eq!(names(conv_segments(&config().spec())), ["x", "B", "C"]);
+    }
+
+    #[test]
+    fn typed_access_finds_the_right_tensors() {
+        let layout = Layout::new(&config());
+        let name_of = |wanted: &Slot| layout.iter().find(|(_, slot, _)| slot == wanted).unwrap().0;
+        let layer = layout.layer(2);
+        for (slot, name) in [
+            (&layer.norm, "norm.weight"),
+            (&layer.in_proj, "mixer.in_proj.weight"),
+            (layer.in_proj_bias.as_ref().unwrap(), "mixer.in_proj.bias"),
+            (&layer.conv_weight, "mixer.conv1d.weight"),
+            (layer.conv_bias.as_ref().unwrap(), "mixer.conv1d.bias"),
+            (&layer.dt_bias, "mixer.dt_bias"),
+            (&layer.a_log, "mixer.A_log"),
+            (&layer.d, "mixer.D"),
+            (&layer.norm_weight, "mixer.norm.weight"),
+            (&layer.out_proj, "mixer.out_proj.weight"),
+            (layer.out_proj_bias.as_ref().unwrap(), "mixer.out_proj.bias"),
+        ] {
+            assert_eq!(name_of(slot), format!("backbone.layers.2.{name}"));
+        }
+        let shared = layout.shared();
+        assert_eq!(name_of(&shared.embedding), "backbone.embeddings.weight");
+        assert_eq!(name_of(&shared.norm_f), "backbone.norm_f.weight");
+        assert_eq!(name_of(shared.head.as_ref().unwrap()), "lm_head.weight");
+    }
+
+    #[test]
+    fn t14_a_tied_head_is_no_parameter() {
+        let plain = ModelConfig { use_conv_bias: false, ..ModelConfig::preset("tiny").unwrap() };
+        let layout = Layout::new(&plain);
+        assert!(layout.shared().head.is_none());
+        assert!(layout.layer(0).conv_bias.is_none() && layout.layer(0).in_proj_bias.is_none());
+        assert_eq!(layout.iter().count(), 8 * plain.num_hidden_layers + 2);
+    }
+
+    #[test]
+    fn known_sizes() {
+        // From transformers 5.23: sum of p.numel() of Mamba2ForCausalLM with the same configuration.
+        let count = |name| Layout::new(&ModelConfig::preset(name).unwrap()).parameter_count();
+        assert_eq!(count("mamba2-130m"), 128_989_632);
+        assert_eq!(count("mamba2-2.7b"), 2_702_599_680);
+    }
+
+    #[test]
+    fn the_printed_table_adds_up() {
+        let text = Layout::new(&config()).to_string();
+        println!("{text}");
+        assert!(text.starts_with("weight decay"));
+        assert!(text.contains("backbone.layers.*.mixer.A_log"));
+        assert!(text.ends_with(&grouped(Layout::new(&config()).parameter_count())));
+        assert_eq!(grouped(1234567), "1,234,567");
+    }
+}

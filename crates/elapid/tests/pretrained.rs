@@ -1,0 +1,320 @@
+//! Model folders: round trips to the byte, and one test for every way in which a folder can be bad.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::path::Path;
+
+use elapid::Error;
+use elapid::config::ModelConfig;
+use elapid::model::init::{Init, initialise};
+use elapid::model::layout::Layout;
+use elapid::model::pretrained::{FileDType, export_warning, load_weights, save};
+use elapid_tensor::{NormGroup, Slot};
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use tempfile::TempDir;
+
+/// name → (dtype, shape, bytes)
+type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
+
+fn config() -> ModelConfig {
+    ModelConfig {
+        num_heads: 4,
+        head_dim: 4,
+        hidden_size: 8,
+        state_size: 3,
+        n_groups: 2,
+        vocab_size: 11,
+        num_hidden_layers: 2,
+        use_bias: true,
+        ..ModelConfig::preset("tiny").unwrap()
+    }
+}
+
+/// The values of all parameters, in a flat buffer.
+fn weights(config: &ModelConfig) -> Vec<f32> {
+    let layout = Layout::new(config);
+    let mut flat = vec![0.0; layout.flat.len()];
+    initialise(config, &layout, Init::StateSpaces, 7, |slot, values| {
+        flat[layout.flat.range(slot)].copy_from_slice(values);
+    });
+    flat
+}
+
+fn save_flat(dir: &Path, config: &ModelConfig, dtype: FileDType, flat: &[f32]) -> Result<(), Error> {
+    let layout = Layout::new(config);
+    save(dir, config, &layout, dtype, |slot: &Slot| flat[layout.flat.range(slot)].to_vec())
+}
+
+fn load_flat(dir: &Path) -> Result<Vec<f32>, Error> {
+    let layout = Layout::new(&ModelConfig::load(dir)?);
+    let mut flat = vec![0.0; layout.flat.len()];
+    load_weights(dir, &layout, |slot, values| flat[layout.flat.range(slot)].copy_from_slice(values))?;
+    Ok(flat)
+}
+
+/// Place of the first element of the embedding in a flat buffer.
+fn embedding_start() -> usize {
+    let layout = Layout::new(&config());
+    layout.flat.range(&layout.shared().embedding).start
+}
+
+fn read_tensors(path: &Path) -> Tensors {
+    let bytes = fs::read(path).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let owned = |view: TensorView| (view.dtype(), view.shape().to_vec(), view.data().to_vec());
+    tensors.tensors().into_iter().map(|(name, view)| (name, owned(view))).collect()
+}
+
+/// The file as the safetensors library makes it.
+fn serialize(tensors: &Tensors) -> Vec<u8> {
+    let views = tensors
+        .iter()
+        .map(|(name, (dtype, shape, bytes))| (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
+    let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    safetensors::serialize(views, Some(format)).unwrap()
+}
+
+fn saved(config: &ModelConfig) -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    save_flat(dir.path(), config, FileDType::F32, &weights(config)).unwrap();
+    dir
+}
+
+/// The folder of [`config`] after a change of its tensors.
+fn changed(change: impl FnOnce(&mut Tensors)) -> TempDir {
+    let dir = saved(&config());
+    let path = dir.path().join("model.safetensors");
+    let mut tensors = read_tensors(&path);
+    change(&mut tensors);
+    fs::write(&path, serialize(&tensors)).unwrap();
+    dir
+}
+
+#[track_caller]
+fn refused(dir: &TempDir, expected: &[&str]) {
+    let error = load_flat(dir.path()).expect_err("must be refused");
+    for part in expected {
+        assert!(error.to_string().contains(part), "{part:?} is not in: {error}");
+    }
+    assert!(error.hint().is_some(), "no hint: {error}");
+}
+
+#[test]
+fn round_trips_to_the_byte() {
+    for tied in [true, false] {
+        let config = ModelConfig { tie_word_embeddings: tied, ..config() };
+        for dtype in [FileDType::F32, FileDType::Bf16, FileDType::F16] {
+            let (first, second) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+            save_flat(first.path(), &config, dtype, &weights(&config)).unwrap();
+            let loaded = load_flat(first.path()).unwrap();
+            if dtype == FileDType::F32 {
+                assert_eq!(loaded, weights(&config));
+            }
+            save_flat(second.path(), &ModelConfig::load(first.path()).unwrap(), dtype, &loaded).unwrap();
+            let mut names: Vec<_> =
+                fs::read_dir(second.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+            names.sort();
+            assert_eq!(names, ["config.json", "generation_config.json", "model.safetensors"]);
+            for name in names {
+                let read = |dir: &TempDir| fs::read(dir.path().join(&name)).unwrap();
+                assert!(read(&first) == read(&second), "{name:?} changed, {dtype:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn sixteen_bits_are_rounded_to_nearest() {
+    let mut flat = weights(&config());
+    flat[embedding_start()] = 1.0 + 0.75 / 128.0;
+    for (dtype, nearest) in [(FileDType::Bf16, 1.0 + 1.0 / 128.0), (FileDType::F16, 1.0 + 6.0 / 1024.0)] {
+        let dir = tempfile::tempdir().unwrap();
+        save_flat(dir.path(), &config(), dtype, &flat).unwrap();
+        assert_eq!(load_flat(dir.path()).unwrap()[embedding_start()], nearest);
+        assert_eq!(ModelConfig::load(dir.path()).unwrap().dtype.as_deref(), Some(dtype.name()));
+    }
+}
+
+#[test]
+fn the_file_is_the_one_that_the_library_writes() {
+    let dir = saved(&config());
+    let path = dir.path().join("model.safetensors");
+    assert!(fs::read(&path).unwrap() == serialize(&read_tensors(&path)));
+}
+
+#[test]
+fn shards_read_like_one_file() {
+    let dir = saved(&config());
+    let at = |name: &str| dir.path().join(name);
+    let (mut one, mut two) = (read_tensors(&at("model.safetensors")), read_tensors(&at("model.safetensors")));
+    fs::remove_file(at("model.safetensors")).unwrap();
+    one.retain(|name, _| name.len().is_multiple_of(2));
+    two.retain(|name, _| !name.len().is_multiple_of(2));
+    let mut map = serde_json::Map::new();
+    for (file, part) in
+        [("model-00001-of-00002.safetensors", &one), ("model-00002-of-00002.safetensors", &two)]
+    {
+        assert!(!part.is_empty());
+        fs::write(at(file), serialize(part)).unwrap();
+        map.extend(part.keys().map(|name| (name.clone(), file.into())));
+    }
+    let index = at("model.safetensors.index.json");
+    fs::write(&index, serde_json::json!({ "metadata": {}, "weight_map": map }).to_string()).unwrap();
+    assert_eq!(load_flat(dir.path()).unwrap(), weights(&config()));
+
+    // The same tensor in both pieces.
+    let repeated = one.first_key_value().unwrap();
+    two.insert(repeated.0.clone(), repeated.1.clone());
+    fs::write(at("model-00002-of-00002.safetensors"), serialize(&two)).unwrap();
+    refused(&dir, &[repeated.0, "00001-of-00002", "00002-of-00002"]);
+
+    fs::remove_file(at("model-00002-of-00002.safetensors")).unwrap();
+    refused(&dir, &["index.json names files that are missing: model-00002-of-00002.safetensors"]);
+    for bad in [r#"{"weight_map": {"a": "../x.safetensors"}}"#, r#"{"weight_map": {}}"#, "[]"] {
+        fs::write(&index, bad).unwrap();
+        refused(&dir, &["no weight_map"]);
+    }
+    fs::write(&index, "{").unwrap();
+    refused(&dir, &["is not JSON"]);
+}
+
+#[test]
+fn t13_state_spaces_spelling_of_the_embedding() {
+    let dir = changed(|tensors| {
+        let embedding = tensors.remove("backbone.embeddings.weight").unwrap();
+        tensors.insert("backbone.embedding.weight".into(), embedding);
+    });
+    assert_eq!(load_flat(dir.path()).unwrap(), weights(&config()));
+    let both = changed(|tensors| {
+        let embedding = tensors["backbone.embeddings.weight"].clone();
+        tensors.insert("backbone.embedding.weight".into(), embedding);
+    });
+    refused(&both, &["1 unexpected (backbone.embedding.weight)"]);
+}
+
+#[test]
+fn t14_alias_of_a_tied_head() {
+    let alias = |tensors: &mut Tensors| {
+        let embedding = tensors["backbone.embeddings.weight"].clone();
+        tensors.insert("lm_head.weight".into(), embedding);
+    };
+    assert_eq!(load_flat(changed(alias).path()).unwrap(), weights(&config()));
+    let different = changed(|tensors| {
+        alias(tensors);
+        tensors.get_mut("lm_head.weight").unwrap().2[3] ^= 0x80;
+    });
+    refused(&different, &["lm_head.weight", "differs from backbone.embeddings.weight"]);
+    assert!(!read_tensors(&saved(&config()).path().join("model.safetensors")).contains_key("lm_head.weight"));
+}
+
+#[test]
+fn missing_tensors_are_all_named() {
+    let dir = changed(|tensors| {
+        tensors.remove("backbone.layers.0.mixer.A_log").unwrap();
+        tensors.remove("backbone.norm_f.weight").unwrap();
+    });
+    refused(&dir, &["2 missing (backbone.layers.0.mixer.A_log, backbone.norm_f.weight)"]);
+}
+
+#[test]
+fn an_untied_head_that_is_missing_gets_its_own_hint() {
+    let dir = saved(&config());
+    let untied = ModelConfig { tie_word_embeddings: false, ..config() };
+    fs::write(dir.path().join("config.json"), untied.to_json()).unwrap();
+    let error = load_flat(dir.path()).unwrap_err();
+    assert!(error.to_string().contains("1 missing (lm_head.weight)"), "{error}");
+    assert!(error.hint().unwrap().contains("tie_word_embeddings"));
+}
+
+#[test]
+fn a_model_without_its_prefix_gets_its_own_hint() {
+    let dir = changed(|tensors| {
+        let bare = std::mem::take(tensors).into_iter();
+        tensors.extend(bare.map(|(name, tensor)| (name.replace("backbone.", ""), tensor)));
+    });
+    let error = load_flat(dir.path()).unwrap_err();
+    assert!(error.hint().unwrap().contains("Mamba2ForCausalLM"), "{:?}", error.hint());
+}
+
+#[test]
+fn unexpected_tensors_are_named() {
+    let dir = changed(|tensors| {
+        let norm = tensors["backbone.norm_f.weight"].clone();
+        tensors.insert("backbone.layers.9.norm.weight".into(), norm);
+    });
+    refused(&dir, &["1 unexpected (backbone.layers.9.norm.weight)"]);
+}
+
+#[test]
+fn a_wrong_shape_names_both() {
+    let dir = changed(|tensors| {
+        let norm = tensors.get_mut("backbone.norm_f.weight").unwrap();
+        norm.1 = vec![7];
+        norm.2.truncate(28);
+    });
+    refused(&dir, &["backbone.norm_f.weight is [7]", "makes it [8]", "model.safetensors"]);
+}
+
+#[test]
+fn an_unsupported_element_type_is_named() {
+    let dir = changed(|tensors| {
+        let norm = tensors.get_mut("backbone.norm_f.weight").unwrap();
+        norm.0 = Dtype::F64;
+        norm.2 = vec![0; 64];
+    });
+    refused(&dir, &["backbone.norm_f.weight", "F64"]);
+}
+
+#[test]
+fn damaged_files_are_refused() {
+    let dir = saved(&config());
+    let path = dir.path().join("model.safetensors");
+    let whole = fs::read(&path).unwrap();
+    for length in [0, 4, 100, whole.len() - 1] {
+        fs::write(&path, &whole[..length]).unwrap();
+        refused(&dir, &["model.safetensors", &format!("({length} bytes)"), "not a whole safetensors file"]);
+    }
+    fs::remove_file(&path).unwrap();
+    refused(&dir, &["there is no model.safetensors"]);
+    fs::write(dir.path().join("pytorch_model.bin"), "x").unwrap();
+    let error = load_flat(dir.path()).unwrap_err();
+    assert!(error.hint().unwrap().contains("pickle"));
+}
+
+#[test]
+fn values_that_are_not_finite_are_located() {
+    for value in [f32::NAN, f32::NEG_INFINITY] {
+        let dir = changed(|tensors| {
+            let bytes = &mut tensors.get_mut("backbone.embeddings.weight").unwrap().2;
+            bytes[4 * (2 * 8 + 5)..][..4].copy_from_slice(&value.to_le_bytes());
+        });
+        refused(&dir, &["model.safetensors", &format!("backbone.embeddings.weight[2, 5] is {value}")]);
+    }
+}
+
+#[test]
+fn a_failed_save_leaves_the_old_model() {
+    let dir = saved(&config());
+    for (value, hint) in [(f32::NAN, "diverged"), (70000.0, "does not fit float16")] {
+        let mut flat = weights(&config());
+        flat[embedding_start()] = value;
+        let error = save_flat(dir.path(), &config(), FileDType::F16, &flat).unwrap_err();
+        assert!(error.to_string().contains("backbone.embeddings.weight[0, 0]"), "{error}");
+        assert!(error.hint().unwrap().contains(hint), "{:?}", error.hint());
+        assert_eq!(load_flat(dir.path()).unwrap(), weights(&config()));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 3, "a partial file is left");
+    }
+    let file = dir.path().join("config.json").join("below a file");
+    let error = save_flat(&file, &config(), FileDType::F32, &weights(&config())).unwrap_err();
+    assert!(error.to_string().contains("below a file"), "{error}");
+}
+
+#[test]
+fn t1_export_of_a_whole_width_norm_warns() {
+    let across = ModelConfig { norm_group: NormGroup::Across, ..config() };
+    assert!(export_warning(&across).unwrap().contains("2 groups"));
+    assert_eq!(export_warning(&config()), None);
+    assert_eq!(export_warning(&ModelConfig { n_groups: 1, ..across.clone() }), None);
+    assert_eq!(ModelConfig::load(saved(&across).path()).unwrap().norm_group, NormGroup::Across);
+}
