@@ -4,6 +4,15 @@
 //! values, so that only what the backend itself rounds counts as its error. The error of a tensor is
 //! ‖got − wanted‖ / ‖wanted‖ over all its elements. Gradients are added to buffers that already hold values, and
 //! everything around their places must stay as it was, to the bit.
+//!
+//! Where the contract leaves a choice, the suite reads it so:
+//!
+//! - Weight and bias of `linear`, of the convolution, the table of `embedding` and the weight of `head_loss` come in
+//!   the dtype of the activations; norm weights, `dt_bias`, `a_log`, `d`, states and their cotangents are fp32.
+//! - The conv state after the last position is an exact copy of inputs, those of the last document only, with
+//!   zeros where that is shorter than K − 1.
+//! - Δt passes its gradient at the ends of `dt_limit` as well, as `torch.clamp` does.
+//! - `norm` and `factor` of `clip` mean nothing where `finite` is 0.
 
 mod bits;
 mod check;

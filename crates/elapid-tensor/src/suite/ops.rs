@@ -69,8 +69,14 @@ pub fn linear<B: Backend>(backend: &B) -> Vec<Report> {
     for dtype in [F32, Bf16] {
         for bias in [false, true] {
             // Leading axes of x, then I and O.
-            let sizes: [(&[usize], usize, usize); 5] =
-                [(&[1, 1], 1, 1), (&[1, 3], 5, 7), (&[5, 13], 130, 257), (&[2], 96, 33), (&[2, 64], 64, 128)];
+            let sizes: [(&[usize], usize, usize); 6] = [
+                (&[1, 1], 1, 1),
+                (&[1, 3], 5, 7),
+                (&[5, 13], 130, 257),
+                (&[2], 96, 33),
+                (&[2, 64], 64, 128),
+                (&[2, 150], 520, 300),
+            ];
             for (rows, i, o) in sizes {
                 let with = if bias { "bias" } else { "no bias" };
                 let mut check = Check::new(backend, "linear", format!("{rows:?}x{i}x{o} {with} {dtype:?}"));
