@@ -1,7 +1,11 @@
 //! Elapid trains Mamba-2 language models: text → tokens → batches → model → gradients → parameters → checkpoint.
 
+pub mod commands;
 pub mod config;
+pub mod data;
 pub mod error;
+pub mod generate;
 pub mod model;
+pub mod train;
 
 pub use error::Error;

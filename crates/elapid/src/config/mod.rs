@@ -6,6 +6,7 @@
 
 mod json;
 mod presets;
+pub mod run;
 
 use elapid_tensor::{Mamba2Spec, NormGroup};
 use serde::{Deserialize, Serialize};

@@ -9,9 +9,9 @@ use elapid_tensor::{
 
 use super::init::{Init, initialise};
 use super::layout::Layout;
-use super::pretrained::{DiskDType, load_weights, save_weights};
+use super::pretrained::{self, FileDType};
 use crate::config::ModelConfig;
-use crate::error::Error;
+use crate::Error;
 
 /// A Mamba-2 language model and its parameters on a device.
 ///
@@ -37,7 +37,8 @@ struct Block<T> {
 }
 
 impl<B: Backend> Mamba2ForCausalLM<B> {
-    fn empty(backend: &B, config: &ModelConfig, dtype: DType) -> Self {
+    /// A model of zeros, to be [loaded](Self::load).
+    pub fn empty(backend: &B, config: &ModelConfig, dtype: DType) -> Self {
         let layout = Layout::new(config);
         let masters = backend.buffer(layout.flat, DType::F32);
         let compute = (dtype != DType::F32).then(|| backend.buffer(layout.flat, dtype));
@@ -69,11 +70,8 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
     /// # Errors
     /// As [`Self::from_pretrained`].
     pub fn load(&mut self, backend: &B, dir: &Path) -> Result<(), Error> {
-        let Self { config, layout, masters, .. } = self;
-        load_weights(dir, config, layout, |slot, values| {
-            backend.write_slot(masters, slot, values);
-            Ok(())
-        })?;
+        let Self { layout, masters, .. } = self;
+        pretrained::load_weights(dir, layout, |slot, values| backend.write_slot(masters, slot, values))?;
         self.refresh(backend);
         Ok(())
     }
@@ -82,10 +80,8 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
     ///
     /// # Errors
     /// When the folder cannot be written.
-    pub fn save_pretrained(&self, backend: &B, dir: &Path, disk: DiskDType) -> Result<(), Error> {
-        save_weights(dir, &self.config, &self.layout, disk, |slot| {
-            backend.values(&backend.view(&self.masters, slot))
-        })
+    pub fn save_pretrained(&self, backend: &B, dir: &Path, disk: FileDType) -> Result<(), Error> {
+        pretrained::save(dir, &self.config, &self.layout, disk, |slot| self.parameter(backend, slot))
     }
 
     /// Brings the compute copy up to date with the masters.

@@ -1,7 +1,9 @@
 //! The model: its layout in memory, its initial values, and pretrained folders.
 
+mod causal_lm;
 pub mod init;
 pub mod layout;
 pub mod pretrained;
 
+pub use causal_lm::Mamba2ForCausalLM;
 pub use layout::{LayerSlots, Layout, ParamInfo, Role, Segment, Shard, SharedSlots};

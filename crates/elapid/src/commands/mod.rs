@@ -1,0 +1,117 @@
+//! The subcommands, one file each.
+
+mod eval;
+mod generate;
+mod quickstart;
+mod tokenize;
+mod train;
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::Error;
+use crate::config::run::TrainArgs;
+
+/// Trains Mamba-2 language models: text in, a Hugging Face compatible model out.
+#[derive(Parser)]
+#[command(name = "elapid", version, args_override_self = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Text → tokens → trained model → sample, in minutes, offline
+    Quickstart(quickstart::QuickstartArgs),
+    /// Pack text into a dataset of token blocks
+    Tokenize(tokenize::TokenizeArgs),
+    /// Train a model
+    Train(Box<TrainArgs>),
+    /// Loss and perplexity of a model on a dataset
+    Eval(eval::EvalArgs),
+    /// Continue a prompt
+    Generate(generate::GenerateArgs),
+}
+
+/// Runs the command line `args`, program name first. Errors go to stderr as `error:` and `hint:`.
+pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(args.into_iter().enumerate().map(|(i, arg)| kebab_case(i, arg))) {
+        Ok(cli) => cli,
+        Err(error) => {
+            let code = error.exit_code();
+            // Nothing is left to do where even this cannot be printed.
+            let _ = error.print();
+            return ExitCode::from(code as u8);
+        }
+    };
+    let result = match cli.command {
+        Command::Quickstart(args) => quickstart::run(&args),
+        Command::Tokenize(args) => tokenize::run(args),
+        Command::Train(args) => train::run(*args),
+        Command::Eval(args) => eval::run(&args),
+        Command::Generate(args) => generate::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            if let Some(hint) = error.hint() {
+                eprintln!("hint: {hint}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// `--flag_name=value` → `--flag-name=value`: the spelling of the system that this one replaces.
+fn kebab_case(index: usize, arg: OsString) -> OsString {
+    match arg.to_str() {
+        Some(text) if index > 0 && text.starts_with("--") => {
+            let end = text.find('=').unwrap_or(text.len());
+            (text[..end].replace('_', "-") + &text[end..]).into()
+        }
+        _ => arg,
+    }
+}
+
+/// Prints one line on stdout. A reader that has gone away is no error of ours.
+fn print_line(text: &str) -> Result<(), Error> {
+    match writeln!(std::io::stdout(), "{text}") {
+        Err(cause) if cause.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Error::new(format!("cannot write to stdout: {cause}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_flags_are_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn underscores_are_dashes_in_flags_and_only_there() {
+        let convert = |arg: &str| kebab_case(1, arg.into()).into_string().unwrap();
+        assert_eq!(convert("--data_dir=my_data"), "--data-dir=my_data");
+        assert_eq!(convert("--grad_accum_usteps"), "--grad-accum-usteps");
+        assert_eq!(convert("my_data"), "my_data");
+    }
+
+    #[test]
+    fn the_last_of_a_repeated_flag_counts() {
+        let cli = Cli::try_parse_from([
+            "elapid", "train", "--model", "tiny", "--data-dir", "d", "--max-steps", "1", "--lr", "1", "--lr", "2",
+        ]);
+        let Command::Train(args) = cli.unwrap().command else { panic!("not train") };
+        assert_eq!(args.lr, 2.0);
+    }
+}

@@ -1,0 +1,256 @@
+//! A training run: from what was typed ([`TrainArgs`]) to what is meant ([`Run`]).
+
+use std::path::{Path, PathBuf};
+
+use clap::ValueEnum;
+use elapid_tensor::NormGroup;
+use serde::Serialize;
+
+use super::{ModelConfig, PRESETS};
+use crate::Error;
+use crate::model::init::Init;
+use crate::train::schedule::{Schedule, Shape};
+
+/// Compute dtype.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Dtype {
+    /// fp32 throughout.
+    Float32,
+    /// bf16 activations and products, fp32 masters and states.
+    Bfloat16,
+}
+
+/// Where the model runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Device {
+    /// The cores of this machine.
+    Cpu,
+}
+
+/// Initial values of a new model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum InitScheme {
+    /// As state-spaces/mamba.
+    StateSpaces,
+    /// As Hugging Face transformers.
+    Transformers,
+}
+
+impl From<InitScheme> for Init {
+    fn from(scheme: InitScheme) -> Self {
+        match scheme {
+            InitScheme::StateSpaces => Self::StateSpaces,
+            InitScheme::Transformers => Self::Transformers,
+        }
+    }
+}
+
+/// What layers keep for their adjoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum ActivationCheckpointing {
+    /// What each op saves: fastest.
+    None,
+    /// The input of each block, which then runs twice: least memory.
+    Block,
+}
+
+/// Flags of `elapid train`.
+#[derive(Clone, Debug, Serialize, clap::Args)]
+#[serde(rename_all = "kebab-case")]
+pub struct TrainArgs {
+    /// Preset name, or a config.json, or a folder that holds one
+    #[arg(long, value_name = "PRESET|PATH", required_unless_present = "init_from")]
+    pub model: Option<String>,
+    /// Rows of the embedding table, in place of the model's own
+    #[arg(long, value_name = "V")]
+    pub vocab_size: Option<usize>,
+    /// Groups of B and C, in place of the model's own
+    #[arg(long, value_name = "G")]
+    pub n_groups: Option<usize>,
+    /// Gated norm over the whole inner width instead of per group
+    #[arg(long)]
+    pub rmsnorm_across_groups: bool,
+    /// Start from the weights of a Hugging Face folder
+    #[arg(long, value_name = "DIR")]
+    pub init_from: Option<PathBuf>,
+    /// Initial values of a new model
+    #[arg(long, value_enum, default_value = "state-spaces")]
+    pub init: InitScheme,
+    /// Dataset folder, as `elapid tokenize` or Python's `save_to_disk` wrote it
+    #[arg(long, value_name = "DIR")]
+    pub data_dir: PathBuf,
+    /// Must agree with the dataset; for command lines that name it
+    #[arg(long, value_name = "L")]
+    pub seq_len: Option<usize>,
+    /// Read samples in a seeded random order, new in every epoch
+    #[arg(long)]
+    pub shuffle: bool,
+    /// Seed of initial values and shuffling
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Compute dtype
+    #[arg(long, value_enum, default_value = "float32")]
+    pub dtype: Dtype,
+    /// Sequences in a micro-step
+    #[arg(long, default_value_t = 1)]
+    pub batch: usize,
+    /// Micro-steps in an optimizer step
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub grad_accum_usteps: usize,
+    /// Optimizer steps
+    #[arg(long, value_name = "N")]
+    pub max_steps: u64,
+    /// Peak learning rate
+    #[arg(long, default_value_t = 3e-4)]
+    pub lr: f64,
+    /// Learning rate at the last step of the cosine [default: a tenth of --lr]
+    #[arg(long)]
+    pub min_lr: Option<f64>,
+    /// Steps of linear warm-up
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub warmup_steps: u64,
+    /// Learning rate after warm-up
+    #[arg(long, value_enum, default_value = "cosine")]
+    pub lr_schedule: Shape,
+    /// Decay of AdamW's first moment
+    #[arg(long, default_value_t = 0.9)]
+    pub beta1: f32,
+    /// Decay of AdamW's second moment
+    #[arg(long, default_value_t = 0.95)]
+    pub beta2: f32,
+    /// AdamW's epsilon
+    #[arg(long, default_value_t = 1e-8)]
+    pub eps: f32,
+    /// Decoupled weight decay of matrices; vectors are never decayed
+    #[arg(long, default_value_t = 0.1)]
+    pub weight_decay: f32,
+    /// Clip gradients to this global norm; 0 does not clip
+    #[arg(long, default_value_t = 1.0)]
+    pub max_grad_norm: f32,
+    /// What layers keep for the backward pass
+    #[arg(long, value_enum, default_value = "none")]
+    pub activation_checkpointing: ActivationCheckpointing,
+    /// Steps between log lines where there is no terminal
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    pub logging_interval: u64,
+    /// Run folder [default: runs/MODEL, or the first free runs/MODEL-N]
+    #[arg(long, value_name = "DIR")]
+    pub output_dir: Option<PathBuf>,
+    /// Where to compute
+    #[arg(long, value_enum, default_value = "cpu")]
+    pub device: Device,
+    /// Worker threads [default: one a core]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+    /// Accepted for old command lines; means nothing here
+    #[arg(long, hide = true, num_args = 0..=1)]
+    #[serde(skip)]
+    pub backend: Option<Option<String>>,
+    /// Accepted for old command lines; means nothing here
+    #[arg(long, hide = true)]
+    #[serde(skip)]
+    pub debug: bool,
+}
+
+/// A validated training run.
+#[derive(Clone, Debug)]
+pub struct Run {
+    /// The flags, with what was left open filled in; saved as `run.toml` beside the results.
+    pub args: TrainArgs,
+    /// The model's configuration.
+    pub config: ModelConfig,
+    /// Run folder.
+    pub output_dir: PathBuf,
+    /// The learning rate by step.
+    pub schedule: Schedule,
+}
+
+impl TrainArgs {
+    /// Checks the values and resolves the model and the run folder. Reads the model's configuration, writes nothing.
+    ///
+    /// # Errors
+    /// A value that cannot be meant, with its flag.
+    pub fn resolve(self) -> Result<Run, Error> {
+        if let Some(flag) = self.backend.as_ref().map(|_| "--backend").or(self.debug.then_some("--debug")) {
+            eprintln!("warning: {flag} means nothing here and is passed over");
+        }
+        let model = match (&self.model, &self.init_from) {
+            (Some(model), _) => model.clone(),
+            (None, Some(dir)) => dir.display().to_string(),
+            (None, None) => return Err(Error::new("neither --model nor --init-from is given")),
+        };
+        let mut config = match (&self.model, &self.init_from) {
+            (Some(name), _) if PRESETS.contains(&name.as_str()) || !Path::new(name).exists() => {
+                ModelConfig::preset(name)?
+            }
+            _ => ModelConfig::load(Path::new(&model))?,
+        };
+        if let Some(vocab_size) = self.vocab_size {
+            config.vocab_size = vocab_size;
+        }
+        if let Some(n_groups) = self.n_groups {
+            config.n_groups = n_groups;
+        }
+        if self.rmsnorm_across_groups {
+            config.norm_group = NormGroup::Across;
+        }
+        config.validate()?;
+
+        at_least_one("--batch", self.batch as u64)?;
+        at_least_one("--grad-accum-usteps", self.grad_accum_usteps as u64)?;
+        at_least_one("--max-steps", self.max_steps)?;
+        at_least_one("--logging-interval", self.logging_interval)?;
+        at_least_one("--threads", self.threads.unwrap_or(1) as u64)?;
+        let min_lr = self.min_lr.unwrap_or(self.lr / 10.0);
+        between("--lr", self.lr, f64::MIN_POSITIVE, f64::MAX)?;
+        between("--min-lr", min_lr, 0.0, self.lr)?;
+        between("--beta1", f64::from(self.beta1), 0.0, 1.0 - f64::EPSILON)?;
+        between("--beta2", f64::from(self.beta2), 0.0, 1.0 - f64::EPSILON)?;
+        between("--eps", f64::from(self.eps), 0.0, f64::MAX)?;
+        between("--weight-decay", f64::from(self.weight_decay), 0.0, f64::MAX)?;
+        between("--max-grad-norm", f64::from(self.max_grad_norm), 0.0, f64::MAX)?;
+        if self.warmup_steps > self.max_steps {
+            let (warmup, max) = (self.warmup_steps, self.max_steps);
+            return Err(Error::new(format!("--warmup-steps {warmup} is more than --max-steps {max}"))
+                .with_hint("the learning rate would never reach its peak; warm up over 1 to 10 % of the steps"));
+        }
+        let name = Path::new(&model).file_stem().map_or("model".into(), |stem| stem.to_string_lossy());
+        let output_dir = self.output_dir.clone().unwrap_or_else(|| free_folder(Path::new("runs"), &name));
+
+        let schedule = Schedule {
+            shape: self.lr_schedule,
+            lr: self.lr,
+            min_lr,
+            warmup_steps: self.warmup_steps,
+            max_steps: self.max_steps,
+        };
+        let args = Self { min_lr: Some(min_lr), output_dir: Some(output_dir.clone()), ..self };
+        Ok(Run { args, config, output_dir, schedule })
+    }
+}
+
+/// `parent/name`, or the first free `parent/name-N` from 2 on.
+pub fn free_folder(parent: &Path, name: &str) -> PathBuf {
+    let numbered = (2..).map(|n| parent.join(format!("{name}-{n}")));
+    std::iter::once(parent.join(name)).chain(numbered).find(|dir| !dir.exists()).expect("numbers do not end")
+}
+
+fn at_least_one(flag: &str, value: u64) -> Result<(), Error> {
+    if value == 0 { Err(Error::new(format!("{flag} is 0")).with_hint("give 1 or more")) } else { Ok(()) }
+}
+
+fn between(flag: &str, value: f64, low: f64, high: f64) -> Result<(), Error> {
+    if (low..=high).contains(&value) {
+        return Ok(());
+    }
+    let bounds = match (low, high) {
+        (f64::MIN_POSITIVE, _) => "more than 0".to_owned(),
+        (_, f64::MAX) => format!("{low} or more"),
+        _ => format!("between {low} and {high}"),
+    };
+    Err(Error::new(format!("{flag} is {value}")).with_hint(format!("it must be {bounds}")))
+}

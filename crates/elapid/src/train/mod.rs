@@ -1,0 +1,11 @@
+//! Training: micro-steps, updates, and the loop round them.
+
+mod evaluate;
+mod progress;
+mod run;
+pub mod schedule;
+mod trainer;
+
+pub use evaluate::{Evaluation, evaluate};
+pub use run::{Outcome, cpu, train};
+pub use trainer::{Batch, StepReport, Trainer};

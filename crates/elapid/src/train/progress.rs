@@ -1,0 +1,66 @@
+//! What a person sees while a model trains: a bar on a terminal, plain lines elsewhere.
+
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
+
+/// Figures of one optimizer step.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Figures {
+    pub(crate) step: u64,
+    pub(crate) loss: f64,
+    pub(crate) lr: f64,
+    pub(crate) grad_norm: f64,
+    pub(crate) tokens_per_s: f64,
+    /// Share of this machine's measured fp32 matrix-product rate.
+    pub(crate) mfu: f64,
+}
+
+/// Shows steps on stderr.
+pub(crate) enum Progress {
+    Bar(ProgressBar),
+    Lines { every: u64, last: u64, started: std::time::Instant },
+}
+
+impl Progress {
+    pub(crate) fn new(max_steps: u64, every: u64) -> Self {
+        if !std::io::stderr().is_terminal() {
+            return Self::Lines { every, last: max_steps, started: std::time::Instant::now() };
+        }
+        let style = ProgressStyle::with_template("step {pos}/{len} {bar:24} {msg}  ETA {eta}")
+            .expect("the template is constant");
+        let bar = ProgressBar::new(max_steps).with_style(style.progress_chars("━╸ "));
+        bar.enable_steady_tick(Duration::from_millis(250));
+        Self::Bar(bar)
+    }
+
+    pub(crate) fn step(&self, f: &Figures) {
+        let speed = format!("{:.0} tokens/s  MFU {:.0} %", f.tokens_per_s, 100.0 * f.mfu);
+        match self {
+            Self::Bar(bar) => {
+                bar.set_message(format!("loss {:.4}  {speed}", f.loss));
+                bar.set_position(f.step);
+            }
+            Self::Lines { every, last, started } => {
+                if f.step == 1 || f.step.is_multiple_of(*every) || f.step == *last {
+                    let left = started.elapsed().mul_f64((last - f.step) as f64 / f.step as f64);
+                    eprintln!(
+                        "step {}/{last}  loss {:.4}  lr {:.2e}  grad norm {:.3}  {speed}  ETA {}",
+                        f.step,
+                        f.loss,
+                        f.lr,
+                        f.grad_norm,
+                        HumanDuration(left)
+                    );
+                }
+            }
+        }
+    }
+
+    pub(crate) fn finish(&self) {
+        if let Self::Bar(bar) = self {
+            bar.finish();
+        }
+    }
+}
