@@ -132,8 +132,10 @@ fn read(mut fields: Fields) -> Result<ModelConfig, Error> {
     // own config.json says `true`.
     fields.flag("norm_before_gate", false)?;
     let intermediate_size = fields.count("intermediate_size", 0)?;
-    // Names remote code that does not travel with the weights.
-    fields.0.shift_remove("auto_map");
+    // Remote code does not travel with the weights, and the place they came from is not theirs any more.
+    for name in ["auto_map", "_name_or_path", "_commit_hash"] {
+        fields.0.shift_remove(name);
+    }
 
     let torch_dtype: Option<String> = fields.take("torch_dtype", "the name of an element type", None)?;
     let dtype: Option<String> = fields.take("dtype", "the name of an element type", None)?;
@@ -267,14 +269,14 @@ impl Fields {
         }
     }
 
-    /// A leftover field that is one or two letters away from one of ours would silently mean its default.
+    /// A leftover field that is a slip of the pen away from one of ours would silently mean its default. Two letters
+    /// would be too many: `num_beams` is not `num_heads`.
     fn refuse_misspelt(&self, config: &ModelConfig) -> Result<(), Error> {
-        let known: Value = serde_json::from_str(&config.to_json()).unwrap_or_default();
-        let known: Vec<&str> =
-            known.as_object().into_iter().flat_map(|map| map.keys().map(String::as_str)).collect();
+        let plain = |name: &str| name.to_lowercase().replace(['_', '-'], "");
+        let known: Map<String, Value> = serde_json::from_str(&config.to_json()).unwrap_or_default();
         for name in self.0.keys() {
             if let Some(near) =
-                known.iter().find(|known| strsim::osa_distance(known, &name.to_lowercase()) <= 2)
+                known.keys().find(|known| strsim::osa_distance(&plain(known), &plain(name)) <= 1)
             {
                 return Err(Error::new(format!("unknown field {name:?}"))
                     .with_hint(format!("did you mean {near:?}? Remove the field otherwise")));
@@ -400,7 +402,7 @@ mod tests {
     #[test]
     fn codestral_of_transformers_4_44() {
         let config = ModelConfig::from_json(
-            r#"{"_name_or_path": "x", "architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2",
+            r#"{"_name_or_path": "x", "architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2", "num_beams": 1,
                 "n_groups": 8, "num_heads": 128, "intermediate_size": 8192, "norm_before_gate": true,
                 "rms_norm": true, "time_step_init_scheme": "random", "time_step_scale": 1.0,
                 "time_step_rank": "auto", "time_step_limit": [0.0, Infinity], "torch_dtype": "bfloat16",
@@ -412,7 +414,8 @@ mod tests {
         assert_eq!(config.pad_token_id, None);
         assert_eq!(config.time_step_rank, 256);
         assert_eq!(config.extra["time_step_scale"], json!(1.0));
-        assert!(!config.extra.contains_key("auto_map"));
+        let kept: Vec<_> = config.extra.keys().map(String::as_str).collect();
+        assert_eq!(kept, ["num_beams", "time_step_init_scheme", "time_step_scale"]);
     }
 
     #[test]
@@ -453,6 +456,7 @@ mod tests {
             (r#", "eos_token_id": "end""#, "eos_token_id is \"end\""),
             (r#", "layer_norm_epsilon": null"#, "layer_norm_epsilon is null"),
             (r#", "n_group": 4"#, "unknown field \"n_group\""),
+            (r#", "numHeads": 4"#, "unknown field \"numHeads\""),
         ] {
             assert_eq!(refused(fields).to_string(), message);
         }

@@ -294,6 +294,7 @@ pub fn save(
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
         "pad_token_id": config.pad_token_id,
+        "use_cache": config.use_cache,
     });
     let files = [
         Aside::write(dir, "config.json", |out| put(out, config.to_json().as_bytes()))?,
