@@ -36,9 +36,9 @@ impl Tensor {
         self.shape.iter().product()
     }
 
-    /// Extent of the last axis.
+    /// Extent of the last axis; 1 for a scalar.
     pub(crate) fn last(&self) -> usize {
-        *self.shape.last().expect("not a scalar")
+        self.shape.last().copied().unwrap_or(1)
     }
 
     fn slice<T: Plain>(&self) -> &[T] {

@@ -23,6 +23,10 @@ use crate::tensor::Tensor;
 /// Heads of one piece. More heads share one C·Bᵀ, fewer give more pieces.
 const HEAD_BLOCK: usize = 8;
 
+/// Longest chunk of this device, whatever the model's `chunk_size`: the result is the same, and beyond it the square
+/// of the chunk costs more than its larger products gain (docs/lab.md).
+const MAX_CHUNK: usize = 128;
+
 /// Extents of one call.
 #[derive(Clone, Copy)]
 struct Dims {
@@ -37,7 +41,7 @@ struct Dims {
     c: usize,
     /// E + C + H.
     proj: usize,
-    /// Q, at most L.
+    /// Q, at most L and at most [`MAX_CHUNK`].
     q: usize,
     /// ⌈L / Q⌉.
     chunks: usize,
@@ -64,7 +68,7 @@ impl Dims {
         let &[batch, len, proj] = projected.shape() else { panic!("projected must be [B, L, E + C + H]") };
         assert_eq!(proj, spec.projection());
         assert_eq!(spec.heads % spec.groups, 0);
-        let q = spec.chunk.min(len).max(1);
+        let q = spec.chunk.min(MAX_CHUNK).min(len).max(1);
         Self {
             spec: *spec,
             batch,
