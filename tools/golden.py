@@ -16,24 +16,24 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 GOLDEN = Path(__file__).resolve().parent.parent / "crates/elapid/tests/golden"
 
 
-def models(folder):
-    from golden_models import write_models
-
-    write_models(folder)
-
-
-PARTS = {"models": models}
-
-
 def main():
-    wanted = sys.argv[1:] or list(PARTS)
+    import golden_data
+    import golden_models
+
+    write = {
+        "models": golden_models.write_models,
+        "datasets": golden_data.write_datasets,
+        "tokenizers": golden_data.write_tokenizers,
+        "configs": golden_data.write_configs,
+    }
+    wanted = sys.argv[1:] or list(write)
     for name in wanted:
-        if name not in PARTS:
-            sys.exit(f"error: no part is called {name!r}\nhint: there are {', '.join(PARTS)}")
+        if name not in write:
+            sys.exit(f"error: no part is called {name!r}\nhint: there are {', '.join(write)}")
         folder = GOLDEN / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        PARTS[name](folder)
+        write[name](folder)
 
 
 if __name__ == "__main__":
