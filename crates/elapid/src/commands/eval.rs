@@ -35,7 +35,7 @@ pub(super) struct EvalArgs {
 }
 
 pub(super) fn run(args: &EvalArgs) -> Result<(), Error> {
-    let data = Dataset::open(&args.data_dir)?;
+    let mut data = Dataset::open(&args.data_dir)?;
     let backend = cpu(args.threads)?;
     let model = Mamba2ForCausalLM::from_pretrained(&backend, &args.model, args.dtype.compute())?;
     data.check_vocab(model.config().vocab_size)?;

@@ -179,7 +179,7 @@ pub fn train(run: &Run) -> Result<Outcome, Error> {
 /// Opens the dataset and checks it against the model.
 fn open_data(run: &Run) -> Result<Dataset, Error> {
     let dir = &run.args.data_dir;
-    let data = Dataset::open(dir)?;
+    let mut data = Dataset::open(dir)?;
     if let Some(seq_len) = run.args.seq_len
         && seq_len != data.seq_len()
     {
