@@ -1,0 +1,40 @@
+"""Writes golden files into crates/elapid/tests/golden: what the real libraries produce, for the Rust tests to meet.
+
+    python tools/golden.py [models] [datasets] [tokenizers] [configs]
+
+Without an argument everything is written anew. Runs on the CPU in about a minute.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+GOLDEN = Path(__file__).resolve().parent.parent / "crates/elapid/tests/golden"
+
+
+def main():
+    import golden_data
+    import golden_models
+
+    write = {
+        "models": golden_models.write_models,
+        "datasets": golden_data.write_datasets,
+        "tokenizers": golden_data.write_tokenizers,
+        "configs": golden_data.write_configs,
+    }
+    wanted = sys.argv[1:] or list(write)
+    for name in wanted:
+        if name not in write:
+            sys.exit(f"error: no part is called {name!r}\nhint: there are {', '.join(write)}")
+        folder = GOLDEN / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write[name](folder)
+
+
+if __name__ == "__main__":
+    main()
