@@ -56,7 +56,9 @@ fn few_rows(backend: &CpuBackend, x: &[f32], weight: &Tensor, out: &mut [f32], r
                 let w = weight.floats().row(o * input, &mut scratch);
                 for row in 0..rows {
                     // SAFETY: each output belongs to one piece.
-                    unsafe { shared.slice(row * output + o, 1)[0] = math::dot(&x[row * input..][..input], w) };
+                    unsafe {
+                        shared.slice(row * output + o, 1)[0] = math::dot(&x[row * input..][..input], w)
+                    };
                 }
             }
         });

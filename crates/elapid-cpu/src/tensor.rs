@@ -149,7 +149,12 @@ impl Buffer {
     pub(crate) fn view(&self, slot: &Slot) -> Tensor {
         let range = self.shape.range(slot);
         assert!(range.end <= self.shape.len(), "{slot:?} outside of {:?}", self.shape);
-        Tensor { block: self.block.clone(), offset: range.start, shape: slot.shape.clone(), dtype: self.dtype }
+        Tensor {
+            block: self.block.clone(),
+            offset: range.start,
+            shape: slot.shape.clone(),
+            dtype: self.dtype,
+        }
     }
 
     pub(crate) fn slice<T: Plain>(&self) -> &[T] {
@@ -159,7 +164,9 @@ impl Buffer {
     /// The whole buffer, to write. Views of it must be gone, since a tensor never changes.
     pub(crate) fn slice_mut<T: Plain>(&mut self) -> &mut [T] {
         let len = self.shape.len();
-        Arc::get_mut(&mut self.block).expect("a buffer is written while a view of it is alive").as_mut_slice(len)
+        Arc::get_mut(&mut self.block)
+            .expect("a buffer is written while a view of it is alive")
+            .as_mut_slice(len)
     }
 
     pub(crate) fn floats(&self) -> Floats<'_> {

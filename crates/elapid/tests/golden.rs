@@ -128,7 +128,8 @@ fn loss_and_every_gradient() {
             let (ours, gradients) = gradients(&backend, &case, DType::F32, checkpointing);
             loss.see((ours / f64::from(expected[0]) - 1.0).abs(), format!("{case:?}"));
             for (name, ours) in gradients {
-                let theirs = golden.floats(&format!("grad.{name}")).unwrap_or_else(|| panic!("{case:?} {name}"));
+                let theirs =
+                    golden.floats(&format!("grad.{name}")).unwrap_or_else(|| panic!("{case:?} {name}"));
                 gradient.see(distance(&ours, &theirs), format!("{case:?} {name}"));
             }
         }
@@ -182,11 +183,13 @@ fn training_curve() {
             let batch = &batches[i % batches.len()];
             trainer.micro_step(batch);
             let step = i as u64 + 1;
-            let hyper =
-                AdamW { lr: 2e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step };
+            let hyper = AdamW { lr: 2e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step };
             let report = trainer.update(&hyper, 1.0, batch.valid());
             loss.see((report.loss / f64::from(*their_loss) - 1.0).abs(), format!("{case:?} step {step}"));
-            norm.see((report.grad_norm / f64::from(*their_norm) - 1.0).abs(), format!("{case:?} step {step}"));
+            norm.see(
+                (report.grad_norm / f64::from(*their_norm) - 1.0).abs(),
+                format!("{case:?} step {step}"),
+            );
         }
         for (name, slot, _) in trainer.model().layout().iter() {
             if let Some(theirs) = golden.floats(&format!("after.{name}")) {
@@ -253,7 +256,8 @@ fn greedy_continuation() {
 fn a_step_has_the_same_bits_with_any_number_of_threads() {
     let case = cases().into_iter().find(|case| case.ends_with("groups")).unwrap();
     let bits = |threads| {
-        let backend = CpuBackend::new(&CpuOptions { threads: Some(threads), ..CpuOptions::default() }).unwrap();
+        let backend =
+            CpuBackend::new(&CpuOptions { threads: Some(threads), ..CpuOptions::default() }).unwrap();
         let (loss, gradients) = gradients(&backend, &case, DType::F32, Checkpointing::None);
         let gradients = gradients.into_iter().flat_map(|(_, g)| g.into_iter().map(f32::to_bits));
         (loss.to_bits(), gradients.collect::<Vec<_>>())
@@ -272,7 +276,12 @@ fn t19_micro_steps_equal_one_batch() {
     let mut rows: Vec<Batch> = (0..whole.size)
         .map(|row| {
             let range = row * length..(row + 1) * length;
-            Batch { size: 1, length, ids: whole.ids[range.clone()].to_vec(), labels: whole.labels[range].to_vec() }
+            Batch {
+                size: 1,
+                length,
+                ids: whole.ids[range.clone()].to_vec(),
+                labels: whole.labels[range].to_vec(),
+            }
         })
         .collect();
     // Half of the first row's labels do not count.

@@ -132,7 +132,9 @@ impl Pass<'_> {
             for head in unit.heads.clone() {
                 let decays = Decays::new(dims, front, documents, &unit, head);
                 let at = (unit.b * dims.len + unit.row) * e + head * p;
-                backend.isa.run(|| weigh(weighted, p, |i| decays.entering(i), |i| &d_scan[at + i * e..][..p]));
+                backend
+                    .isa
+                    .run(|| weigh(weighted, p, |i| decays.entering(i), |i| &d_scan[at + i * e..][..p]));
                 // SAFETY: each (sequence, chunk, head) belongs to one unit.
                 let local = unsafe { shared.slice(dims.state_at(unit.b, unit.chunk, head), dims.state()) };
                 small(Into::Set, local, n_state, Mat::new(weighted, unit.n, p).t(), views.c());
@@ -235,7 +237,8 @@ impl Pass<'_> {
             backend.isa.run(|| {
                 for (row, act) in (first..).zip(chunk.chunks_exact_mut(dims.c)) {
                     for group in 0..dims.spec.groups {
-                        for (from, channel) in [(0, dims.b_channel(group)), (n_state, dims.c_channel(group))] {
+                        for (from, channel) in [(0, dims.b_channel(group)), (n_state, dims.c_channel(group))]
+                        {
                             let to = &mut act[channel..channel + n_state];
                             to.fill(0.0);
                             for block in group * dims.blocks..(group + 1) * dims.blocks {

@@ -57,16 +57,10 @@ pub(super) fn front(
         let (b, first) = (piece / dims.chunks, piece % dims.chunks * dims.q);
         let n = dims.q.min(dims.len - first);
         let mut scratch = backend.pool.take::<f32>((n + k - 1) * c + c);
-        let (rows_in, row_pre) = scratch.as_mut_slice::<f32>((n + k - 1) * c + c).split_at_mut((n + k - 1) * c);
+        let (rows_in, row_pre) =
+            scratch.as_mut_slice::<f32>((n + k - 1) * c + c).split_at_mut((n + k - 1) * c);
         backend.isa.run(|| {
-            load_inputs(
-                dims,
-                inputs,
-                b,
-                first as isize - (k as isize - 1),
-                (first + n) as isize,
-                rows_in,
-            );
+            load_inputs(dims, inputs, b, first as isize - (k as isize - 1), (first + n) as isize, rows_in);
             for i in 0..n {
                 let l = first + i;
                 row_pre.copy_from_slice(&params.conv_bias);

@@ -76,8 +76,11 @@ pub(super) fn adjoint(
                     let to = from + width;
                     let (v, u) = (&mut v[from..to], &mut u[from..to]);
                     let r = 1.0 / (math::dot(v, v) / width as f32 + dims.spec.norm_eps).sqrt();
-                    for (((g, v), u), w) in
-                        d_weight[from..to].iter_mut().zip(&*v).zip(u.iter_mut()).zip(&params.norm_weight[from..to])
+                    for (((g, v), u), w) in d_weight[from..to]
+                        .iter_mut()
+                        .zip(&*v)
+                        .zip(u.iter_mut())
+                        .zip(&params.norm_weight[from..to])
                     {
                         *g += *u * v * r;
                         *u *= w;
@@ -90,9 +93,7 @@ pub(super) fn adjoint(
                 // v is the cotangent of y·silu(z) now.
                 // SAFETY: pieces cover disjoint rows.
                 let dz = unsafe { d_projected.slice(row * dims.proj, e) };
-                for ((((ds, dz), v), y), z) in
-                    d_scan.iter_mut().zip(dz.iter_mut()).zip(&*v).zip(y).zip(&*z)
-                {
+                for ((((ds, dz), v), y), z) in d_scan.iter_mut().zip(dz.iter_mut()).zip(&*v).zip(y).zip(&*z) {
                     *ds = v * math::silu(*z);
                     *dz = v * y * math::silu_slope(*z);
                 }

@@ -236,6 +236,7 @@ pub(crate) fn forward(
         conv: conv::last_inputs(backend, &dims, inputs, &documents),
         ssm: Tensor::new(last, &[dims.batch, spec.heads, spec.head_dim, spec.state], DType::F32),
     };
-    let saved = if save { vec![Tensor::new(y, &[dims.batch, dims.len, dims.e], DType::F32)] } else { Vec::new() };
+    let saved =
+        if save { vec![Tensor::new(y, &[dims.batch, dims.len, dims.e], DType::F32)] } else { Vec::new() };
     Mamba2Output { y: out, state, saved }
 }

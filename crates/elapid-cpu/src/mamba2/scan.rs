@@ -23,7 +23,13 @@ pub(super) struct Decays<'a> {
 }
 
 impl<'a> Decays<'a> {
-    pub(super) fn new(dims: &Dims, front: &'a Front, documents: &'a Documents, unit: &Unit, head: usize) -> Self {
+    pub(super) fn new(
+        dims: &Dims,
+        front: &'a Front,
+        documents: &'a Documents,
+        unit: &Unit,
+        head: usize,
+    ) -> Self {
         let len = dims.spec.heads * dims.rows();
         let at = (unit.b * dims.spec.heads + head) * dims.len + unit.row;
         Self {
@@ -221,7 +227,8 @@ pub(super) fn outputs(
         small(Into::Set, scores, n, views.c(), views.b().t());
         for head in unit.heads.clone() {
             let decays = Decays::new(dims, front, documents, &unit, head);
-            let state = Mat::new(&states[dims.state_at(unit.b, unit.chunk, head)..][..dims.state()], p, n_state);
+            let state =
+                Mat::new(&states[dims.state_at(unit.b, unit.chunk, head)..][..dims.state()], p, n_state);
             small(Into::Set, from_state, p, views.c(), state.t());
             let at = (unit.b * dims.len + unit.row) * e + head * p;
             backend.isa.run(|| {

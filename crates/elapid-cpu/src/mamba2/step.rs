@@ -19,7 +19,8 @@ pub(super) fn step(
     let documents = Documents::new(dims, None);
     let front = conv::front(backend, dims, inputs, params, &documents, false);
     let act = front.act.as_slice::<f32>(dims.batch * dims.c);
-    let (dt, cum) = (front.dt.as_slice::<f32>(dims.batch * heads), front.cum.as_slice::<f32>(dims.batch * heads));
+    let (dt, cum) =
+        (front.dt.as_slice::<f32>(dims.batch * heads), front.cum.as_slice::<f32>(dims.batch * heads));
 
     let count = dims.batch * heads * dims.state();
     let mut ssm = backend.pool.zeros::<f32>(count);
@@ -35,7 +36,8 @@ pub(super) fn step(
                 let (b, head) = (index / heads, index % heads);
                 let group = head / (heads / dims.spec.groups);
                 let row = &act[b * dims.c..][..dims.c];
-                let (b_row, c_row) = (&row[dims.b_channel(group)..][..n_state], &row[dims.c_channel(group)..][..n_state]);
+                let (b_row, c_row) =
+                    (&row[dims.b_channel(group)..][..n_state], &row[dims.c_channel(group)..][..n_state]);
                 let decay = math::exp(cum[index]);
                 // SAFETY: each (sequence, head) belongs to one piece.
                 let y = unsafe { shared_y.slice(index * p, p) };

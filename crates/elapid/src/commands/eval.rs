@@ -41,8 +41,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<(), Error> {
     data.check_vocab(model.config().vocab_size)?;
     let result = evaluate(&backend, &model, &data, args.batch as usize)?;
     if args.json {
-        let object =
-            json!({ "loss": result.loss, "perplexity": result.loss.exp(), "tokens": result.tokens });
+        let object = json!({ "loss": result.loss, "perplexity": result.loss.exp(), "tokens": result.tokens });
         return print_line(&object.to_string());
     }
     print_line(&format!(

@@ -61,7 +61,9 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), Error> {
             .with_hint("0 takes the most likely token; 1 draws as the model says"));
     }
     if !(args.top_p > 0.0 && args.top_p <= 1.0) {
-        return Err(Error::new(format!("--top-p is {}", args.top_p)).with_hint("it is more than 0, at most 1"));
+        return Err(
+            Error::new(format!("--top-p is {}", args.top_p)).with_hint("it is more than 0, at most 1")
+        );
     }
     let tokenizer = tokenizer(&args.model, args.prompt.is_some())?;
     let backend = cpu(args.threads)?;
@@ -73,7 +75,9 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), Error> {
         _ => Vec::new(),
     };
     if prompt.is_empty() {
-        return Err(Error::new("the prompt holds no token").with_hint("give some text, or --prompt-ids 1,2,3"));
+        return Err(
+            Error::new("the prompt holds no token").with_hint("give some text, or --prompt-ids 1,2,3")
+        );
     }
     if let Some(id) = prompt.iter().find(|&&id| id as usize >= config.vocab_size) {
         return Err(Error::new(format!(

@@ -109,7 +109,18 @@ mod tests {
     #[test]
     fn the_last_of_a_repeated_flag_counts() {
         let cli = Cli::try_parse_from([
-            "elapid", "train", "--model", "tiny", "--data-dir", "d", "--max-steps", "1", "--lr", "1", "--lr", "2",
+            "elapid",
+            "train",
+            "--model",
+            "tiny",
+            "--data-dir",
+            "d",
+            "--max-steps",
+            "1",
+            "--lr",
+            "1",
+            "--lr",
+            "2",
         ]);
         let Command::Train(args) = cli.unwrap().command else { panic!("not train") };
         assert_eq!(args.lr, 2.0);

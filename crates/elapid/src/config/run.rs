@@ -216,7 +216,9 @@ impl TrainArgs {
         if self.warmup_steps > self.max_steps {
             let (warmup, max) = (self.warmup_steps, self.max_steps);
             return Err(Error::new(format!("--warmup-steps {warmup} is more than --max-steps {max}"))
-                .with_hint("the learning rate would never reach its peak; warm up over 1 to 10 % of the steps"));
+                .with_hint(
+                    "the learning rate would never reach its peak; warm up over 1 to 10 % of the steps",
+                ));
         }
         let name = Path::new(&model).file_stem().map_or("model".into(), |stem| stem.to_string_lossy());
         let output_dir = self.output_dir.clone().unwrap_or_else(|| free_folder(Path::new("runs"), &name));

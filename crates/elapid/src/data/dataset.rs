@@ -94,9 +94,8 @@ impl Dataset {
         let path = dir.join(STATE);
         if !path.exists() {
             let what = if dir.is_dir() { "holds no state.json" } else { "does not exist" };
-            return Err(Error::new(format!("{} {what}", dir.display())).with_hint(
-                "a dataset is a folder that `elapid tokenize` or Python's `save_to_disk` wrote",
-            ));
+            return Err(Error::new(format!("{} {what}", dir.display()))
+                .with_hint("a dataset is a folder that `elapid tokenize` or Python's `save_to_disk` wrote"));
         }
         let state: Value = serde_json::from_str(&read(&path)?).map_err(|cause| {
             Error::new(format!("{}: {cause}", path.display())).with_hint("write the dataset again")

@@ -1,7 +1,7 @@
 //! Text → a dataset folder of token blocks, its tokenizer with it.
 
 use std::io::IsTerminal;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};

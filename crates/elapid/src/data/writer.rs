@@ -47,7 +47,8 @@ impl DatasetWriter {
                 .with_hint("give another --save-path, or move that folder away"));
         }
         let name = dir.file_name().ok_or_else(|| {
-            Error::new(format!("{} names no folder", dir.display())).with_hint("give --save-path a folder name")
+            Error::new(format!("{} names no folder", dir.display()))
+                .with_hint("give --save-path a folder name")
         })?;
         let parent = dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         fs::create_dir_all(parent).map_err(|cause| Error::io("create", parent, &cause))?;

@@ -10,8 +10,8 @@ use elapid_tensor::{
 use super::init::{Init, initialise};
 use super::layout::Layout;
 use super::pretrained::{self, FileDType};
-use crate::config::ModelConfig;
 use crate::Error;
+use crate::config::ModelConfig;
 
 /// A Mamba-2 language model and its parameters on a device.
 ///

@@ -157,7 +157,8 @@ pub fn train(run: &Run) -> Result<Outcome, Error> {
             "step_time_s": seconds,
             "mfu": mfu,
         });
-        writeln!(metrics, "{line}").map_err(|e| Error::io("write", &run.output_dir.join("metrics.jsonl"), &e))?;
+        writeln!(metrics, "{line}")
+            .map_err(|e| Error::io("write", &run.output_dir.join("metrics.jsonl"), &e))?;
         progress.step(&Figures {
             step,
             loss: report.loss,
@@ -257,7 +258,7 @@ fn print_start(
     row(
         "AdamW",
         format!(
-            "lr {:e} → {:e}, warm-up {}, betas {} {}, eps {:e}, weight decay {}, clip {}",
+            "lr {:.2e} → {:.2e}, warm-up {}, betas {} {}, eps {:e}, weight decay {}, clip {}",
             run.schedule.lr,
             match run.schedule.shape {
                 super::schedule::Shape::Constant => run.schedule.lr,
