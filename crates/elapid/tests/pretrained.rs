@@ -318,3 +318,11 @@ fn t1_export_of_a_whole_width_norm_warns() {
     assert_eq!(export_warning(&ModelConfig { n_groups: 1, ..across.clone() }), None);
     assert_eq!(ModelConfig::load(saved(&across).path()).unwrap().norm_group, NormGroup::Across);
 }
+
+/// T9: transformers rescales the out_proj that it has read where the configuration asks for rescaled initial values.
+#[test]
+fn t9_an_exported_model_asks_for_no_rescaling() {
+    let config = ModelConfig { rescale_prenorm_residual: true, ..config() };
+    let dir = saved(&config);
+    assert!(!ModelConfig::load(dir.path()).unwrap().rescale_prenorm_residual);
+}
