@@ -82,8 +82,12 @@ pub fn pack(
     match (counts.blocks, counts.dropped_tokens) {
         (0, 0) => Err(Error::new("the dataset holds no text").with_hint("give some with --dataset")),
         (0, tokens) => {
+            let hint = match tokens {
+                1 => "give more text".to_owned(),
+                _ => format!("--seq-len {tokens} or less fits; or give more text"),
+            };
             Err(Error::new(format!("the text is {tokens} tokens long, less than one block of {seq_len}"))
-                .with_hint(format!("--seq-len {tokens} or less fits; or give more text")))
+                .with_hint(hint))
         }
         _ => Ok(counts),
     }
@@ -103,4 +107,127 @@ fn batch(
         batch.push(document);
     }
     Ok(batch)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::{Card, Dataset};
+
+    fn document(text: &str) -> Result<Document, Error> {
+        Ok(Document { text: text.to_owned(), input_bytes: text.len() as u64 + 1 })
+    }
+
+    /// What [`pack`] counts, and the blocks it wrote.
+    fn packed(
+        texts: &[&str],
+        seq_len: usize,
+        append_eos: bool,
+        threads: usize,
+    ) -> Result<(Counts, Vec<Vec<i32>>), Error> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("data");
+        let mut writer = DatasetWriter::create(&path, seq_len)?;
+        let tokenizer = Tokenizer::load("bytes")?;
+        let texts = texts.iter().map(|text| document(text));
+        let counts = pack(texts, &tokenizer, seq_len, append_eos, threads, &mut writer, |_| ())?;
+        assert_eq!(writer.blocks(), counts.blocks);
+        writer.finish(&Card {
+            tokenizer: "bytes".into(),
+            vocab_size: 257,
+            eos_id: Some(256),
+            seq_len,
+            append_eos,
+            documents: counts.documents,
+            tokens: counts.tokens,
+            dropped_tokens: counts.dropped_tokens,
+            bytes: counts.bytes,
+            source: String::new(),
+        })?;
+        let data = Dataset::open(&path)?;
+        let blocks = (0..data.len()).map(|i| Ok(data.sample(i)?.input_ids[..].to_vec()));
+        Ok((counts, blocks.collect::<Result<_, Error>>()?))
+    }
+
+    #[test]
+    fn documents_are_glued_and_cut() {
+        let (counts, blocks) = packed(&["\u{1}\u{2}\u{3}\u{4}\u{5}", "", "\u{6}\u{7}"], 3, false, 1).unwrap();
+        assert_eq!(blocks, [[1, 2, 3], [4, 5, 6]]);
+        let expected =
+            Counts { documents: 3, bytes: 7, input_bytes: 10, blocks: 2, tokens: 6, dropped_tokens: 1 };
+        assert_eq!(counts, expected);
+    }
+
+    #[test]
+    fn the_end_of_text_follows_every_document() {
+        let (counts, blocks) = packed(&["\u{1}\u{2}", "", "\u{3}"], 2, true, 1).unwrap();
+        assert_eq!(blocks, [[1, 2], [256, 256], [3, 256]]);
+        assert_eq!((counts.tokens, counts.dropped_tokens), (6, 0));
+    }
+
+    #[test]
+    fn blocks_do_not_depend_on_batches_and_threads() {
+        // Several batches, one document longer than a batch, and many short ones.
+        let long = "é".repeat(BATCH_BYTES);
+        let short: Vec<String> = (0..30_000).map(|i| i.to_string()).collect();
+        let mut texts: Vec<&str> = short.iter().map(String::as_str).collect();
+        texts.insert(7, &long);
+        let stream: Vec<i32> = texts.iter().flat_map(|t| t.bytes().map(i32::from).chain([256])).collect();
+        for threads in [1, 3] {
+            let (counts, blocks) = packed(&texts, 64, true, threads).unwrap();
+            assert_eq!(counts.documents, 30_001);
+            assert_eq!(counts.tokens + counts.dropped_tokens, stream.len() as u64);
+            assert!(blocks.concat() == stream[..counts.tokens as usize], "{threads} threads");
+        }
+    }
+
+    #[test]
+    fn progress_ends_at_the_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = DatasetWriter::create(&dir.path().join("data"), 2).unwrap();
+        let tokenizer = Tokenizer::load("bytes").unwrap();
+        let text = "x".repeat(BATCH_BYTES);
+        let mut seen = Vec::new();
+        let texts = (0..3).map(|_| document(&text));
+        let counts = pack(texts, &tokenizer, 2, false, 1, &mut writer, |c| seen.push(*c)).unwrap();
+        assert_eq!(seen.len(), 3);
+        assert_eq!(seen.last(), Some(&counts));
+    }
+
+    #[test]
+    fn too_little_text_is_refused() {
+        let empty = packed(&["", ""], 4, false, 1).unwrap_err();
+        assert!(empty.to_string().contains("no text"), "{empty}");
+        let short = packed(&["abc"], 4, false, 1).unwrap_err();
+        assert!(short.to_string().contains("3 tokens long, less than one block of 4"), "{short}");
+        assert!(short.hint().unwrap().contains("--seq-len 3"), "{short:?}");
+        let shortest = packed(&["a"], 4, false, 1).unwrap_err();
+        assert_eq!(shortest.hint(), Some("give more text"));
+    }
+
+    #[test]
+    fn an_end_of_text_is_needed_to_append_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let json = r#"{"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}"#;
+        std::fs::write(dir.path().join("tokenizer.json"), json).unwrap();
+        let tokenizer = Tokenizer::load(dir.path().to_str().unwrap()).unwrap();
+        let mut writer = DatasetWriter::create(&dir.path().join("data"), 2).unwrap();
+        let mut pack = |append_eos| {
+            pack([document("a"), document("b")], &tokenizer, 2, append_eos, 1, &mut writer, |_| ())
+        };
+        let error = pack(true).unwrap_err();
+        assert!(error.to_string().contains("no end-of-text token"), "{error}");
+        assert!(error.hint().unwrap().contains("--append-eos"), "{error:?}");
+        assert_eq!(pack(false).unwrap().blocks, 1);
+    }
+
+    #[test]
+    fn errors_of_documents_pass_through() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = DatasetWriter::create(&dir.path().join("data"), 2).unwrap();
+        let tokenizer = Tokenizer::load("bytes").unwrap();
+        let texts = [document("abc"), Err(Error::new("a.jsonl:2: broken"))];
+        let error = pack(texts, &tokenizer, 2, false, 1, &mut writer, |_| ()).unwrap_err();
+        assert_eq!(error.to_string(), "a.jsonl:2: broken");
+    }
 }

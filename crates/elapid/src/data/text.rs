@@ -214,3 +214,141 @@ fn walk(root: &Path) -> Result<(Vec<PathBuf>, u64), Error> {
     files.sort();
     Ok((files, bytes))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write(path: &Path, content: impl AsRef<[u8]>) {
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, content).unwrap();
+    }
+
+    fn read(path: &Path) -> Result<Vec<Document>, Error> {
+        documents(path, "text")?.collect()
+    }
+
+    fn texts(path: &Path) -> Vec<String> {
+        read(path).unwrap().into_iter().map(|d| d.text).collect()
+    }
+
+    /// The error at the end of the documents of a file `name`, and the number of documents before it.
+    fn error(name: &str, content: impl AsRef<[u8]>) -> (usize, Error) {
+        let dir = tempfile::tempdir().unwrap();
+        write(&dir.path().join(name), content);
+        let all: Vec<_> = documents(&dir.path().join(name), "text").unwrap().collect();
+        let n = all.len() - 1;
+        (n, all.into_iter().next_back().unwrap().unwrap_err())
+    }
+
+    #[test]
+    fn a_text_file_is_one_document() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.txt");
+        write(&path, "one\r\ntwo\n\0é");
+        assert_eq!(read(&path).unwrap(), [Document { text: "one\r\ntwo\n\0é".into(), input_bytes: 12 }]);
+    }
+
+    #[test]
+    fn a_line_of_json_is_one_document() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.JSONL");
+        write(&path, "{\"text\": \"one\\ntwo\", \"n\": 1}\r\n\n  \n{\"text\": \"\"}\n{\"text\":\"é\"}");
+        assert_eq!(texts(&path), ["one\ntwo", "", "é"]);
+        let read: u64 = read(&path).unwrap().iter().map(|d| d.input_bytes).sum();
+        assert_eq!(read, fs::metadata(&path).unwrap().len());
+        assert_eq!(documents(&path, "text").unwrap().input_bytes(), read);
+
+        write(&path, r#"{"body": "other"}"#);
+        let other: Vec<_> = documents(&path, "body").unwrap().map(|d| d.unwrap().text).collect();
+        assert_eq!(other, ["other"]);
+    }
+
+    #[test]
+    fn a_folder_is_read_in_the_order_of_its_paths() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        write(&at("b/z.md"), "3");
+        write(&at("a.txt"), "1");
+        write(&at("b.py"), "4");
+        write(&at("b/c/lines.jsonl"), "{\"text\":\"2a\"}\n{\"text\":\"2b\"}\n");
+        write(&at("z"), "5");
+        assert_eq!(texts(dir.path()), ["1", "2a", "2b", "3", "4", "5"]);
+    }
+
+    #[test]
+    fn a_folder_is_read_without_what_is_no_text_of_its_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        write(&at("text"), "yes");
+        write(&at("sub/targets/x"), "yes");
+        write(&at(".hidden"), "no");
+        write(&at(".git/config"), "no");
+        write(&at("sub/target/debug.txt"), "no");
+        write(&at("picture.png"), [0x89, b'P', b'N', b'G', 0, 0]);
+        write(&at("latin1.txt"), [b'a', 0xe9, b'b']);
+        let mut late = vec![b'a'; HEAD + 1];
+        late.push(0xff);
+        write(&at("late.txt"), late);
+        #[cfg(unix)]
+        {
+            std::os::unix::fs::symlink(at("text"), at("link")).unwrap();
+            std::os::unix::fs::symlink(dir.path(), at("sub/loop")).unwrap();
+        }
+        let mut documents = documents(dir.path(), "text").unwrap();
+        let read: Vec<_> = documents.by_ref().map(|d| d.unwrap()).collect();
+        assert_eq!(read.iter().map(|d| &d.text[..]).collect::<Vec<_>>(), ["yes", "yes"]);
+        assert_eq!(documents.skipped(), 3);
+        // The progress of the input counts what was passed over.
+        assert_eq!(read.iter().map(|d| d.input_bytes).sum::<u64>(), documents.input_bytes());
+    }
+
+    #[test]
+    fn one_document_is_held_at_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        write(&dir.path().join("a.jsonl"), "{\"text\":\"1\"}\nbroken\n");
+        write(&dir.path().join("b.txt"), "never read");
+        let mut documents = documents(dir.path(), "text").unwrap();
+        assert_eq!(documents.next().unwrap().unwrap().text, "1");
+        assert!(documents.next().unwrap().is_err());
+        assert!(documents.next().is_none());
+    }
+
+    #[test]
+    fn a_bad_line_is_named() {
+        let (before, broken) = error("a.jsonl", "{\"text\": \"x\"}\n\n{\"text\": \n");
+        assert_eq!(before, 1);
+        assert!(broken.to_string().contains("a.jsonl:3: not a JSON object"), "{broken}");
+
+        let (_, array) = error("a.jsonl", "[\"text\"]");
+        assert!(array.to_string().contains("a.jsonl:1: not a JSON object"), "{array}");
+
+        let (_, missing) = error("a.jsonl", r#"{"title": "", "body": ""}"#);
+        assert!(missing.to_string().contains(r#"a.jsonl:1: there is no field "text""#), "{missing}");
+        assert!(missing.hint().unwrap().contains("title, body"), "{missing:?}");
+
+        let (_, number) = error("a.jsonl", r#"{"text": 5}"#);
+        assert!(number.to_string().contains(r#"a.jsonl:1: the field "text" is not a string: 5"#), "{number}");
+
+        let (_, bytes) = error("a.jsonl", b"{\"text\": \"\xff\"}");
+        assert!(bytes.to_string().contains("a.jsonl:1"), "{bytes}");
+    }
+
+    #[test]
+    fn a_named_file_must_be_text() {
+        let (before, error) = error("a.txt", b"abc\xff");
+        assert_eq!(before, 0);
+        assert!(error.to_string().contains("a.txt is not UTF-8 text"), "{error}");
+        assert!(error.hint().is_some());
+    }
+
+    #[test]
+    fn a_path_must_hold_something() {
+        let dir = tempfile::tempdir().unwrap();
+        let missing = documents(&dir.path().join("none"), "text").unwrap_err();
+        assert!(missing.to_string().contains("none") && missing.hint().is_some(), "{missing}");
+        write(&dir.path().join(".hidden"), "no");
+        let empty = documents(dir.path(), "text").unwrap_err();
+        assert!(empty.to_string().contains("holds no file to read"), "{empty}");
+    }
+}

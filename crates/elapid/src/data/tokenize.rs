@@ -57,7 +57,7 @@ pub fn tokenize(options: &TokenizeOptions) -> Result<Card, Error> {
     progress.finish();
     let skipped = documents.skipped();
     if skipped > 0 {
-        eprintln!("passed over {skipped} files in {} that are not UTF-8 text", dataset.display());
+        eprintln!("files passed over because they are not UTF-8 text: {skipped}");
     }
     let counts = counts?;
     let card = Card {
@@ -126,4 +126,57 @@ fn line(counts: &Counts, time: Duration) -> String {
         counts.tokens + counts.dropped_tokens,
         counts.input_bytes as f64 / 1e6 / time.as_secs_f64().max(1e-9)
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::Dataset;
+
+    fn options(dir: &std::path::Path) -> TokenizeOptions {
+        TokenizeOptions {
+            dataset: dir.join("text"),
+            text_column: "text".into(),
+            tokenizer: "bytes".into(),
+            seq_len: 4,
+            save_path: dir.join("data"),
+            append_eos: true,
+            threads: 1,
+        }
+    }
+
+    #[test]
+    fn a_folder_of_text_becomes_a_dataset() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = options(dir.path());
+        std::fs::create_dir(&options.dataset).unwrap();
+        std::fs::write(options.dataset.join("a"), "abcd").unwrap();
+        std::fs::write(options.dataset.join("b"), "ef").unwrap();
+        std::fs::write(options.dataset.join("c"), b"\xff").unwrap();
+        let card = tokenize(&options).unwrap();
+        assert_eq!((card.documents, card.bytes, card.tokens, card.dropped_tokens), (2, 6, 8, 0));
+        assert_eq!((card.vocab_size, card.eos_id), (257, Some(256)));
+        let data = Dataset::open(&options.save_path).unwrap();
+        assert_eq!(data.sample(1).unwrap().input_ids[..], [256, 101, 102, 256]);
+        let tokenizer = options.save_path.join("tokenizer");
+        assert_eq!(Tokenizer::load(tokenizer.to_str().unwrap()).unwrap().vocab_size(), 257);
+    }
+
+    #[test]
+    fn a_failure_leaves_nothing_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = options(dir.path());
+        std::fs::write(&options.dataset, "ab").unwrap();
+        tokenize(&options).unwrap_err();
+        let left: Vec<_> = dir.path().read_dir().unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(left, ["text"]);
+    }
+
+    #[test]
+    fn a_block_of_one_token_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = tokenize(&TokenizeOptions { seq_len: 1, ..options(dir.path()) }).unwrap_err();
+        assert_eq!(error.to_string(), "--seq-len is 1");
+        assert!(error.hint().is_some());
+    }
 }

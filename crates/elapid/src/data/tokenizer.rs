@@ -245,3 +245,190 @@ fn pretty(value: &Value) -> Vec<u8> {
     text.push(b'\n');
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXTS: [&str; 5] = [
+        "",
+        "  two\tspaces\r\n\n",
+        "größer 状態 🐍",
+        "a<|endoftext|>b <|endoftext|>",
+        "\0\u{7f}\u{a0}\u{ad}don't",
+    ];
+
+    fn load(path: &Path) -> Result<Tokenizer, Error> {
+        Tokenizer::load(path.to_str().unwrap())
+    }
+
+    fn golden() -> std::path::PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tokenizers/bpe")
+    }
+
+    /// Words `a` and `</s>` without a token for the unknown; `extra` is added to the file.
+    fn words(dir: &Path, extra: &[(&str, Value)]) {
+        let mut json = json!({
+            "version": "1.0",
+            "added_tokens": [],
+            "pre_tokenizer": { "type": "Whitespace" },
+            "model": { "type": "WordLevel", "unk_token": "?", "vocab": { "a": 0, "</s>": 7 } },
+        });
+        for (key, value) in extra {
+            json[*key] = value.clone();
+        }
+        fs::write(dir.join(TOKENIZER), json.to_string()).unwrap();
+    }
+
+    fn added(content: &str, id: u32) -> Value {
+        json!([{ "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+                 "normalized": false, "special": true }])
+    }
+
+    #[test]
+    fn bytes_are_their_own_ids() {
+        let tokenizer = Tokenizer::load("bytes").unwrap();
+        assert_eq!(tokenizer.encode("Aé<|endoftext|>\n").unwrap(), [0x41, 0xc3, 0xa9, 256, 0x0a]);
+        assert_eq!(tokenizer.decode(&[0x41, 0xc3, 256, 0xa9, 257, 0xff]), "Aé\u{fffd}");
+        assert_eq!((tokenizer.vocab_size(), tokenizer.eos_id()), (257, Some(256)));
+    }
+
+    #[test]
+    fn the_library_gives_the_same_bytes() {
+        let dir = tempfile::tempdir().unwrap();
+        let bytes = Tokenizer::load("bytes").unwrap();
+        bytes.save(dir.path()).unwrap();
+        let saved = load(dir.path()).unwrap();
+        assert!(matches!(saved.kind, Kind::Bytes));
+
+        let mut json = bytes_json();
+        json.push(b'\n');
+        fs::write(dir.path().join(TOKENIZER), json).unwrap();
+        let library = load(dir.path()).unwrap();
+        assert!(matches!(library.kind, Kind::Json(_)));
+        assert_eq!((library.vocab_size(), library.eos_id()), (257, Some(256)));
+        for text in TEXTS {
+            let ids = bytes.encode(text).unwrap();
+            assert_eq!(library.encode(text).unwrap(), ids, "{text:?}");
+            assert_eq!(library.decode(&ids), bytes.decode(&ids), "{text:?}");
+        }
+        let torn = [0xf0, 0x9f, 256, 0x41, 300, 0x80];
+        assert_eq!(library.decode(&torn), bytes.decode(&torn));
+    }
+
+    #[test]
+    fn ids_are_those_of_the_python_library() {
+        let expected: Value =
+            serde_json::from_slice(&fs::read(golden().join("expected.json")).unwrap()).unwrap();
+        let tokenizer = load(&golden()).unwrap();
+        assert_eq!(tokenizer.vocab_size() as u64, expected["vocab_size"].as_u64().unwrap());
+        assert_eq!(tokenizer.eos_id().map(u64::from), expected["endoftext"].as_u64());
+        let samples = expected["samples"].as_array().unwrap();
+        assert!(samples.len() > 5);
+        for sample in samples {
+            let text = sample["text"].as_str().unwrap();
+            let ids = tokenizer.encode(text).unwrap();
+            assert_eq!(json!(ids), sample["ids"], "{text:?}");
+            assert_eq!(tokenizer.decode(&ids), text.replace(END_OF_TEXT, ""));
+        }
+    }
+
+    #[test]
+    fn a_saved_tokenizer_is_the_same_and_has_a_configuration() {
+        let dir = tempfile::tempdir().unwrap();
+        let tokenizer = load(&golden().join(TOKENIZER)).unwrap();
+        tokenizer.save(&dir.path().join("new")).unwrap();
+        let saved = load(&dir.path().join("new")).unwrap();
+        assert_eq!(saved.files, tokenizer.files);
+        for text in TEXTS {
+            assert_eq!(saved.encode(text).unwrap(), tokenizer.encode(text).unwrap());
+        }
+        let config: Value =
+            serde_json::from_slice(&fs::read(dir.path().join("new").join(CONFIG)).unwrap()).unwrap();
+        assert_eq!(config["tokenizer_class"], "PreTrainedTokenizerFast");
+        assert_eq!(config["eos_token"], END_OF_TEXT);
+    }
+
+    #[test]
+    fn configuration_files_travel_along_unchanged() {
+        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        words(from.path(), &[]);
+        fs::write(from.path().join(CONFIG), r#"{"eos_token": null, "chat_template": "x"}"#).unwrap();
+        fs::write(from.path().join(SPECIAL_TOKENS), r#"{"eos_token": {"content": "a"}}"#).unwrap();
+        let tokenizer = load(from.path()).unwrap();
+        assert_eq!(tokenizer.eos_id(), Some(0));
+        tokenizer.save(to.path()).unwrap();
+        for name in [TOKENIZER, CONFIG, SPECIAL_TOKENS] {
+            assert_eq!(fs::read(to.path().join(name)).unwrap(), fs::read(from.path().join(name)).unwrap());
+        }
+        // Beside a file of another name they count for nothing.
+        fs::copy(from.path().join(TOKENIZER), from.path().join("other.json")).unwrap();
+        assert_eq!(load(&from.path().join("other.json")).unwrap().eos_id(), None);
+    }
+
+    #[test]
+    fn the_end_of_text_is_named_or_well_known() {
+        let dir = tempfile::tempdir().unwrap();
+        words(dir.path(), &[]);
+        // `</s>` is in the vocabulary, but an ordinary word.
+        assert_eq!(load(dir.path()).unwrap().eos_id(), None);
+        words(dir.path(), &[("added_tokens", added("</s>", 7))]);
+        assert_eq!(load(dir.path()).unwrap().eos_id(), Some(7));
+        fs::write(dir.path().join(CONFIG), r#"{"eos_token": "a"}"#).unwrap();
+        assert_eq!(load(dir.path()).unwrap().eos_id(), Some(0));
+    }
+
+    #[test]
+    fn the_vocabulary_ends_at_the_highest_id() {
+        let dir = tempfile::tempdir().unwrap();
+        words(dir.path(), &[]);
+        assert_eq!(load(dir.path()).unwrap().vocab_size(), 8);
+        words(dir.path(), &[("added_tokens", added("<pad>", 8))]);
+        assert_eq!(load(dir.path()).unwrap().vocab_size(), 9);
+    }
+
+    #[test]
+    fn padding_truncation_and_special_tokens_are_left_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let padding = json!({ "strategy": { "Fixed": 6 }, "direction": "Right", "pad_to_multiple_of": null,
+                              "pad_id": 7, "pad_type_id": 0, "pad_token": "</s>" });
+        let truncation =
+            json!({ "direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0 });
+        let post = json!({ "type": "BertProcessing", "sep": ["</s>", 7], "cls": ["</s>", 7] });
+        words(dir.path(), &[("padding", padding), ("truncation", truncation), ("post_processor", post)]);
+        assert_eq!(load(dir.path()).unwrap().encode("a a a").unwrap(), [0, 0, 0]);
+    }
+
+    #[test]
+    fn bad_tokenizers_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let missing = load(dir.path()).unwrap_err();
+        assert!(
+            missing.to_string().contains(TOKENIZER) && missing.hint().unwrap().contains("`bytes`"),
+            "{missing}"
+        );
+
+        fs::write(dir.path().join(TOKENIZER), "{}").unwrap();
+        let broken = load(dir.path()).unwrap_err();
+        assert!(broken.to_string().contains("is not a Hugging Face tokenizer"), "{broken}");
+
+        words(dir.path(), &[]);
+        fs::write(dir.path().join(CONFIG), r#"{"eos_token": "b"}"#).unwrap();
+        let lacking = load(dir.path()).unwrap_err();
+        assert!(lacking.to_string().contains(r#"no eos_token "b""#), "{lacking}");
+
+        fs::write(dir.path().join(CONFIG), "{").unwrap();
+        let config = load(dir.path()).unwrap_err();
+        assert!(config.to_string().contains("tokenizer_config.json: not JSON"), "{config}");
+    }
+
+    #[test]
+    fn what_cannot_be_encoded_or_written_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        words(dir.path(), &[]);
+        let tokenizer = load(dir.path()).unwrap();
+        let unknown = tokenizer.encode("b").unwrap_err();
+        assert!(unknown.to_string().contains("cannot encode"), "{unknown}");
+        assert!(tokenizer.save(&dir.path().join(TOKENIZER)).is_err());
+    }
+}
