@@ -290,11 +290,8 @@ pub fn save(
     fs::create_dir_all(dir).map_err(|cause| Error::io("create", dir, &cause))?;
     // transformers (5.23) applies `rescale_prenorm_residual` to weights that it has just read, so a trained out_proj
     // would come out divided by √layers. The field speaks of initial values only, and these are past.
-    let config = ModelConfig {
-        dtype: Some(dtype.name().into()),
-        rescale_prenorm_residual: false,
-        ..config.clone()
-    };
+    let config =
+        ModelConfig { dtype: Some(dtype.name().into()), rescale_prenorm_residual: false, ..config.clone() };
     let generation = json!({
         "_from_model_config": true,
         "bos_token_id": config.bos_token_id,
