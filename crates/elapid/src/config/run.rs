@@ -107,7 +107,7 @@ pub struct TrainArgs {
     /// Peak learning rate
     #[arg(long, default_value_t = 3e-4)]
     pub lr: f64,
-    /// Learning rate at the last step of the cosine [default: a tenth of --lr]
+    /// Learning rate at the last step, where the schedule decays [default: a tenth of --lr]
     #[arg(long)]
     pub min_lr: Option<f64>,
     /// Steps of linear warm-up
@@ -116,6 +116,9 @@ pub struct TrainArgs {
     /// Learning rate after warm-up
     #[arg(long, value_enum, default_value = "cosine")]
     pub lr_schedule: Shape,
+    /// Last steps of the run over which wsd decays [default: a tenth of --max-steps]
+    #[arg(long, value_name = "N")]
+    pub decay_steps: Option<u64>,
     /// Decay of AdamW's first moment
     #[arg(long, default_value_t = 0.9)]
     pub beta1: f32,
@@ -220,6 +223,18 @@ impl TrainArgs {
                     "the learning rate would never reach its peak; warm up over 1 to 10 % of the steps",
                 ));
         }
+        let decay_steps = self.decay_steps.unwrap_or(self.max_steps.div_ceil(10));
+        let after_warmup = self.max_steps - self.warmup_steps;
+        if self.decay_steps.is_some() && self.lr_schedule != Shape::Wsd {
+            return Err(Error::new("--decay-steps is given, but --lr-schedule is not wsd")
+                .with_hint("cosine and linear decay from the end of the warm-up to the last step"));
+        }
+        if self.decay_steps.is_some_and(|steps| steps > after_warmup) {
+            return Err(Error::new(format!(
+                "--decay-steps {decay_steps} is more than the {after_warmup} steps after the warm-up"
+            ))
+            .with_hint("warm up and decay over fewer steps, or train for more"));
+        }
         let name = Path::new(&model).file_stem().map_or("model".into(), |stem| stem.to_string_lossy());
         let output_dir = self.output_dir.clone().unwrap_or_else(|| free_folder(Path::new("runs"), &name));
 
@@ -228,6 +243,7 @@ impl TrainArgs {
             lr: self.lr,
             min_lr,
             warmup_steps: self.warmup_steps,
+            decay_steps: decay_steps.min(after_warmup),
             max_steps: self.max_steps,
         };
         let args = Self { min_lr: Some(min_lr), output_dir: Some(output_dir.clone()), ..self };

@@ -2,7 +2,6 @@
 
 use elapid_cpu::CpuBackend;
 
-use super::schedule::Shape;
 use crate::config::run::Run;
 use crate::data::Dataset;
 use crate::model::Mamba2ForCausalLM;
@@ -59,12 +58,10 @@ pub(super) fn print(
     row(
         "AdamW",
         format!(
-            "lr {:.2e} → {:.2e}, warm-up {}, betas {} {}, eps {:e}, weight decay {}, clip {}",
+            "lr {:.2e} → {:.2e} ({:?}), warm-up {}, betas {} {}, eps {:e}, weight decay {}, clip {}",
             run.schedule.lr,
-            match run.schedule.shape {
-                Shape::Constant => run.schedule.lr,
-                Shape::Cosine => run.schedule.min_lr,
-            },
+            run.schedule.last_rate(),
+            run.schedule.shape,
             args.warmup_steps,
             args.beta1,
             args.beta2,
