@@ -14,6 +14,7 @@ use super::{Batch, Trainer};
 use crate::Error;
 use crate::config::run::{ActivationCheckpointing, Dtype, Run};
 use crate::data::{Dataset, Sampler, Tokenizer};
+use crate::error::say;
 use crate::model::Mamba2ForCausalLM;
 use crate::model::pretrained::FileDType;
 
@@ -157,7 +158,9 @@ pub fn train(run: &Run) -> Result<Outcome, Error> {
             "step_time_s": seconds,
             "mfu": mfu,
         });
-        writeln!(metrics, "{line}")
+        // One write a line: whoever reads along sees whole lines.
+        metrics
+            .write_all(format!("{line}\n").as_bytes())
             .map_err(|e| Error::io("write", &run.output_dir.join("metrics.jsonl"), &e))?;
         progress.step(&Figures {
             step,
@@ -216,9 +219,9 @@ fn print_start(
 ) {
     let args = &run.args;
     let config = model.config();
-    let row = |name: &str, value: String| eprintln!("  {name:<12} {value}");
+    let row = |name: &str, value: String| say(format_args!("  {name:<12} {value}"));
     let source = args.model.clone().or(args.init_from.as_ref().map(|d| d.display().to_string()));
-    eprintln!("training {}", source.unwrap_or_default());
+    say(format_args!("training {}", source.unwrap_or_default()));
     row(
         "model",
         format!(
@@ -284,7 +287,7 @@ fn print_start(
     );
     row("run folder", run.output_dir.display().to_string());
     for line in model.layout().to_string().lines() {
-        eprintln!("  {line}");
+        say(format_args!("  {line}"));
     }
 }
 
