@@ -1,9 +1,11 @@
 //! Training: micro-steps, updates, and the loop round them.
 
 mod evaluate;
+mod folder;
 mod progress;
 mod run;
 pub mod schedule;
+mod start;
 mod trainer;
 
 pub use evaluate::{Evaluation, evaluate};

@@ -11,10 +11,14 @@ use crate::error::say;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Figures {
     pub(crate) step: u64,
+    /// Mean token loss of the whole batch.
     pub(crate) loss: f64,
     pub(crate) lr: f64,
     pub(crate) grad_norm: f64,
+    /// Inputs since step 1.
+    pub(crate) tokens: u64,
     pub(crate) tokens_per_s: f64,
+    pub(crate) step_time_s: f64,
     /// Share of this machine's measured fp32 matrix-product rate.
     pub(crate) mfu: f64,
 }

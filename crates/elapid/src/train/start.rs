@@ -1,0 +1,91 @@
+//! The table that a run prints before its first step.
+
+use elapid_cpu::CpuBackend;
+
+use super::schedule::Shape;
+use crate::config::run::Run;
+use crate::data::Dataset;
+use crate::error::say;
+use crate::model::Mamba2ForCausalLM;
+
+/// Prints model, data, step, optimizer and device to stderr.
+pub(super) fn print(
+    run: &Run,
+    data: &Dataset,
+    model: &Mamba2ForCausalLM<CpuBackend>,
+    backend: &CpuBackend,
+    peak: f64,
+) {
+    let args = &run.args;
+    let config = model.config();
+    let row = |name: &str, value: String| say(format_args!("  {name:<12} {value}"));
+    let source = args.model.clone().or(args.init_from.as_ref().map(|d| d.display().to_string()));
+    say(format_args!("training {}", source.unwrap_or_default()));
+    row(
+        "model",
+        format!(
+            "{} parameters: {} layers, D {}, H {}, P {}, G {}, N {}, V {}",
+            model.layout().parameter_count(),
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.num_heads,
+            config.head_dim,
+            config.n_groups,
+            config.state_size,
+            config.vocab_size
+        ),
+    );
+    let per_step = args.batch * args.grad_accum_usteps;
+    row(
+        "data",
+        format!(
+            "{}: {} blocks of {} tokens, {:.2} epochs",
+            args.data_dir.display(),
+            data.len(),
+            data.seq_len(),
+            (args.max_steps as usize * per_step) as f64 / data.len() as f64
+        ),
+    );
+    row(
+        "step",
+        format!(
+            "{} tokens = {} sequences × {} micro-steps × {}; {} steps",
+            per_step * data.seq_len(),
+            args.batch,
+            args.grad_accum_usteps,
+            data.seq_len(),
+            args.max_steps
+        ),
+    );
+    row(
+        "AdamW",
+        format!(
+            "lr {:.2e} → {:.2e}, warm-up {}, betas {} {}, eps {:e}, weight decay {}, clip {}",
+            run.schedule.lr,
+            match run.schedule.shape {
+                Shape::Constant => run.schedule.lr,
+                Shape::Cosine => run.schedule.min_lr,
+            },
+            args.warmup_steps,
+            args.beta1,
+            args.beta2,
+            args.eps,
+            args.weight_decay,
+            args.max_grad_norm
+        ),
+    );
+    row(
+        "device",
+        format!(
+            "CPU, {} threads, {:?}, {:.0} GFLOP/s in fp32 products; compute in {:?}",
+            backend.threads(),
+            backend.isa(),
+            peak / 1e9,
+            args.dtype
+        ),
+    );
+    row("run folder", run.output_dir.display().to_string());
+    for line in model.layout().to_string().lines() {
+        say(format_args!("  {line}"));
+    }
+}
