@@ -28,7 +28,7 @@ pub(super) struct QuickstartArgs {
     #[arg(long, value_name = "PATH")]
     text: Option<PathBuf>,
     /// Optimizer steps
-    #[arg(long, value_name = "N", default_value_t = 400)]
+    #[arg(long, value_name = "N", default_value_t = 400, value_parser = clap::value_parser!(u64).range(1..))]
     max_steps: u64,
     /// Folder for everything [default: runs/quickstart, or the first free runs/quickstart-N]
     #[arg(long, value_name = "DIR")]
@@ -63,7 +63,10 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<(), Error> {
 
     print_line(&format!("1. tokens: {} in blocks of {SEQ_LEN} bytes", text.display()))?;
     let (data, held_out) = (folder.join("data/train"), folder.join("data/eval"));
-    let card = split(&text, &folder, &data, &held_out)?;
+    let card = split(&text, &folder, &data, &held_out).inspect_err(|_| {
+        // There is nothing in it yet that anybody could want.
+        let _ = fs::remove_dir_all(&folder);
+    })?;
 
     let flags = train_flags(args, &data, &folder);
     print_line(&format!("2. training: elapid train {}", flags.join(" ")))?;

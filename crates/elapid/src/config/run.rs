@@ -213,6 +213,7 @@ impl TrainArgs {
         at_least_one("--grad-accum-usteps", self.grad_accum_usteps as u64)?;
         at_least_one("--max-steps", self.max_steps)?;
         at_least_one("--logging-interval", self.logging_interval)?;
+        check_threads("--threads", self.threads.unwrap_or(1))?;
         let samples = [self.batch as u64, self.grad_accum_usteps as u64]
             .into_iter()
             .try_fold(self.max_steps, |product, factor| product.checked_mul(factor));
@@ -279,6 +280,19 @@ pub fn free_folder(parent: &Path, name: &str) -> PathBuf {
 
 fn at_least_one(flag: &str, value: u64) -> Result<(), Error> {
     if value == 0 { Err(Error::new(format!("{flag} is 0")).with_hint("give 1 or more")) } else { Ok(()) }
+}
+
+/// A number of threads that a machine can have use for.
+///
+/// # Errors
+/// 0, or more than 1024.
+pub(crate) fn check_threads(flag: &str, threads: usize) -> Result<(), Error> {
+    at_least_one(flag, threads as u64)?;
+    if threads > 1024 {
+        return Err(Error::new(format!("{flag} is {threads}"))
+            .with_hint("more threads than cores only wait for each other; 1024 at most"));
+    }
+    Ok(())
 }
 
 fn check(flag: &str, value: f64, good: bool, hint: &str) -> Result<(), Error> {

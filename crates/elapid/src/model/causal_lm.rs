@@ -12,6 +12,7 @@ use super::layout::Layout;
 use super::pretrained::{self, FileDType};
 use crate::Error;
 use crate::config::ModelConfig;
+use crate::memory;
 
 /// A Mamba-2 language model and its parameters on a device.
 ///
@@ -60,6 +61,12 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
     /// When files are missing, damaged, or do not fit each other.
     pub fn from_pretrained(backend: &B, dir: &Path, dtype: DType) -> Result<Self, Error> {
         let config = ModelConfig::load(dir)?;
+        let bytes = if dtype == DType::F32 { 4.0 } else { 6.0 };
+        memory::check(
+            Layout::new(&config).parameter_count() as f64 * bytes,
+            &format!("the parameters that {} describes", dir.join("config.json").display()),
+            "is the config.json the right one? Then a larger machine is needed",
+        )?;
         let mut model = Self::empty(backend, &config, dtype);
         model.load(backend, dir)?;
         Ok(model)

@@ -15,9 +15,11 @@ use super::{Batch, Trainer, start};
 use crate::Error;
 use crate::config::ModelConfig;
 use crate::config::TokenIds;
-use crate::config::run::{ActivationCheckpointing, Dtype, Run};
+use crate::config::run::{ActivationCheckpointing, Dtype, Run, check_threads};
 use crate::data::{Dataset, Sampler, Tokenizer};
+use crate::memory;
 use crate::model::Mamba2ForCausalLM;
+use crate::model::layout::Layout;
 use crate::model::pretrained::FileDType;
 
 /// What a finished run left behind.
@@ -57,8 +59,9 @@ impl From<ActivationCheckpointing> for Checkpointing {
 /// A CPU backend with `threads` workers (None: one a core).
 ///
 /// # Errors
-/// When the threads cannot be started.
+/// 0 threads, more than any machine has use for, or they cannot be started.
 pub fn cpu(threads: Option<usize>) -> Result<CpuBackend, Error> {
+    check_threads("--threads", threads.unwrap_or(1))?;
     CpuBackend::new(&CpuOptions { threads, ..CpuOptions::default() }).map_err(|cause| {
         Error::new(cause.to_string()).with_hint("give fewer --threads, or free some on this machine")
     })
@@ -71,6 +74,7 @@ pub fn cpu(threads: Option<usize>) -> Result<CpuBackend, Error> {
 /// before it reaches the parameters.
 pub fn train(run: &Run) -> Result<Outcome, Error> {
     let data = open_data(run)?;
+    check_memory(run, &data)?;
     let folder = RunFolder::create(&run.output_dir)?;
     let backend = cpu(run.args.threads)?;
     let model = build_model(run, &data, &backend)?;
@@ -99,6 +103,30 @@ fn open_data(run: &Run) -> Result<Dataset, Error> {
     Ok(data)
 }
 
+/// A lower bound of what training takes: masters, gradients and both moments in fp32, the bf16 copy, and of each layer
+/// the residual stream and, unless it runs twice, the output of in_proj.
+fn check_memory(run: &Run, data: &Dataset) -> Result<(), Error> {
+    let (args, config) = (&run.args, &run.config);
+    let (parameter, activation) = if args.dtype == Dtype::Bfloat16 { (18.0, 2.0) } else { (16.0, 4.0) };
+    let kept = match args.activation_checkpointing {
+        ActivationCheckpointing::None => config.hidden_size + config.spec().projection(),
+        ActivationCheckpointing::Block => config.hidden_size,
+    };
+    let tokens = args.batch as f64 * data.seq_len() as f64;
+    let parameters = Layout::new(config).parameter_count() as f64 * parameter;
+    let activations = tokens * config.num_hidden_layers as f64 * kept as f64 * activation;
+    memory::check(
+        parameters,
+        "the parameters, gradients and moments",
+        "choose a smaller --model or --vocab-size",
+    )?;
+    memory::check(
+        parameters + activations,
+        "parameters and activations",
+        "choose a smaller --batch with more --grad-accum-usteps, or --activation-checkpointing block",
+    )
+}
+
 fn build_model(
     run: &Run,
     data: &Dataset,
@@ -110,8 +138,9 @@ fn build_model(
         model.load(backend, dir)?;
         return Ok(model);
     }
-    // A new model takes the special tokens of its data, where those are known.
-    let config = match data.card().map(|card| card.eos_id) {
+    // A new model takes the special tokens of its data, where those are known and fit its vocabulary.
+    let fits = |id: &u32| (*id as usize) < run.config.vocab_size;
+    let config = match data.card().map(|card| card.eos_id.filter(fits)) {
         None => run.config.clone(),
         Some(id) => ModelConfig {
             eos_token_id: id.map(TokenIds::One),
@@ -130,6 +159,8 @@ struct Session<'a> {
     backend: &'a CpuBackend,
     trainer: Trainer<'a, CpuBackend>,
     sampler: Sampler,
+    /// What is exported with the model.
+    tokenizer: Option<Tokenizer>,
     metrics: File,
     progress: Progress,
     /// FLOP/s of this machine.
@@ -158,6 +189,12 @@ impl<'a> Session<'a> {
             accum: args.grad_accum_usteps,
             shuffle: args.shuffle.then_some(args.seed),
         };
+        // Loaded now: a damaged one is not to be found after the last step.
+        let init_from = args.init_from.clone().filter(|dir| dir.join("tokenizer.json").exists());
+        let tokenizer = match data.tokenizer().or(init_from) {
+            Some(dir) => Some(Tokenizer::load(&dir.display().to_string())?),
+            None => None,
+        };
         let outcome = Outcome {
             first_loss: f64::NAN,
             last_loss: f64::NAN,
@@ -171,6 +208,7 @@ impl<'a> Session<'a> {
             backend,
             trainer: Trainer::new(backend, model, args.activation_checkpointing.into()),
             sampler,
+            tokenizer,
             metrics: folder.open("metrics.jsonl")?,
             progress: Progress::new(args.max_steps, args.logging_interval),
             peak,
@@ -265,9 +303,6 @@ impl<'a> Session<'a> {
     fn export(&self) -> Result<(), Error> {
         let dir = &self.outcome.model_dir;
         self.trainer.model().save_pretrained(self.backend, dir, FileDType::F32)?;
-        match self.data.tokenizer() {
-            Some(tokenizer) => Tokenizer::load(&tokenizer.display().to_string())?.save(dir),
-            None => Ok(()),
-        }
+        self.tokenizer.as_ref().map_or(Ok(()), |tokenizer| tokenizer.save(dir))
     }
 }
