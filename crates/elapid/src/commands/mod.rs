@@ -8,12 +8,14 @@ mod train;
 
 use std::ffi::OsString;
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
 use crate::Error;
 use crate::config::run::TrainArgs;
+use crate::error::say;
 
 /// Trains Mamba-2 language models: text in, a Hugging Face compatible model out.
 #[derive(Parser)]
@@ -58,9 +60,9 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            say(format_args!("error: {error}"));
             if let Some(hint) = error.hint() {
-                eprintln!("hint: {hint}");
+                say(format_args!("hint: {hint}"));
             }
             ExitCode::FAILURE
         }
@@ -82,7 +84,7 @@ fn kebab_case(index: usize, arg: OsString) -> OsString {
 fn print_line(text: &str) -> Result<(), Error> {
     match writeln!(std::io::stdout(), "{text}") {
         Err(cause) if cause.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(Error::new(format!("cannot write to stdout: {cause}")))
+            Err(Error::io("write to", Path::new("stdout"), &cause))
         }
         _ => Ok(()),
     }

@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use super::{ModelConfig, PRESETS};
 use crate::Error;
+use crate::error::say;
 use crate::model::init::Init;
 use crate::train::schedule::{Schedule, Shape};
 
@@ -159,6 +160,9 @@ pub struct TrainArgs {
     pub debug: bool,
 }
 
+/// Below this, counts of samples and tokens cannot overflow.
+const MAX_SAMPLES: u64 = 1 << 44;
+
 /// A validated training run.
 #[derive(Clone, Debug)]
 pub struct Run {
@@ -178,8 +182,10 @@ impl TrainArgs {
     /// # Errors
     /// A value that cannot be meant, with its flag.
     pub fn resolve(self) -> Result<Run, Error> {
-        if let Some(flag) = self.backend.as_ref().map(|_| "--backend").or(self.debug.then_some("--debug")) {
-            eprintln!("warning: {flag} means nothing here and is passed over");
+        for (flag, given) in [("--backend", self.backend.is_some()), ("--debug", self.debug)] {
+            if given {
+                say(format_args!("warning: {flag} means nothing here and is passed over"));
+            }
         }
         let model = match (&self.model, &self.init_from) {
             (Some(model), _) => model.clone(),
@@ -207,15 +213,29 @@ impl TrainArgs {
         at_least_one("--grad-accum-usteps", self.grad_accum_usteps as u64)?;
         at_least_one("--max-steps", self.max_steps)?;
         at_least_one("--logging-interval", self.logging_interval)?;
-        at_least_one("--threads", self.threads.unwrap_or(1) as u64)?;
+        let samples = [self.batch as u64, self.grad_accum_usteps as u64]
+            .into_iter()
+            .try_fold(self.max_steps, |product, factor| product.checked_mul(factor));
+        if samples.is_none_or(|samples| samples > MAX_SAMPLES) {
+            return Err(Error::new(format!(
+                "--max-steps {} × --grad-accum-usteps {} × --batch {} are too many samples",
+                self.max_steps, self.grad_accum_usteps, self.batch
+            ))
+            .with_hint(format!("no run reads more than {MAX_SAMPLES}; look for a digit too many")));
+        }
         let min_lr = self.min_lr.unwrap_or(self.lr / 10.0);
-        between("--lr", self.lr, f64::MIN_POSITIVE, f64::MAX)?;
-        between("--min-lr", min_lr, 0.0, self.lr)?;
-        between("--beta1", f64::from(self.beta1), 0.0, 1.0 - f64::EPSILON)?;
-        between("--beta2", f64::from(self.beta2), 0.0, 1.0 - f64::EPSILON)?;
-        between("--eps", f64::from(self.eps), 0.0, f64::MAX)?;
-        between("--weight-decay", f64::from(self.weight_decay), 0.0, f64::MAX)?;
-        between("--max-grad-norm", f64::from(self.max_grad_norm), 0.0, f64::MAX)?;
+        let (beta1, beta2, eps) = (f64::from(self.beta1), f64::from(self.beta2), f64::from(self.eps));
+        let (decay, clip) = (f64::from(self.weight_decay), f64::from(self.max_grad_norm));
+        let below_one = "it must be 0 or more, and less than 1";
+        let not_negative = "it must be a finite number, 0 or more";
+        check("--lr", self.lr, self.lr > 0.0 && self.lr.is_finite(), "it must be a finite number above 0")?;
+        check("--min-lr", min_lr, (0.0..=self.lr).contains(&min_lr), "it must lie between 0 and --lr")?;
+        check("--beta1", beta1, (0.0..1.0).contains(&beta1), below_one)?;
+        check("--beta2", beta2, (0.0..1.0).contains(&beta2), below_one)?;
+        // With 0, a parameter that has had no gradient yet would move by 0 / 0.
+        check("--eps", eps, eps > 0.0 && eps.is_finite(), "it must be a finite number above 0")?;
+        check("--weight-decay", decay, decay >= 0.0 && decay.is_finite(), not_negative)?;
+        check("--max-grad-norm", clip, clip >= 0.0 && clip.is_finite(), not_negative)?;
         if self.warmup_steps > self.max_steps {
             let (warmup, max) = (self.warmup_steps, self.max_steps);
             return Err(Error::new(format!("--warmup-steps {warmup} is more than --max-steps {max}"))
@@ -261,14 +281,6 @@ fn at_least_one(flag: &str, value: u64) -> Result<(), Error> {
     if value == 0 { Err(Error::new(format!("{flag} is 0")).with_hint("give 1 or more")) } else { Ok(()) }
 }
 
-fn between(flag: &str, value: f64, low: f64, high: f64) -> Result<(), Error> {
-    if (low..=high).contains(&value) {
-        return Ok(());
-    }
-    let bounds = match (low, high) {
-        (f64::MIN_POSITIVE, _) => "more than 0".to_owned(),
-        (_, f64::MAX) => format!("{low} or more"),
-        _ => format!("between {low} and {high}"),
-    };
-    Err(Error::new(format!("{flag} is {value}")).with_hint(format!("it must be {bounds}")))
+fn check(flag: &str, value: f64, good: bool, hint: &str) -> Result<(), Error> {
+    if good { Ok(()) } else { Err(Error::new(format!("{flag} is {value}")).with_hint(hint)) }
 }

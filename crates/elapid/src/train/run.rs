@@ -254,7 +254,9 @@ impl<'a> Session<'a> {
             "tokens_per_s": tokens_per_s, "step_time_s": step_time_s, "mfu": mfu,
         });
         let path = self.run.output_dir.join("metrics.jsonl");
-        writeln!(self.metrics, "{line}").map_err(|cause| Error::io("write", &path, &cause))?;
+        // One write a line: whoever reads along sees whole lines.
+        let line = format!("{line}\n");
+        self.metrics.write_all(line.as_bytes()).map_err(|cause| Error::io("write", &path, &cause))?;
         self.progress.step(&figures);
         Ok(())
     }

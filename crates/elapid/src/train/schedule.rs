@@ -44,9 +44,7 @@ impl Schedule {
             Shape::Constant => return self.lr,
             Shape::Linear => 1.0 - self.decayed(step, after_warmup),
             Shape::Wsd => 1.0 - self.decayed(step, self.decay_steps),
-            Shape::Cosine => {
-                0.5 * (1.0 + (std::f64::consts::PI * self.decayed(step, after_warmup)).cos())
-            }
+            Shape::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * self.decayed(step, after_warmup)).cos()),
         };
         self.min_lr + (self.lr - self.min_lr) * left
     }
