@@ -59,14 +59,15 @@ impl Memory {
         let elements = Layout::new(demand.config).flat.len() as u64;
         let copy = if demand.dtype == DType::F32 { 0 } else { 2 };
         let mut play = Play::new(demand);
-        let activations = play.micro_step();
+        let held = play.micro_step();
         play.micro_step();
+        let within = |bytes: u128| u64::try_from(bytes).unwrap_or(u64::MAX).min(1 << 60);
         Self {
             parameters: (4 + copy) * elements,
             gradients: 4 * elements,
             moments: 8 * elements,
-            activations,
-            transient: play.pool.peak - activations,
+            activations: within(held),
+            transient: within(play.pool.peak - held),
             program: status("VmRSS").unwrap_or(16 << 20) + THREAD * demand.threads as u64,
         }
     }
@@ -157,19 +158,19 @@ fn kibibytes(path: &str, field: &str) -> Option<u64> {
 }
 
 /// Free blocks beyond this are returned to the system when none of them fits: `MAX_IDLE_LINES` of the backend.
-const MAX_IDLE: u64 = 1 << 30;
+const MAX_IDLE: u128 = 1 << 30;
 
-/// The backend's memory pool, without the memory. A block is its size.
+/// The backend's memory pool, without the memory. A block is its size; 128 bits, so that no --batch wraps it around.
 #[derive(Default)]
 struct Pool {
-    free: BTreeMap<u64, u64>,
-    idle: u64,
-    live: u64,
-    peak: u64,
+    free: BTreeMap<u128, u128>,
+    idle: u128,
+    live: u128,
+    peak: u128,
 }
 
 impl Pool {
-    fn take(&mut self, size: u64) -> u64 {
+    fn take(&mut self, size: u128) -> u128 {
         let size = size.next_multiple_of(64);
         match self.free.get_mut(&size) {
             Some(count) if *count > 0 => {
@@ -187,7 +188,7 @@ impl Pool {
         size
     }
 
-    fn give(&mut self, blocks: impl IntoIterator<Item = u64>) {
+    fn give(&mut self, blocks: impl IntoIterator<Item = u128>) {
         for size in blocks {
             self.live -= size;
             self.idle += size;
@@ -200,34 +201,34 @@ impl Pool {
 struct Play {
     pool: Pool,
     /// B·L.
-    rows: u64,
-    batch: u64,
-    threads: u64,
+    rows: u128,
+    batch: u128,
+    threads: u128,
     /// Bytes of an activation's element, and of the residual stream's.
-    compute: u64,
-    residual: u64,
+    compute: u128,
+    residual: u128,
     layers: usize,
     checkpointing: Checkpointing,
     /// D, E, C, H, V.
-    d: u64,
-    e: u64,
-    c: u64,
-    h: u64,
-    v: u64,
+    d: u128,
+    e: u128,
+    c: u128,
+    h: u128,
+    v: u128,
     /// E + C + H.
-    proj: u64,
+    proj: u128,
     /// P, N, K.
-    p: u64,
-    n: u64,
-    k: u64,
+    p: u128,
+    n: u128,
+    k: u128,
     /// Chunk length and chunks of a sequence.
-    q: u64,
-    chunks: u64,
+    q: u128,
+    chunks: u128,
     /// Blocks of heads over all groups.
-    blocks: u64,
+    blocks: u128,
 }
 
-const F32: u64 = 4;
+const F32: u128 = 4;
 
 impl Play {
     fn new(demand: &Demand<'_>) -> Self {
@@ -237,30 +238,30 @@ impl Play {
         let q = spec.chunk.min(128).min(demand.length).max(1);
         Self {
             pool: Pool::default(),
-            rows: (demand.batch * demand.length) as u64,
-            batch: demand.batch as u64,
-            threads: demand.threads as u64,
+            rows: (demand.batch * demand.length) as u128,
+            batch: demand.batch as u128,
+            threads: demand.threads as u128,
             compute,
             residual: if demand.config.residual_in_fp32 { F32 } else { compute },
             layers: demand.config.num_hidden_layers,
             checkpointing: demand.checkpointing,
-            d: demand.config.hidden_size as u64,
-            e: spec.inner() as u64,
-            c: spec.conv_channels() as u64,
-            h: spec.heads as u64,
-            v: demand.config.vocab_size as u64,
-            proj: spec.projection() as u64,
-            p: spec.head_dim as u64,
-            n: spec.state as u64,
-            k: spec.conv_kernel as u64,
-            q: q as u64,
-            chunks: demand.length.div_ceil(q) as u64,
-            blocks: (spec.groups * (spec.heads / spec.groups).div_ceil(8)) as u64,
+            d: demand.config.hidden_size as u128,
+            e: spec.inner() as u128,
+            c: spec.conv_channels() as u128,
+            h: spec.heads as u128,
+            v: demand.config.vocab_size as u128,
+            proj: spec.projection() as u128,
+            p: spec.head_dim as u128,
+            n: spec.state as u128,
+            k: spec.conv_kernel as u128,
+            q: q as u128,
+            chunks: demand.length.div_ceil(q) as u128,
+            blocks: (spec.groups * (spec.heads / spec.groups).div_ceil(8)) as u128,
         }
     }
 
     /// Forward and backward of one batch. Gives the bytes that are held between the two.
-    fn micro_step(&mut self) -> u64 {
+    fn micro_step(&mut self) -> u128 {
         let Self { rows, d, v, compute, residual, .. } = *self;
         let mut x = self.pool.take(rows * d * residual); // embedding
         let mut kept = Vec::new();
@@ -293,7 +294,7 @@ impl Play {
     }
 
     /// One layer: its output and what the ops save. The last of what is saved, the layer's input, is the caller's.
-    fn layer(&mut self, save: bool) -> (u64, Vec<u64>) {
+    fn layer(&mut self, save: bool) -> (u128, Vec<u128>) {
         let Self { rows, d, e, proj, compute, residual, .. } = *self;
         let normed = self.pool.take(rows * d * compute);
         let projected = self.linear(d, proj);
@@ -310,7 +311,7 @@ impl Play {
     }
 
     /// The adjoint of one layer: from the cotangent of its output to that of its input.
-    fn layer_adjoint(&mut self, mut saved: Vec<u64>, dy: u64) -> u64 {
+    fn layer_adjoint(&mut self, mut saved: Vec<u128>, dy: u128) -> u128 {
         let Self { rows, d, e, proj, compute, residual, .. } = *self;
         let x = saved.pop().expect("a layer saves its input");
         let again = match self.checkpointing {
@@ -338,7 +339,7 @@ impl Play {
     }
 
     /// `[rows, input]` → `[rows, output]`: the product is fp32 and rounded afterwards.
-    fn linear(&mut self, input: u64, output: u64) -> u64 {
+    fn linear(&mut self, input: u128, output: u128) -> u128 {
         let y = self.pool.take(self.rows * output * F32);
         let x32 = self.cast(self.rows * input, self.compute, F32);
         let weight = self.cast(output * input, self.compute, F32);
@@ -346,7 +347,7 @@ impl Play {
         self.round(y, self.rows * output)
     }
 
-    fn linear_adjoint(&mut self, input: u64, output: u64) -> u64 {
+    fn linear_adjoint(&mut self, input: u128, output: u128) -> u128 {
         let dy = self.cast(self.rows * output, self.compute, F32);
         let x = self.cast(self.rows * input, self.compute, F32);
         let weight = self.cast(output * input, self.compute, F32);
@@ -357,7 +358,7 @@ impl Play {
     }
 
     /// The mixer: its output `[rows, E]`, and what it saves: the scan's output in fp32 and the final state.
-    fn mamba2(&mut self, save: bool) -> (u64, Vec<u64>) {
+    fn mamba2(&mut self, save: bool) -> (u128, Vec<u128>) {
         let Self { rows, batch, threads, compute, e, c, p, n, k, q, .. } = *self;
         let front = self.front(false);
         let states = self.states();
@@ -375,7 +376,7 @@ impl Play {
         (out, vec![y, last, conv])
     }
 
-    fn mamba2_adjoint(&mut self) -> u64 {
+    fn mamba2_adjoint(&mut self) -> u128 {
         let Self { rows, batch, threads, e, c, h, proj, p, n, k, q, chunks, blocks, .. } = *self;
         let front = self.front(true);
         let states = self.states();
@@ -401,32 +402,32 @@ impl Play {
     }
 
     /// Conv output (for the adjoint before SiLU too), Δt and its cumulative sum.
-    fn front(&mut self, before_silu: bool) -> Vec<u64> {
+    fn front(&mut self, before_silu: bool) -> Vec<u128> {
         let Self { rows, threads, c, h, k, q, .. } = *self;
-        let conv = (0..1 + u64::from(before_silu)).map(|_| rows * c);
+        let conv = (0..1 + u128::from(before_silu)).map(|_| rows * c);
         let blocks = conv.chain([h * rows, h * rows]).map(|len| self.pool.take(len * F32)).collect();
         self.scratch(threads, (q + k - 1) * c + c);
         blocks
     }
 
     /// `[B, chunks, H, P, N]`.
-    fn states(&mut self) -> u64 {
+    fn states(&mut self) -> u128 {
         self.pool.take(self.batch * self.chunks * self.e * self.n * F32)
     }
 
     /// `count` pieces of `len` numbers at a time, for a moment.
-    fn scratch(&mut self, count: u64, len: u64) {
-        let blocks: Vec<u64> = (0..count).map(|_| self.pool.take(len * F32)).collect();
+    fn scratch(&mut self, count: u128, len: u128) {
+        let blocks: Vec<u128> = (0..count).map(|_| self.pool.take(len * F32)).collect();
         self.pool.give(blocks);
     }
 
     /// A copy in another element size; None where it is that size already.
-    fn cast(&mut self, len: u64, from: u64, to: u64) -> Option<u64> {
+    fn cast(&mut self, len: u128, from: u128, to: u128) -> Option<u128> {
         (from != to).then(|| self.pool.take(len * to))
     }
 
     /// An fp32 result in the compute dtype.
-    fn round(&mut self, block: u64, len: u64) -> u64 {
+    fn round(&mut self, block: u128, len: u128) -> u128 {
         match self.cast(len, F32, self.compute) {
             None => block,
             Some(rounded) => {
@@ -458,8 +459,7 @@ mod tests {
         for (dtype, s) in [(DType::F32, 4), (DType::Bf16, 2)] {
             let state = 3 * (e * spec.state + 3 * spec.conv_channels()) * 4;
             let layer = rows * (4 * d + s * d + s * spec.projection() + s * e + 4 * e) + state;
-            for (checkpointing, layer) in
-                [(Checkpointing::None, layer), (Checkpointing::Block, rows * 4 * d)]
+            for (checkpointing, layer) in [(Checkpointing::None, layer), (Checkpointing::Block, rows * 4 * d)]
             {
                 config.num_hidden_layers = 7;
                 let seven = held(&config, dtype, checkpointing);
