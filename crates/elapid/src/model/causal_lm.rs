@@ -83,12 +83,14 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
         Ok(())
     }
 
-    /// Writes a Hugging Face folder: `config.json`, `generation_config.json`, `model.safetensors`.
+    /// Writes a Hugging Face folder: `config.json`, `generation_config.json` and `model.safetensors`, in several files
+    /// and an index above 5 GB. No second copy of the model is made.
     ///
     /// # Errors
     /// When the folder cannot be written.
     pub fn save_pretrained(&self, backend: &B, dir: &Path, disk: FileDType) -> Result<(), Error> {
-        pretrained::save(dir, &self.config, &self.layout, disk, |slot| self.parameter(backend, slot))
+        let source = |slot: &Slot| self.parameter(backend, slot);
+        pretrained::save(dir, &self.config, &self.layout, disk, pretrained::MAX_SHARD_SIZE, source)
     }
 
     /// Brings the compute copy up to date with the masters.
@@ -118,7 +120,7 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
         &mut self.masters
     }
 
-    /// One parameter, fp32, on the host.
+    /// One parameter, or a stretch of one, fp32, on the host.
     pub fn parameter(&self, backend: &B, slot: &Slot) -> Vec<f32> {
         backend.values(&backend.view(&self.masters, slot))
     }

@@ -2,12 +2,13 @@
 
 mod evaluate;
 mod folder;
+pub mod memory;
 mod progress;
 mod run;
 pub mod schedule;
 mod start;
 mod trainer;
 
-pub use evaluate::{Evaluation, evaluate};
+pub use evaluate::{Evaluation, evaluate, last_blocks};
 pub use run::{Outcome, cpu, train};
 pub use trainer::{Batch, StepReport, Trainer};

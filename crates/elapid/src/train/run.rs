@@ -9,17 +9,18 @@ use elapid_cpu::{CpuBackend, CpuOptions};
 use elapid_tensor::{AdamW, Checkpointing, DType};
 use serde_json::json;
 
+use super::evaluate::HeldOut;
 use super::folder::RunFolder;
+use super::memory::{self, Demand, Memory};
 use super::progress::{Figures, Progress};
-use super::{Batch, Trainer, start};
+use super::{Batch, Evaluation, Trainer, start};
 use crate::Error;
 use crate::config::ModelConfig;
 use crate::config::TokenIds;
 use crate::config::run::{ActivationCheckpointing, Dtype, Run, check_threads};
 use crate::data::{Dataset, Sampler, Tokenizer};
-use crate::memory;
+use crate::error::say;
 use crate::model::Mamba2ForCausalLM;
-use crate::model::layout::Layout;
 use crate::model::pretrained::FileDType;
 
 /// What a finished run left behind.
@@ -35,6 +36,12 @@ pub struct Outcome {
     pub seconds: f64,
     /// The exported Hugging Face folder.
     pub model_dir: PathBuf,
+    /// The evaluation after the last step.
+    pub evaluation: Option<Evaluation>,
+    /// Predicted peak of resident memory, in bytes.
+    pub predicted_memory: u64,
+    /// Measured peak; None where the system does not say.
+    pub peak_memory: Option<u64>,
 }
 
 impl Dtype {
@@ -74,15 +81,28 @@ pub fn cpu(threads: Option<usize>) -> Result<CpuBackend, Error> {
 /// before it reaches the parameters.
 pub fn train(run: &Run) -> Result<Outcome, Error> {
     let data = open_data(run)?;
-    check_memory(run, &data)?;
-    let folder = RunFolder::create(&run.output_dir)?;
+    let held_out = HeldOut::open(run, &data)?;
     let backend = cpu(run.args.threads)?;
+    let memory = Memory::predict(&Demand {
+        config: &run.config,
+        batch: run.args.batch,
+        length: data.seq_len(),
+        dtype: run.args.dtype.compute(),
+        checkpointing: run.args.activation_checkpointing.into(),
+        threads: backend.threads(),
+    });
+    if let Some(warning) = memory.check(run.args.ignore_memory_limit)? {
+        say(format_args!("warning: {warning}"));
+    }
+    let folder = RunFolder::create(&run.output_dir)?;
     let model = build_model(run, &data, &backend)?;
     let peak = backend.measure_peak();
-    start::print(run, &data, &model, &backend, peak);
+    start::print(run, &data, held_out.as_ref(), &model, &backend, peak, &memory);
     let settings = toml::to_string(&run.args).map_err(|cause| Error::new(format!("run.toml: {cause}")))?;
     folder.write("run.toml", &settings)?;
-    Session::new(run, &data, &folder, &backend, model, peak)?.train()
+    let mut session = Session::new(run, &data, held_out.as_ref(), &folder, &backend, model, peak)?;
+    session.outcome.predicted_memory = memory.total();
+    session.train()
 }
 
 /// Opens the dataset and checks it against the model.
@@ -101,30 +121,6 @@ fn open_data(run: &Run) -> Result<Dataset, Error> {
     }
     data.check_vocab(run.config.vocab_size)?;
     Ok(data)
-}
-
-/// A lower bound of what training takes: masters, gradients and both moments in fp32, the bf16 copy, and of each layer
-/// the residual stream and, unless it runs twice, the output of in_proj.
-fn check_memory(run: &Run, data: &Dataset) -> Result<(), Error> {
-    let (args, config) = (&run.args, &run.config);
-    let (parameter, activation) = if args.dtype == Dtype::Bfloat16 { (18.0, 2.0) } else { (16.0, 4.0) };
-    let kept = match args.activation_checkpointing {
-        ActivationCheckpointing::None => config.hidden_size + config.spec().projection(),
-        ActivationCheckpointing::Block => config.hidden_size,
-    };
-    let tokens = args.batch as f64 * data.seq_len() as f64;
-    let parameters = Layout::new(config).parameter_count() as f64 * parameter;
-    let activations = tokens * config.num_hidden_layers as f64 * kept as f64 * activation;
-    memory::check(
-        parameters,
-        "the parameters, gradients and moments",
-        "choose a smaller --model or --vocab-size",
-    )?;
-    memory::check(
-        parameters + activations,
-        "parameters and activations",
-        "choose a smaller --batch with more --grad-accum-usteps, or --activation-checkpointing block",
-    )
 }
 
 fn build_model(
@@ -156,6 +152,7 @@ fn build_model(
 struct Session<'a> {
     run: &'a Run,
     data: &'a Dataset,
+    held_out: Option<&'a HeldOut<'a>>,
     backend: &'a CpuBackend,
     trainer: Trainer<'a, CpuBackend>,
     sampler: Sampler,
@@ -174,6 +171,7 @@ impl<'a> Session<'a> {
     fn new(
         run: &'a Run,
         data: &'a Dataset,
+        held_out: Option<&'a HeldOut<'a>>,
         folder: &RunFolder,
         backend: &'a CpuBackend,
         model: Mamba2ForCausalLM<CpuBackend>,
@@ -182,7 +180,7 @@ impl<'a> Session<'a> {
         let args = &run.args;
         let flops = model.config().flops_per_token();
         let sampler = Sampler {
-            len: data.len(),
+            len: held_out.map_or(data.len(), HeldOut::training_blocks),
             batch: args.batch,
             dp: 1,
             rank: 0,
@@ -201,10 +199,14 @@ impl<'a> Session<'a> {
             tokens: 0,
             seconds: 0.0,
             model_dir: run.output_dir.join("hf"),
+            evaluation: None,
+            predicted_memory: 0,
+            peak_memory: None,
         };
         Ok(Self {
             run,
             data,
+            held_out,
             backend,
             trainer: Trainer::new(backend, model, args.activation_checkpointing.into()),
             sampler,
@@ -223,6 +225,7 @@ impl<'a> Session<'a> {
         }
         self.progress.finish();
         self.export()?;
+        self.outcome.peak_memory = memory::peak_resident();
         Ok(self.outcome)
     }
 
@@ -273,6 +276,11 @@ impl<'a> Session<'a> {
         self.outcome.tokens += tokens as u64;
         self.outcome.seconds += seconds;
         let tokens_per_s = tokens as f64 / seconds;
+        let evaluation = match self.held_out {
+            Some(held_out) => held_out.after(step, self.backend, self.trainer.model())?,
+            None => None,
+        };
+        self.outcome.evaluation = evaluation;
         self.log(Figures {
             step,
             loss: report.loss,
@@ -282,15 +290,24 @@ impl<'a> Session<'a> {
             tokens_per_s,
             step_time_s: seconds,
             mfu: tokens_per_s * self.flops / self.peak,
+            evaluation,
         })
     }
 
     fn log(&mut self, figures: Figures) -> Result<(), Error> {
-        let Figures { step, loss, lr, grad_norm, tokens, tokens_per_s, step_time_s, mfu } = figures;
-        let line = json!({
+        let Figures { step, loss, lr, grad_norm, tokens, tokens_per_s, step_time_s, mfu, evaluation } =
+            figures;
+        let mut line = json!({
             "step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": tokens,
             "tokens_per_s": tokens_per_s, "step_time_s": step_time_s, "mfu": mfu,
         });
+        if let Some(evaluation) = evaluation {
+            line["eval_loss"] = evaluation.loss.into();
+            line["eval_perplexity"] = evaluation.perplexity().into();
+            if let Some(bits) = evaluation.bits_per_byte {
+                line["eval_bits_per_byte"] = bits.into();
+            }
+        }
         let path = self.run.output_dir.join("metrics.jsonl");
         // One write a line: whoever reads along sees whole lines.
         let line = format!("{line}\n");
