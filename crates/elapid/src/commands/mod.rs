@@ -58,11 +58,12 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            let what = if error.signal().is_some() { "stopped" } else { "error" };
+            eprintln!("{what}: {error}");
             if let Some(hint) = error.hint() {
                 eprintln!("hint: {hint}");
             }
-            ExitCode::FAILURE
+            error.signal().map_or(ExitCode::FAILURE, |signal| ExitCode::from(128 + signal as u8))
         }
     }
 }

@@ -3,9 +3,11 @@
 mod evaluate;
 mod folder;
 mod progress;
+mod resume;
 mod run;
 pub mod schedule;
 mod start;
+mod stop;
 mod trainer;
 
 pub use evaluate::{Evaluation, evaluate};

@@ -11,8 +11,11 @@ use serde_json::json;
 
 use super::folder::RunFolder;
 use super::progress::{Figures, Progress};
+use super::resume::{self, Start};
+use super::stop::{self, Graceful};
 use super::{Batch, Trainer, start};
 use crate::Error;
+use crate::checkpoint::{Checkpoint, Progress as Position, Store};
 use crate::config::ModelConfig;
 use crate::config::TokenIds;
 use crate::config::run::{ActivationCheckpointing, Dtype, Run};
@@ -64,21 +67,31 @@ pub fn cpu(threads: Option<usize>) -> Result<CpuBackend, Error> {
     })
 }
 
-/// Trains as `run` says and leaves `metrics.jsonl`, `run.toml` and the model in `hf/` in the run folder.
+/// Trains as `run` says, from step 1 or from a checkpoint, and leaves `metrics.jsonl`, `run.toml` and the model in `hf/` in
+/// the run folder.
 ///
 /// # Errors
 /// Anything that stops it, before the first step where that can be known then; a loss or gradient that is not finite,
-/// before it reaches the parameters.
+/// before it reaches the parameters; a signal, after a checkpoint ([`Error::signal`]).
 pub fn train(run: &Run) -> Result<Outcome, Error> {
     let data = open_data(run)?;
-    let folder = RunFolder::create(&run.output_dir)?;
+    let folder = RunFolder::lock(&run.output_dir)?;
+    let store = Store::open(&run.checkpoint_dir, run.args.tag.clone(), run.keep)?;
+    let from = match resume::start(run, &folder, &store)? {
+        Start::Fresh => None,
+        Start::From(checkpoint) => Some(*checkpoint),
+        Start::Finished(outcome) => {
+            eprintln!("the run in {} is finished; nothing is left to do", run.output_dir.display());
+            return Ok(outcome);
+        }
+    };
     let backend = cpu(run.args.threads)?;
-    let model = build_model(run, &data, &backend)?;
+    let model = build_model(run, &data, &backend, from.is_some())?;
     let peak = backend.measure_peak();
     start::print(run, &data, &model, &backend, peak);
     let settings = toml::to_string(&run.args).map_err(|cause| Error::new(format!("run.toml: {cause}")))?;
     folder.write("run.toml", &settings)?;
-    Session::new(run, &data, &folder, &backend, model, peak)?.train()
+    Session::new(run, &data, &folder, &store, &backend, model, from.as_ref(), peak)?.train()
 }
 
 /// Opens the dataset and checks it against the model.
@@ -99,39 +112,52 @@ fn open_data(run: &Run) -> Result<Dataset, Error> {
     Ok(data)
 }
 
+/// The model of a new run, or a model of zeros of the same configuration for a run that goes on.
 fn build_model(
     run: &Run,
     data: &Dataset,
     backend: &CpuBackend,
+    goes_on: bool,
 ) -> Result<Mamba2ForCausalLM<CpuBackend>, Error> {
     let (args, dtype) = (&run.args, run.args.dtype.compute());
-    if let Some(dir) = &args.init_from {
-        let mut model = Mamba2ForCausalLM::empty(backend, &run.config, dtype);
-        model.load(backend, dir)?;
-        return Ok(model);
-    }
     // A new model takes the special tokens of its data, where those are known.
     let config = match data.card().map(|card| card.eos_id) {
-        None => run.config.clone(),
-        Some(id) => ModelConfig {
+        Some(id) if args.init_from.is_none() => ModelConfig {
             eos_token_id: id.map(TokenIds::One),
             bos_token_id: id,
             pad_token_id: id,
             ..run.config.clone()
         },
+        _ => run.config.clone(),
     };
-    Ok(Mamba2ForCausalLM::new(backend, &config, dtype, args.init.into(), args.seed))
+    if !goes_on && args.init_from.is_none() && !args.checkpoint_load {
+        return Ok(Mamba2ForCausalLM::new(backend, &config, dtype, args.init.into(), args.seed));
+    }
+    let mut model = Mamba2ForCausalLM::empty(backend, &config, dtype);
+    if goes_on {
+        return Ok(model);
+    }
+    if let Some(dir) = &args.init_from {
+        model.load(backend, dir)?;
+    } else {
+        resume::load_weights(args, backend, &mut model)?;
+    }
+    Ok(model)
 }
 
 /// A run between its first step and its last.
 struct Session<'a> {
     run: &'a Run,
     data: &'a Dataset,
+    folder: &'a RunFolder,
+    store: &'a Store,
     backend: &'a CpuBackend,
     trainer: Trainer<'a, CpuBackend>,
     sampler: Sampler,
     metrics: File,
     progress: Progress,
+    /// Steps that were done before.
+    done: u64,
     /// FLOP/s of this machine.
     peak: f64,
     /// FLOPs a token, forward and backward.
@@ -140,12 +166,15 @@ struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
+    /// A session at step 1, or after the step of the checkpoint `from`.
     fn new(
         run: &'a Run,
         data: &'a Dataset,
-        folder: &RunFolder,
+        folder: &'a RunFolder,
+        store: &'a Store,
         backend: &'a CpuBackend,
         model: Mamba2ForCausalLM<CpuBackend>,
+        from: Option<&Checkpoint>,
         peak: f64,
     ) -> Result<Self, Error> {
         let args = &run.args;
@@ -158,21 +187,33 @@ impl<'a> Session<'a> {
             accum: args.grad_accum_usteps,
             shuffle: args.shuffle.then_some(args.seed),
         };
-        let outcome = Outcome {
+        let mut trainer = Trainer::new(backend, model, args.activation_checkpointing.into());
+        let mut done = 0;
+        let mut outcome = Outcome {
             first_loss: f64::NAN,
             last_loss: f64::NAN,
             tokens: 0,
             seconds: 0.0,
             model_dir: run.output_dir.join("hf"),
         };
+        if let Some(checkpoint) = from {
+            resume::check(checkpoint, run, trainer.model().config(), data, &sampler)?;
+            resume::restore(checkpoint, backend, &mut trainer)?;
+            let position = &checkpoint.manifest().progress;
+            done = position.step;
+            outcome = Outcome::at(position, &outcome.model_dir);
+        }
         Ok(Self {
             run,
             data,
+            folder,
+            store,
             backend,
-            trainer: Trainer::new(backend, model, args.activation_checkpointing.into()),
+            trainer,
             sampler,
-            metrics: folder.open("metrics.jsonl")?,
-            progress: Progress::new(args.max_steps, args.logging_interval),
+            metrics: folder.open_metrics(done)?,
+            progress: Progress::new(done + 1, args.max_steps, args.logging_interval),
+            done,
             peak,
             flops: (flops.forward + flops.backward) as f64,
             outcome,
@@ -180,12 +221,44 @@ impl<'a> Session<'a> {
     }
 
     fn train(mut self) -> Result<Outcome, Error> {
-        for step in 1..=self.run.args.max_steps {
+        let args = &self.run.args;
+        let signals = Graceful::new()?;
+        for step in self.done + 1..=args.max_steps {
             self.step(step)?;
+            let signal = signals.caught();
+            let due = args.checkpoint_freq > 0 && step.is_multiple_of(args.checkpoint_freq);
+            if due || signal.is_some() || args.save_last_step && step == args.max_steps {
+                let place = self.save(step)?;
+                // One that comes while a checkpoint is written is heard as well.
+                if let Some(signal) = signal.or(signals.caught()) {
+                    self.progress.finish();
+                    return Err(stop::after(step, signal, &place));
+                }
+            }
         }
         self.progress.finish();
         self.export()?;
+        self.folder.finish(args.max_steps, &self.outcome)?;
         Ok(self.outcome)
+    }
+
+    /// Writes a checkpoint; the lines of its steps reach the disk before it does.
+    fn save(&mut self, step: u64) -> Result<PathBuf, Error> {
+        let metrics = self.run.output_dir.join("metrics.jsonl");
+        self.metrics.sync_all().map_err(|cause| Error::io("write", &metrics, &cause))?;
+        let position = Position {
+            step,
+            samples: step * resume::samples_per_step(&self.sampler),
+            tokens: self.outcome.tokens,
+            seconds: self.outcome.seconds,
+            first_loss: self.outcome.first_loss,
+            last_loss: self.outcome.last_loss,
+            shuffle: self.sampler.shuffle,
+            data: resume::identity(self.data, &self.sampler),
+            settings: resume::settings(&self.run.args),
+        };
+        let model = self.trainer.model();
+        self.store.save(self.backend, model.config(), model.layout(), self.trainer.state(), position)
     }
 
     /// The batch of one micro-step.
