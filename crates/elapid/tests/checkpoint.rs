@@ -11,6 +11,7 @@ use elapid::train::train;
 use run::{checkpoints, copy, fail, leftovers, metrics, model, place, succeed};
 
 #[derive(Parser)]
+#[command(args_override_self = true)]
 struct Train {
     #[command(flatten)]
     args: TrainArgs,
