@@ -43,15 +43,16 @@ impl Isa {
         *Self::available().last().expect("the portable path is always there")
     }
 
-    /// Runs `f` compiled for this path. `f` and what it calls must be inlined to profit.
+    /// Runs `f` compiled for this path. `f` and what it calls must be inlined to profit. Anyone can name a variant;
+    /// only the one in a `CpuBackend` is known to run here.
     #[inline(always)]
     pub(crate) fn run<R>(self, f: impl FnOnce() -> R) -> R {
         match self {
             Isa::Portable => f(),
-            // SAFETY: the variant only comes from `available`, which has asked the CPU for AVX2.
+            // SAFETY: `CpuBackend::new` lets no path in that `available` has not asked the CPU for: AVX2.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => unsafe { avx2(f) },
-            // SAFETY: the variant only comes from `available`, which has asked the CPU for these four features.
+            // SAFETY: as above: these four features, which imply AVX2.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => unsafe { avx512(f) },
         }

@@ -16,7 +16,7 @@ struct Line([u8; 64]);
 /// Plain numbers of which every bit pattern is a value.
 ///
 /// # Safety
-/// The type must have no padding, no invalid bit pattern, and an alignment of at most 64.
+/// The type must have no padding, no invalid bit pattern, an alignment of at most 64, and a size that divides 64.
 pub(crate) unsafe trait Plain: Copy {}
 // SAFETY: a float of 4 bytes.
 unsafe impl Plain for f32 {}
@@ -24,6 +24,12 @@ unsafe impl Plain for f32 {}
 unsafe impl Plain for i32 {}
 // SAFETY: `repr(transparent)` over u16.
 unsafe impl Plain for bf16 {}
+
+/// Lines that hold `len` numbers. Divides, since the product of a length and a size could wrap around and then pass
+/// for small.
+fn lines_of<T: Plain>(len: usize) -> usize {
+    len.div_ceil(size_of::<Line>() / size_of::<T>())
+}
 
 /// Memory of a tensor or of scratch.
 pub(crate) struct Block {
@@ -34,14 +40,14 @@ pub(crate) struct Block {
 impl Block {
     /// The first `len` numbers.
     pub(crate) fn as_slice<T: Plain>(&self, len: usize) -> &[T] {
-        assert!(len * size_of::<T>() <= self.lines.len() * size_of::<Line>());
+        assert!(lines_of::<T>(len) <= self.lines.len());
         // SAFETY: the lines are initialised bytes, long enough (checked) and aligned for any `Plain`.
         unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), len) }
     }
 
     /// The first `len` numbers, to write.
     pub(crate) fn as_mut_slice<T: Plain>(&mut self, len: usize) -> &mut [T] {
-        assert!(len * size_of::<T>() <= self.lines.len() * size_of::<Line>());
+        assert!(lines_of::<T>(len) <= self.lines.len());
         // SAFETY: as in `as_slice`; the borrow is unique.
         unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), len) }
     }
@@ -78,7 +84,7 @@ impl Pool {
 
     /// A block for `len` numbers that holds anything.
     pub(crate) fn take<T: Plain>(self: &Arc<Self>, len: usize) -> Block {
-        let count = (len * size_of::<T>()).div_ceil(size_of::<Line>());
+        let count = lines_of::<T>(len);
         let found = {
             let mut free = self.free.lock().expect("no panic inside the lock");
             let found = free.by_lines.get_mut(&count).and_then(Vec::pop);
@@ -107,5 +113,28 @@ impl Pool {
         let mut free = self.free.lock().expect("no panic inside the lock");
         free.lines += lines.len();
         free.by_lines.entry(lines.len()).or_default().push(lines);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_is_as_long_as_asked_for() {
+        let pool = Pool::new(true);
+        for len in [0, 1, 16, 17, 33] {
+            let mut block = pool.take::<f32>(len);
+            assert!(block.as_mut_slice::<f32>(len).iter().all(|x| x.is_nan()));
+            assert!(block.as_slice::<bf16>(2 * len).iter().all(|x| x.is_nan()));
+        }
+        assert!(pool.zeros::<i32>(5).as_slice::<i32>(5).iter().all(|&x| x == 0));
+    }
+
+    #[test]
+    #[should_panic(expected = "assertion failed")]
+    fn t23_no_slice_is_longer_than_its_block() {
+        // Four times this length is 0 in 64 bits.
+        Pool::new(false).take::<f32>(1).as_slice::<f32>(1 << 62);
     }
 }

@@ -1,5 +1,6 @@
 //! Errors for people: what is wrong, with the value and the file, and what to do about it.
 
+use std::io::{ErrorKind, Write};
 use std::path::Path;
 
 /// What went wrong (`Display`) and what to do ([`Error::hint`]). The command line prints them as `error: …` and
@@ -18,9 +19,22 @@ impl Error {
         Self { message: message.into(), hint: None, signal: None }
     }
 
-    /// The operating system refused something: `cannot {action} {path}: {cause}`.
+    /// The operating system refused something: `cannot {action} {path}: {cause}`, with the usual remedy.
     pub fn io(action: &str, path: &Path, cause: &std::io::Error) -> Self {
-        Self::new(format!("cannot {action} {}: {cause}", path.display()))
+        Self::new(format!("cannot {action} {}: {cause}", path.display())).with_hint(match cause.kind() {
+            ErrorKind::NotFound => "check the spelling of the path",
+            ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
+                "check who may read and write there, or choose another path"
+            }
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+                "free some space on that disk, or choose a path on another"
+            }
+            ErrorKind::AlreadyExists | ErrorKind::NotADirectory => {
+                "a file stands where a folder is needed; choose another path"
+            }
+            ErrorKind::IsADirectory => "a folder stands where a file is needed; choose another path",
+            _ => "check the path and the disk that it lies on",
+        })
     }
 
     /// Says what to do.
@@ -47,6 +61,12 @@ impl Error {
     pub fn hint(&self) -> Option<&str> {
         self.hint.as_deref()
     }
+}
+
+/// Writes a line to stderr. Unlike `eprintln!` it does not panic where nobody reads any more (`elapid train 2>&1 |
+/// head`): a run does not end for that.
+pub(crate) fn say(line: impl std::fmt::Display) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// The candidate most like `name`, where one is like it at all.

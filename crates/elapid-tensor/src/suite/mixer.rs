@@ -103,10 +103,26 @@ fn cases() -> Vec<Case> {
         let spec = Mamba2Spec { conv_kernel, chunk: 16, ..SPEC };
         cases.push(Case { len: 63, conv_bias: conv_kernel == 2, spec, ..FULL });
     }
+    // More heads a group than a backend may take at once, and extents that divide nothing.
+    for (heads, groups, head_dim, state) in [(20, 2, 5, 7), (9, 1, 8, 16), (17, 1, 1, 3), (3, 3, 3, 1)] {
+        let spec = Mamba2Spec { heads, groups, head_dim, state, chunk: 8, ..SPEC };
+        cases.extend([Case { len: 37, batch: 3, spec, ..FULL }, Case { len: 1, batch: 3, spec, ..FULL }]);
+    }
+    // Nothing but ones, and chunks of one position.
+    let smallest = Mamba2Spec { heads: 1, head_dim: 1, groups: 1, state: 1, chunk: 1, ..SPEC };
+    cases.extend([Case { len: 1, spec: smallest, ..PLAIN }, Case { len: 5, spec: smallest, ..FULL }]);
+    cases.push(Case { len: 17, batch: 3, spec: Mamba2Spec { chunk: 1, ..SPEC }, ..FULL });
+    // One position after another state: decoding.
+    for batch in [1, 3] {
+        let case = Case { batch, len: 1, initial: true, ..PLAIN };
+        cases.extend([case, Case { spec: Mamba2Spec { groups: 1, ..SPEC }, ..case }]);
+    }
     // Shorter than the convolution's memory.
     cases.extend([Case { len: 2, ..FULL }, Case { len: 2, documents: false, ..FULL }]);
     let limited = Mamba2Spec { dt_limit: (0.01, 0.1), chunk: 16, ..SPEC };
     cases.extend([Case { spec: limited, ..FULL }, Case { spec: limited, len: 255, ..PLAIN }]);
+    // T6: the step of decoding clamps as the scan does.
+    cases.push(Case { spec: limited, len: 1, ..FULL });
     cases.push(Case { conv_bias: false, ..long });
     cases.push(Case { large_dt: true, ..long });
     cases

@@ -20,6 +20,7 @@ pub(crate) use store::lock;
 
 use crate::Error;
 use crate::config::ModelConfig;
+use crate::error::say;
 use crate::model::Layout;
 use piece::PieceFile;
 
@@ -83,7 +84,9 @@ impl Checkpoint {
         for (_, name) in names.iter().rev() {
             match Self::open(&dir.join(name)) {
                 Ok(found) => return Ok(Some(found)),
-                Err(error) => eprintln!("warning: passing over {}: {error}", dir.join(name).display()),
+                Err(error) => {
+                    say(format_args!("warning: passing over {}: {error}", dir.join(name).display()))
+                }
             }
         }
         if names.is_empty() {

@@ -8,12 +8,14 @@ mod train;
 
 use std::ffi::OsString;
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
 use crate::Error;
 use crate::config::run::TrainArgs;
+use crate::error::say;
 
 /// Trains Mamba-2 language models: text in, a Hugging Face compatible model out.
 #[derive(Parser)]
@@ -59,9 +61,9 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let what = if error.signal().is_some() { "stopped" } else { "error" };
-            eprintln!("{what}: {error}");
+            say(format_args!("{what}: {error}"));
             if let Some(hint) = error.hint() {
-                eprintln!("hint: {hint}");
+                say(format_args!("hint: {hint}"));
             }
             error.signal().map_or(ExitCode::FAILURE, |signal| ExitCode::from(128 + signal as u8))
         }
@@ -83,7 +85,7 @@ fn kebab_case(index: usize, arg: OsString) -> OsString {
 fn print_line(text: &str) -> Result<(), Error> {
     match writeln!(std::io::stdout(), "{text}") {
         Err(cause) if cause.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(Error::new(format!("cannot write to stdout: {cause}")))
+            Err(Error::io("write to", Path::new("stdout"), &cause))
         }
         _ => Ok(()),
     }

@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use super::{ModelConfig, PRESETS};
 use crate::Error;
+use crate::error::say;
 use crate::model::init::Init;
 use crate::train::schedule::{Schedule, Shape};
 
@@ -132,7 +133,7 @@ pub struct TrainArgs {
     /// Peak learning rate
     #[arg(long, default_value_t = 3e-4)]
     pub lr: f64,
-    /// Learning rate at the last step of the cosine [default: a tenth of --lr]
+    /// Learning rate at the last step, where the schedule decays [default: a tenth of --lr]
     #[arg(long)]
     pub min_lr: Option<f64>,
     /// Steps of linear warm-up
@@ -141,6 +142,9 @@ pub struct TrainArgs {
     /// Learning rate after warm-up
     #[arg(long, value_enum, default_value = "cosine")]
     pub lr_schedule: Shape,
+    /// Last steps of the run over which wsd decays [default: a tenth of --max-steps]
+    #[arg(long, value_name = "N")]
+    pub decay_steps: Option<u64>,
     /// Decay of AdamW's first moment
     #[arg(long, default_value_t = 0.9)]
     pub beta1: f32,
@@ -208,6 +212,9 @@ pub struct TrainArgs {
     pub debug: bool,
 }
 
+/// Below this, counts of samples and tokens cannot overflow.
+const MAX_SAMPLES: u64 = 1 << 44;
+
 /// A validated training run.
 #[derive(Clone, Debug)]
 pub struct Run {
@@ -231,8 +238,10 @@ impl TrainArgs {
     /// # Errors
     /// A value that cannot be meant, with its flag.
     pub fn resolve(self) -> Result<Run, Error> {
-        if let Some(flag) = self.backend.as_ref().map(|_| "--backend").or(self.debug.then_some("--debug")) {
-            eprintln!("warning: {flag} means nothing here and is passed over");
+        for (flag, given) in [("--backend", self.backend.is_some()), ("--debug", self.debug)] {
+            if given {
+                say(format_args!("warning: {flag} means nothing here and is passed over"));
+            }
         }
         let model = match (&self.model, &self.init_from) {
             (Some(model), _) => model.clone(),
@@ -260,21 +269,47 @@ impl TrainArgs {
         at_least_one("--grad-accum-usteps", self.grad_accum_usteps as u64)?;
         at_least_one("--max-steps", self.max_steps)?;
         at_least_one("--logging-interval", self.logging_interval)?;
-        at_least_one("--threads", self.threads.unwrap_or(1) as u64)?;
+        let samples = [self.batch as u64, self.grad_accum_usteps as u64]
+            .into_iter()
+            .try_fold(self.max_steps, |product, factor| product.checked_mul(factor));
+        if samples.is_none_or(|samples| samples > MAX_SAMPLES) {
+            return Err(Error::new(format!(
+                "--max-steps {} × --grad-accum-usteps {} × --batch {} are too many samples",
+                self.max_steps, self.grad_accum_usteps, self.batch
+            ))
+            .with_hint(format!("no run reads more than {MAX_SAMPLES}; look for a digit too many")));
+        }
         let min_lr = self.min_lr.unwrap_or(self.lr / 10.0);
-        between("--lr", self.lr, f64::MIN_POSITIVE, f64::MAX)?;
-        between("--min-lr", min_lr, 0.0, self.lr)?;
-        between("--beta1", f64::from(self.beta1), 0.0, 1.0 - f64::EPSILON)?;
-        between("--beta2", f64::from(self.beta2), 0.0, 1.0 - f64::EPSILON)?;
-        between("--eps", f64::from(self.eps), 0.0, f64::MAX)?;
-        between("--weight-decay", f64::from(self.weight_decay), 0.0, f64::MAX)?;
-        between("--max-grad-norm", f64::from(self.max_grad_norm), 0.0, f64::MAX)?;
+        let (beta1, beta2, eps) = (f64::from(self.beta1), f64::from(self.beta2), f64::from(self.eps));
+        let (decay, clip) = (f64::from(self.weight_decay), f64::from(self.max_grad_norm));
+        let below_one = "it must be 0 or more, and less than 1";
+        let not_negative = "it must be a finite number, 0 or more";
+        check("--lr", self.lr, self.lr > 0.0 && self.lr.is_finite(), "it must be a finite number above 0")?;
+        check("--min-lr", min_lr, (0.0..=self.lr).contains(&min_lr), "it must lie between 0 and --lr")?;
+        check("--beta1", beta1, (0.0..1.0).contains(&beta1), below_one)?;
+        check("--beta2", beta2, (0.0..1.0).contains(&beta2), below_one)?;
+        // With 0, a parameter that has had no gradient yet would move by 0 / 0.
+        check("--eps", eps, eps > 0.0 && eps.is_finite(), "it must be a finite number above 0")?;
+        check("--weight-decay", decay, decay >= 0.0 && decay.is_finite(), not_negative)?;
+        check("--max-grad-norm", clip, clip >= 0.0 && clip.is_finite(), not_negative)?;
         if self.warmup_steps > self.max_steps {
             let (warmup, max) = (self.warmup_steps, self.max_steps);
             return Err(Error::new(format!("--warmup-steps {warmup} is more than --max-steps {max}"))
                 .with_hint(
                     "the learning rate would never reach its peak; warm up over 1 to 10 % of the steps",
                 ));
+        }
+        let decay_steps = self.decay_steps.unwrap_or(self.max_steps.div_ceil(10));
+        let after_warmup = self.max_steps - self.warmup_steps;
+        if self.decay_steps.is_some() && self.lr_schedule != Shape::Wsd {
+            return Err(Error::new("--decay-steps is given, but --lr-schedule is not wsd")
+                .with_hint("cosine and linear decay from the end of the warm-up to the last step"));
+        }
+        if self.decay_steps.is_some_and(|steps| steps > after_warmup) {
+            return Err(Error::new(format!(
+                "--decay-steps {decay_steps} is more than the {after_warmup} steps after the warm-up"
+            ))
+            .with_hint("warm up and decay over fewer steps, or train for more"));
         }
         let name = Path::new(&model).file_stem().map_or("model".into(), |stem| stem.to_string_lossy());
         let output_dir = match (&self.output_dir, &self.resume) {
@@ -302,7 +337,9 @@ impl TrainArgs {
         }
         if !self.checkpoint_load && (self.checkpoint_load_dir.is_some() || self.checkpoint_load_tag.is_some())
         {
-            eprintln!("warning: --checkpoint-load-dir and -tag mean nothing without --checkpoint-load");
+            say(format_args!(
+                "warning: --checkpoint-load-dir and -tag mean nothing without --checkpoint-load"
+            ));
         }
 
         let schedule = Schedule {
@@ -310,6 +347,7 @@ impl TrainArgs {
             lr: self.lr,
             min_lr,
             warmup_steps: self.warmup_steps,
+            decay_steps: decay_steps.min(after_warmup),
             max_steps: self.max_steps,
         };
         let args = Self {
@@ -332,14 +370,6 @@ fn at_least_one(flag: &str, value: u64) -> Result<(), Error> {
     if value == 0 { Err(Error::new(format!("{flag} is 0")).with_hint("give 1 or more")) } else { Ok(()) }
 }
 
-fn between(flag: &str, value: f64, low: f64, high: f64) -> Result<(), Error> {
-    if (low..=high).contains(&value) {
-        return Ok(());
-    }
-    let bounds = match (low, high) {
-        (f64::MIN_POSITIVE, _) => "more than 0".to_owned(),
-        (_, f64::MAX) => format!("{low} or more"),
-        _ => format!("between {low} and {high}"),
-    };
-    Err(Error::new(format!("{flag} is {value}")).with_hint(format!("it must be {bounds}")))
+fn check(flag: &str, value: f64, good: bool, hint: &str) -> Result<(), Error> {
+    if good { Ok(()) } else { Err(Error::new(format!("{flag} is {value}")).with_hint(hint)) }
 }

@@ -8,6 +8,9 @@ use crate::Error;
 /// Bytes of text a thread that are tokenized at a time; a document longer than that is taken whole.
 const BATCH_BYTES: usize = 256 << 10;
 
+/// More threads than any machine has use for; the operating system may break down before it refuses them.
+const MAX_THREADS: usize = 1024;
+
 /// What has been packed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
@@ -48,6 +51,9 @@ pub fn pack(
         }
         None => None,
     };
+    if threads > MAX_THREADS {
+        return Err(Error::new(format!("--num-proc is {threads}")).with_hint("0 takes one thread a core"));
+    }
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().map_err(|cause| {
         Error::new(format!("cannot start {threads} threads: {cause}")).with_hint("give fewer with --num-proc")
     })?;
@@ -219,6 +225,13 @@ mod tests {
         assert!(error.to_string().contains("no end-of-text token"), "{error}");
         assert!(error.hint().unwrap().contains("--append-eos"), "{error:?}");
         assert_eq!(pack(false).unwrap().blocks, 1);
+    }
+
+    #[test]
+    fn too_many_threads_are_refused() {
+        let error = packed(&["ab"], 2, false, 100_000).unwrap_err();
+        assert_eq!(error.to_string(), "--num-proc is 100000");
+        assert!(error.hint().is_some());
     }
 
     #[test]

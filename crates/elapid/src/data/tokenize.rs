@@ -8,6 +8,7 @@ use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 
 use super::{Card, Counts, DatasetWriter, Tokenizer, documents, pack};
 use crate::Error;
+use crate::error::say;
 
 /// Time between two lines of progress.
 const LINE_EVERY: Duration = Duration::from_secs(5);
@@ -57,7 +58,7 @@ pub fn tokenize(options: &TokenizeOptions) -> Result<Card, Error> {
     progress.finish();
     let skipped = documents.skipped();
     if skipped > 0 {
-        eprintln!("files passed over because they are not UTF-8 text: {skipped}");
+        say(format_args!("files passed over because they are not UTF-8 text: {skipped}"));
     }
     let counts = counts?;
     let card = Card {
@@ -107,7 +108,12 @@ impl Progress {
                 let done = (counts.input_bytes as f64 / *total as f64).min(1.0);
                 let time = started.elapsed();
                 let left = time.mul_f64((1.0 - done) / done.max(1e-9));
-                eprintln!("{:3.0} %  {}  ETA {}", 100.0 * done, line(counts, time), HumanDuration(left));
+                say(format_args!(
+                    "{:3.0} %  {}  ETA {}",
+                    100.0 * done,
+                    line(counts, time),
+                    HumanDuration(left)
+                ));
             }
         }
     }

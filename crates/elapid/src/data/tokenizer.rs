@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use rayon::iter::{IntoParallelIterator, ParallelIterator};
 use serde_json::{Value, json};
 
 use crate::Error;
@@ -18,6 +19,13 @@ const WELL_KNOWN_EOS: [&str; 6] =
 const TOKENIZER: &str = "tokenizer.json";
 const CONFIG: &str = "tokenizer_config.json";
 const SPECIAL_TOKENS: &str = "special_tokens_map.json";
+
+/// Length in bytes from which a text is tokenized in pieces: the library takes two hundred times the memory of a text.
+const PIECE: usize = 256 << 10;
+/// Bytes on either side of a cut between pieces that are tokenized to try it.
+const WINDOW: usize = 512;
+/// Cuts to try before a piece grows by another [`PIECE`].
+const TRIES: usize = 8;
 
 /// Turns text into token ids and back.
 #[derive(Debug)]
@@ -111,10 +119,14 @@ impl Tokenizer {
                 }
                 Ok(ids)
             }
-            Kind::Json(tokenizer) => match tokenizer.encode_fast(text, false) {
-                Ok(encoding) => Ok(encoding.get_ids().to_vec()),
-                Err(cause) => Err(Error::new(format!("the tokenizer cannot encode the text: {cause}"))),
-            },
+            Kind::Json(tokenizer) => {
+                let pieces: Result<Vec<_>, _> =
+                    pieces(tokenizer, text).into_par_iter().map(|piece| encode(tokenizer, piece)).collect();
+                pieces.map(|ids| ids.concat()).map_err(|cause| {
+                    Error::new(format!("the tokenizer cannot encode the text: {cause}"))
+                        .with_hint("it has no token for some part of the text and none for the unknown")
+                })
+            }
         }
     }
 
@@ -158,6 +170,43 @@ impl Tokenizer {
         }
         Ok(())
     }
+}
+
+fn encode(tokenizer: &tokenizers::Tokenizer, text: &str) -> tokenizers::Result<Vec<u32>> {
+    Ok(tokenizer.encode_fast(text, false)?.get_ids().to_vec())
+}
+
+/// `text` in pieces that give the same tokens one by one as in one.
+fn pieces<'t>(tokenizer: &tokenizers::Tokenizer, text: &'t str) -> Vec<&'t str> {
+    let (mut pieces, mut start, mut from) = (Vec::new(), 0, PIECE);
+    while from < text.len() {
+        if let Some(cut) = find_cut(tokenizer, text, from) {
+            pieces.push(&text[start..cut]);
+            (start, from) = (cut, cut + PIECE);
+        } else {
+            from += PIECE;
+        }
+    }
+    pieces.push(&text[start..]);
+    pieces
+}
+
+/// A place soon after `from` where the text around it gives the same tokens in two as in one. Ends of words come into
+/// question; a tokenizer that marks the start of a text passes at none of them.
+fn find_cut(tokenizer: &tokenizers::Tokenizer, text: &str, from: usize) -> Option<usize> {
+    let bytes = text.as_bytes();
+    let boundary =
+        |at: usize| (0..=at.min(text.len())).rev().find(|&i| text.is_char_boundary(i)).unwrap_or(0);
+    (from..bytes.len().min(from + PIECE))
+        .filter(|&i| bytes[i].is_ascii_whitespace() && !bytes[i - 1].is_ascii_whitespace())
+        .take(TRIES)
+        .find(|&i| {
+            let (start, end) = (boundary(i - WINDOW), boundary(i + WINDOW));
+            let ids = |text| encode(tokenizer, text).ok();
+            let both =
+                ids(&text[start..i]).zip(ids(&text[i..end])).map(|(left, right)| [left, right].concat());
+            both.is_some() && both == ids(&text[start..end])
+        })
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, Error> {
@@ -334,6 +383,26 @@ mod tests {
     }
 
     #[test]
+    fn a_long_text_gives_the_same_tokens_in_pieces() {
+        let Kind::Json(tokenizer) = load(&golden()).unwrap().kind else { panic!("not a tokenizer.json") };
+        let mut text: String =
+            (0..20_000).map(|i| format!("{i}-th line, état {}!\r\n\n\t状態 it's", i * i)).collect();
+        text.insert_str(PIECE, &"x".repeat(2 * PIECE));
+        let split = pieces(&tokenizer, &text);
+        assert!(split.len() > 2 && split.concat() == text);
+        let ids = load(&golden()).unwrap().encode(&text).unwrap();
+        assert!(ids == encode(&tokenizer, &text).unwrap());
+    }
+
+    #[test]
+    fn a_text_whose_start_is_marked_is_not_cut() {
+        let dir = tempfile::tempdir().unwrap();
+        words(dir.path(), &[("normalizer", json!({ "type": "Prepend", "prepend": "a " }))]);
+        let tokenizer = load(dir.path()).unwrap();
+        assert_eq!(tokenizer.encode(&"a ".repeat(PIECE)).unwrap().len(), PIECE + 1);
+    }
+
+    #[test]
     fn a_saved_tokenizer_is_the_same_and_has_a_configuration() {
         let dir = tempfile::tempdir().unwrap();
         let tokenizer = load(&golden().join(TOKENIZER)).unwrap();
@@ -383,8 +452,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         words(dir.path(), &[]);
         assert_eq!(load(dir.path()).unwrap().vocab_size(), 8);
-        words(dir.path(), &[("added_tokens", added("<pad>", 8))]);
-        assert_eq!(load(dir.path()).unwrap().vocab_size(), 9);
+        let dense = json!({ "type": "WordLevel", "unk_token": "?", "vocab": { "a": 0, "b": 1 } });
+        words(dir.path(), &[("model", dense), ("added_tokens", added("<pad>", 2))]);
+        assert_eq!(load(dir.path()).unwrap().vocab_size(), 3);
     }
 
     #[test]

@@ -454,8 +454,21 @@ mod tests {
     fn known_sizes() {
         // From transformers 5.23: sum of p.numel() of Mamba2ForCausalLM with the same configuration.
         let count = |name| Layout::new(&ModelConfig::preset(name).unwrap()).parameter_count();
-        assert_eq!(count("mamba2-130m"), 128_989_632);
-        assert_eq!(count("mamba2-2.7b"), 2_702_599_680);
+        for (name, parameters) in [
+            ("mamba2-130m", 128_989_632),
+            ("mamba2-370m", 368_346_624),
+            ("mamba2-780m", 780_161_280),
+            ("mamba2-1.3b", 1_343_757_312),
+            ("mamba2-2.7b", 2_702_599_680),
+            ("Mamba130M", 152_514_144),
+            ("Mamba370M", 456_068_352),
+            ("Mamba780M", 910_939_008),
+            ("Mamba1B", 1_517_197_824),
+            ("Mamba3B", 2_990_213_120),
+            ("Mamba7B", 7_206_158_336),
+        ] {
+            assert_eq!(count(name), parameters, "{name}");
+        }
     }
 
     #[test]

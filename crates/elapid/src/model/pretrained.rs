@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 use super::layout::Layout;
 use crate::Error;
 use crate::config::ModelConfig;
+use crate::error::say;
 
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -285,7 +286,7 @@ pub fn save(
     source: impl Fn(&Slot) -> Vec<f32>,
 ) -> Result<(), Error> {
     if let Some(warning) = export_warning(config) {
-        eprintln!("warning: {warning}");
+        say(format_args!("warning: {warning}"));
     }
     fs::create_dir_all(dir).map_err(|cause| Error::io("create", dir, &cause))?;
     // transformers (5.23) applies `rescale_prenorm_residual` to weights that it has just read, so a trained out_proj

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 
+use crate::error::say;
+
 /// Figures of one optimizer step.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Figures {
@@ -53,14 +55,14 @@ impl Progress {
                 if f.step == *first || f.step.is_multiple_of(*every) || f.step == *last {
                     let done = f.step + 1 - first;
                     let left = started.elapsed().mul_f64((last - f.step) as f64 / done as f64);
-                    eprintln!(
+                    say(format_args!(
                         "step {}/{last}  loss {:.4}  lr {:.2e}  grad norm {:.3}  {speed}  ETA {}",
                         f.step,
                         f.loss,
                         f.lr,
                         f.grad_norm,
                         HumanDuration(left)
-                    );
+                    ));
                 }
             }
         }

@@ -12,6 +12,7 @@ use crate::checkpoint::{Checkpoint, Data, PREFIXES, Progress, Store};
 use crate::config::ModelConfig;
 use crate::config::run::{Resume, Run, TrainArgs};
 use crate::data::{Dataset, Sampler};
+use crate::error::say;
 use crate::model::Mamba2ForCausalLM;
 
 /// Where a run begins.
@@ -42,7 +43,7 @@ pub(super) fn start(run: &Run, folder: &RunFolder, store: &Store) -> Result<Star
             match Checkpoint::newest(store.dir(), None)? {
                 Some(checkpoint) => Ok(Start::From(Box::new(checkpoint))),
                 None => {
-                    eprintln!("no checkpoint in {}: starting at step 1", store.dir().display());
+                    say(format_args!("no checkpoint in {}: starting at step 1", store.dir().display()));
                     Ok(Start::Fresh)
                 }
             }
@@ -161,13 +162,13 @@ pub(super) fn check(
             "give a larger --max-steps, or an earlier checkpoint",
         );
     }
-    eprintln!("going on after step {} of {}", old.step, checkpoint.dir().display());
+    say(format_args!("going on after step {} of {}", old.step, checkpoint.dir().display()));
     let none = Map::new();
     let settings = settings(&run.args);
     let changed =
         differences(old.settings.as_object().unwrap_or(&none), settings.as_object().unwrap_or(&none));
     if !changed.is_empty() {
-        eprintln!("  changed since: {}", changed.join(", "));
+        say(format_args!("  changed since: {}", changed.join(", ")));
     }
     Ok(())
 }

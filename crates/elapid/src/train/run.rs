@@ -20,6 +20,7 @@ use crate::config::ModelConfig;
 use crate::config::TokenIds;
 use crate::config::run::{ActivationCheckpointing, Dtype, Run};
 use crate::data::{Dataset, Sampler, Tokenizer};
+use crate::error::say;
 use crate::model::Mamba2ForCausalLM;
 use crate::model::pretrained::FileDType;
 
@@ -81,7 +82,7 @@ pub fn train(run: &Run) -> Result<Outcome, Error> {
         Start::Fresh => None,
         Start::From(checkpoint) => Some(*checkpoint),
         Start::Finished(outcome) => {
-            eprintln!("the run in {} is finished; nothing is left to do", run.output_dir.display());
+            say(format_args!("the run in {} is finished; nothing is left to do", run.output_dir.display()));
             return Ok(outcome);
         }
     };
@@ -327,7 +328,9 @@ impl<'a> Session<'a> {
             "tokens_per_s": tokens_per_s, "step_time_s": step_time_s, "mfu": mfu,
         });
         let path = self.run.output_dir.join("metrics.jsonl");
-        writeln!(self.metrics, "{line}").map_err(|cause| Error::io("write", &path, &cause))?;
+        // One write a line: whoever reads along sees whole lines.
+        let line = format!("{line}\n");
+        self.metrics.write_all(line.as_bytes()).map_err(|cause| Error::io("write", &path, &cause))?;
         self.progress.step(&figures);
         Ok(())
     }

@@ -2,9 +2,9 @@
 
 use elapid_cpu::CpuBackend;
 
-use super::schedule::Shape;
 use crate::config::run::Run;
 use crate::data::Dataset;
+use crate::error::say;
 use crate::model::Mamba2ForCausalLM;
 
 /// Prints model, data, step, optimizer and device to stderr.
@@ -17,9 +17,9 @@ pub(super) fn print(
 ) {
     let args = &run.args;
     let config = model.config();
-    let row = |name: &str, value: String| eprintln!("  {name:<12} {value}");
+    let row = |name: &str, value: String| say(format_args!("  {name:<12} {value}"));
     let source = args.model.clone().or(args.init_from.as_ref().map(|d| d.display().to_string()));
-    eprintln!("training {}", source.unwrap_or_default());
+    say(format_args!("training {}", source.unwrap_or_default()));
     row(
         "model",
         format!(
@@ -59,12 +59,10 @@ pub(super) fn print(
     row(
         "AdamW",
         format!(
-            "lr {:.2e} → {:.2e}, warm-up {}, betas {} {}, eps {:e}, weight decay {}, clip {}",
+            "lr {:.2e} → {:.2e} ({:?}), warm-up {}, betas {} {}, eps {:e}, weight decay {}, clip {}",
             run.schedule.lr,
-            match run.schedule.shape {
-                Shape::Constant => run.schedule.lr,
-                Shape::Cosine => run.schedule.min_lr,
-            },
+            run.schedule.last_rate(),
+            run.schedule.shape,
             args.warmup_steps,
             args.beta1,
             args.beta2,
@@ -85,6 +83,6 @@ pub(super) fn print(
     );
     row("run folder", run.output_dir.display().to_string());
     for line in model.layout().to_string().lines() {
-        eprintln!("  {line}");
+        say(format_args!("  {line}"));
     }
 }
