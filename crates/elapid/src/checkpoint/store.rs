@@ -133,9 +133,10 @@ impl Store {
         let place = self.dir.join(&name);
         self.write(&name, &place, |aside| write_files(aside, backend, config, layout, state, progress))
             .map_err(|error| {
-                error.with_hint(
-                    "checkpoints written before are whole; make room, and go on with --resume auto",
-                )
+                let what = error.hint().map_or(String::new(), |hint| format!("{hint}; "));
+                error.with_hint(format!(
+                    "{what}checkpoints written before are whole, --resume auto goes on from them"
+                ))
             })?;
         self.prune(step)?;
         Ok(place)
