@@ -15,8 +15,8 @@ use std::path::{Path, PathBuf};
 use elapid_tensor::Slot;
 
 pub use manifest::{Data, FileInfo, LogicalTensor, Manifest, Mesh, Piece, Progress};
+pub(crate) use store::Lock;
 pub use store::Store;
-pub(crate) use store::lock;
 
 use crate::Error;
 use crate::config::ModelConfig;

@@ -25,19 +25,45 @@ pub struct Store {
     tag: Option<String>,
     /// How many to keep; None: all.
     keep: Option<usize>,
-    /// Held, not read: the lock ends with the file.
-    _lock: File,
+    /// Held, not read.
+    _lock: Lock,
 }
 
-/// Locks a folder until the file is closed, by this process or by its end.
-pub(crate) fn lock(dir: &Path, flag: &str) -> Result<File, Error> {
-    fs::create_dir_all(dir).map_err(|cause| Error::io("create", dir, &cause))?;
-    let path = dir.join(".lock");
-    let lock = File::create(&path).map_err(|cause| Error::io("create", &path, &cause))?;
-    match lock.try_lock() {
-        Ok(()) => Ok(lock),
-        Err(_) => Err(Error::new(format!("another process is training into {}", dir.display()))
-            .with_hint(format!("wait for it, or give another {flag}"))),
+/// A folder that no other process works in, until this is dropped or the process ends.
+#[derive(Debug)]
+pub(crate) struct Lock {
+    dir: PathBuf,
+    /// Held, not read.
+    _file: File,
+}
+
+impl Lock {
+    /// Locks the folder, which is made where it is missing. `flag` names another one.
+    pub(crate) fn new(dir: &Path, flag: &str) -> Result<Self, Error> {
+        fs::create_dir_all(dir).map_err(|cause| Error::io("create", dir, &cause))?;
+        let path = Self::path(dir);
+        let file = File::create(&path).map_err(|cause| Error::io("create", &path, &cause))?;
+        match file.try_lock() {
+            Ok(()) => Ok(Self { dir: dir.to_owned(), _file: file }),
+            Err(_) => Err(Error::new(format!("another process is training into {}", dir.display()))
+                .with_hint(format!("wait for it, or give another {flag}"))),
+        }
+    }
+
+    fn path(dir: &Path) -> PathBuf {
+        dir.join(".lock")
+    }
+}
+
+impl Drop for Lock {
+    /// Where nothing was left in the folder, no folder is left either.
+    fn drop(&mut self) {
+        let path = Self::path(&self.dir);
+        let only_the_lock =
+            |mut entries: fs::ReadDir| entries.all(|entry| entry.is_ok_and(|entry| entry.path() == path));
+        if fs::read_dir(&self.dir).is_ok_and(only_the_lock) {
+            let _ = fs::remove_file(&path).and_then(|()| fs::remove_dir(&self.dir));
+        }
     }
 }
 
@@ -92,7 +118,7 @@ impl Store {
     /// # Errors
     /// The folder cannot be made or written, or another process has it.
     pub fn open(dir: &Path, tag: Option<String>, keep: Option<usize>) -> Result<Self, Error> {
-        let store = Self { _lock: lock(dir, "--checkpoint-dir")?, dir: dir.to_owned(), tag, keep };
+        let store = Self { _lock: Lock::new(dir, "--checkpoint-dir")?, dir: dir.to_owned(), tag, keep };
         for entry in fs::read_dir(dir).map_err(|cause| Error::io("read", dir, &cause))?.flatten() {
             if entry.file_name().to_string_lossy().starts_with(ASIDE) {
                 fs::remove_dir_all(entry.path()).map_err(|e| Error::io("remove", &entry.path(), &e))?;

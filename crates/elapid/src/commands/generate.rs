@@ -108,11 +108,16 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), Error> {
         let object = json!({ "prompt_ids": prompt, "ids": ids, "text": text.done() });
         return print_line(&object.to_string());
     }
+    text.show_rest(&text.done().unwrap_or_default());
     print_line("")
 }
 
 /// The tokenizer in a model folder; None where there is none and none is `needed`.
 fn tokenizer(dir: &Path, needed: bool) -> Result<Option<Tokenizer>, Error> {
+    if !dir.is_dir() {
+        return Err(Error::new(format!("there is no model folder {}", dir.display()))
+            .with_hint("a model is a folder, such as the hf/ that `elapid train` leaves in its run folder"));
+    }
     if dir.join("tokenizer.json").exists() {
         return Ok(Some(Tokenizer::load(&dir.display().to_string())?));
     }
@@ -158,10 +163,14 @@ impl<'a> Text<'a> {
         }
         let text = self.done().unwrap_or_default();
         // A character may span several tokens: its first ones decode to a replacement character.
-        if !text.ends_with('\u{fffd}') && text.is_char_boundary(self.shown) {
-            show(&text[self.shown..]);
-            self.shown = text.len();
+        if !text.ends_with('\u{fffd}') {
+            self.show_rest(&text);
         }
+    }
+
+    fn show_rest(&mut self, text: &str) {
+        show(text.get(self.shown..).unwrap_or_default());
+        self.shown = text.len();
     }
 
     /// The continuation; None without a tokenizer.

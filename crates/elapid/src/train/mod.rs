@@ -2,6 +2,7 @@
 
 mod evaluate;
 mod folder;
+pub mod memory;
 mod progress;
 mod resume;
 mod run;
@@ -10,6 +11,6 @@ mod start;
 mod stop;
 mod trainer;
 
-pub use evaluate::{Evaluation, evaluate};
+pub use evaluate::{Evaluation, evaluate, last_blocks};
 pub use run::{Outcome, cpu, train};
 pub use trainer::{Batch, StepReport, Trainer};

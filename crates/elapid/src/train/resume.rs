@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use super::folder::RunFolder;
 use super::{Outcome, Trainer};
 use crate::Error;
-use crate::checkpoint::{Checkpoint, Data, PREFIXES, Progress, Store};
+use crate::checkpoint::{Checkpoint, Data, PREFIXES, Store};
 use crate::config::ModelConfig;
 use crate::config::run::{Resume, Run, TrainArgs};
 use crate::data::{Dataset, Sampler};
@@ -239,17 +239,4 @@ pub(super) fn restore<B: Backend>(
         }
         Ok(())
     })
-}
-
-impl Outcome {
-    /// What a run had come to when the checkpoint was written.
-    pub(super) fn at(progress: &Progress, model_dir: &Path) -> Self {
-        Self {
-            first_loss: progress.first_loss,
-            last_loss: progress.last_loss,
-            tokens: progress.tokens,
-            seconds: progress.seconds,
-            model_dir: model_dir.to_owned(),
-        }
-    }
 }

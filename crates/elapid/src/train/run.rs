@@ -9,16 +9,18 @@ use elapid_cpu::{CpuBackend, CpuOptions};
 use elapid_tensor::{AdamW, Checkpointing, DType};
 use serde_json::json;
 
+use super::evaluate::HeldOut;
 use super::folder::RunFolder;
+use super::memory::{self, Demand, Memory};
 use super::progress::{Figures, Progress};
 use super::resume::{self, Start};
 use super::stop::{self, Graceful};
-use super::{Batch, Trainer, start};
+use super::{Batch, Evaluation, Trainer, start};
 use crate::Error;
 use crate::checkpoint::{Checkpoint, Progress as Position, Store};
 use crate::config::ModelConfig;
 use crate::config::TokenIds;
-use crate::config::run::{ActivationCheckpointing, Dtype, Run};
+use crate::config::run::{ActivationCheckpointing, Dtype, Run, check_threads};
 use crate::data::{Dataset, Sampler, Tokenizer};
 use crate::error::say;
 use crate::model::Mamba2ForCausalLM;
@@ -37,6 +39,28 @@ pub struct Outcome {
     pub seconds: f64,
     /// The exported Hugging Face folder.
     pub model_dir: PathBuf,
+    /// The evaluation after the last step.
+    pub evaluation: Option<Evaluation>,
+    /// Predicted peak of resident memory, in bytes.
+    pub predicted_memory: u64,
+    /// Measured peak; None where the system does not say.
+    pub peak_memory: Option<u64>,
+}
+
+impl Outcome {
+    /// That of a run that has not begun.
+    pub(super) fn new(model_dir: PathBuf) -> Self {
+        Self {
+            first_loss: f64::NAN,
+            last_loss: f64::NAN,
+            tokens: 0,
+            seconds: 0.0,
+            model_dir,
+            evaluation: None,
+            predicted_memory: 0,
+            peak_memory: None,
+        }
+    }
 }
 
 impl Dtype {
@@ -61,8 +85,9 @@ impl From<ActivationCheckpointing> for Checkpointing {
 /// A CPU backend with `threads` workers (None: one a core).
 ///
 /// # Errors
-/// When the threads cannot be started.
+/// 0 threads, more than any machine has use for, or they cannot be started.
 pub fn cpu(threads: Option<usize>) -> Result<CpuBackend, Error> {
+    check_threads("--threads", threads.unwrap_or(1))?;
     CpuBackend::new(&CpuOptions { threads, ..CpuOptions::default() }).map_err(|cause| {
         Error::new(cause.to_string()).with_hint("give fewer --threads, or free some on this machine")
     })
@@ -76,6 +101,19 @@ pub fn cpu(threads: Option<usize>) -> Result<CpuBackend, Error> {
 /// before it reaches the parameters; a signal, after a checkpoint ([`Error::signal`]).
 pub fn train(run: &Run) -> Result<Outcome, Error> {
     let data = open_data(run)?;
+    let held_out = HeldOut::open(run, &data)?;
+    let backend = cpu(run.args.threads)?;
+    let memory = Memory::predict(&Demand {
+        config: &run.config,
+        batch: run.args.batch,
+        length: data.seq_len(),
+        dtype: run.args.dtype.compute(),
+        checkpointing: run.args.activation_checkpointing.into(),
+        threads: backend.threads(),
+    });
+    if let Some(warning) = memory.check(run.args.ignore_memory_limit)? {
+        say(format_args!("warning: {warning}"));
+    }
     let folder = RunFolder::lock(&run.output_dir)?;
     let store = Store::open(&run.checkpoint_dir, run.args.tag.clone(), run.keep)?;
     let from = match resume::start(run, &folder, &store)? {
@@ -86,13 +124,16 @@ pub fn train(run: &Run) -> Result<Outcome, Error> {
             return Ok(outcome);
         }
     };
-    let backend = cpu(run.args.threads)?;
     let model = build_model(run, &data, &backend, from.is_some())?;
     let peak = backend.measure_peak();
-    start::print(run, &data, &model, &backend, peak);
+    start::print(run, &data, held_out.as_ref(), &model, &backend, peak, &memory);
     let settings = toml::to_string(&run.args).map_err(|cause| Error::new(format!("run.toml: {cause}")))?;
     folder.write("run.toml", &settings)?;
-    Session::new(run, &data, &folder, &store, &backend, model, from.as_ref(), peak)?.train()
+    let held_out = held_out.as_ref();
+    let mut session =
+        Session::new(run, &data, held_out, &folder, &store, &backend, model, from.as_ref(), peak)?;
+    session.outcome.predicted_memory = memory.total();
+    session.train()
 }
 
 /// Opens the dataset and checks it against the model.
@@ -121,8 +162,9 @@ fn build_model(
     goes_on: bool,
 ) -> Result<Mamba2ForCausalLM<CpuBackend>, Error> {
     let (args, dtype) = (&run.args, run.args.dtype.compute());
-    // A new model takes the special tokens of its data, where those are known.
-    let config = match data.card().map(|card| card.eos_id) {
+    // A new model takes the special tokens of its data, where those are known and fit its vocabulary.
+    let fits = |id: &u32| (*id as usize) < run.config.vocab_size;
+    let config = match data.card().map(|card| card.eos_id.filter(fits)) {
         Some(id) if args.init_from.is_none() => ModelConfig {
             eos_token_id: id.map(TokenIds::One),
             bos_token_id: id,
@@ -150,11 +192,14 @@ fn build_model(
 struct Session<'a> {
     run: &'a Run,
     data: &'a Dataset,
+    held_out: Option<&'a HeldOut<'a>>,
     folder: &'a RunFolder,
     store: &'a Store,
     backend: &'a CpuBackend,
     trainer: Trainer<'a, CpuBackend>,
     sampler: Sampler,
+    /// What is exported with the model.
+    tokenizer: Option<Tokenizer>,
     metrics: File,
     progress: Progress,
     /// Steps that were done before.
@@ -171,6 +216,7 @@ impl<'a> Session<'a> {
     fn new(
         run: &'a Run,
         data: &'a Dataset,
+        held_out: Option<&'a HeldOut<'a>>,
         folder: &'a RunFolder,
         store: &'a Store,
         backend: &'a CpuBackend,
@@ -181,37 +227,42 @@ impl<'a> Session<'a> {
         let args = &run.args;
         let flops = model.config().flops_per_token();
         let sampler = Sampler {
-            len: data.len(),
+            len: held_out.map_or(data.len(), HeldOut::training_blocks),
             batch: args.batch,
             dp: 1,
             rank: 0,
             accum: args.grad_accum_usteps,
             shuffle: args.shuffle.then_some(args.seed),
         };
+        // Loaded now: a damaged one is not to be found after the last step.
+        let init_from = args.init_from.clone().filter(|dir| dir.join("tokenizer.json").exists());
+        let tokenizer = match data.tokenizer().or(init_from) {
+            Some(dir) => Some(Tokenizer::load(&dir.display().to_string())?),
+            None => None,
+        };
         let mut trainer = Trainer::new(backend, model, args.activation_checkpointing.into());
         let mut done = 0;
-        let mut outcome = Outcome {
-            first_loss: f64::NAN,
-            last_loss: f64::NAN,
-            tokens: 0,
-            seconds: 0.0,
-            model_dir: run.output_dir.join("hf"),
-        };
+        let mut outcome = Outcome::new(run.output_dir.join("hf"));
         if let Some(checkpoint) = from {
             resume::check(checkpoint, run, trainer.model().config(), data, &sampler)?;
             resume::restore(checkpoint, backend, &mut trainer)?;
             let position = &checkpoint.manifest().progress;
             done = position.step;
-            outcome = Outcome::at(position, &outcome.model_dir);
+            outcome.first_loss = position.first_loss;
+            outcome.last_loss = position.last_loss;
+            outcome.tokens = position.tokens;
+            outcome.seconds = position.seconds;
         }
         Ok(Self {
             run,
             data,
+            held_out,
             folder,
             store,
             backend,
             trainer,
             sampler,
+            tokenizer,
             metrics: folder.open_metrics(done)?,
             progress: Progress::new(done + 1, args.max_steps, args.logging_interval),
             done,
@@ -240,6 +291,7 @@ impl<'a> Session<'a> {
         self.progress.finish();
         self.export()?;
         self.folder.finish(args.max_steps, &self.outcome)?;
+        self.outcome.peak_memory = memory::peak_resident();
         Ok(self.outcome)
     }
 
@@ -309,6 +361,11 @@ impl<'a> Session<'a> {
         self.outcome.tokens += tokens as u64;
         self.outcome.seconds += seconds;
         let tokens_per_s = tokens as f64 / seconds;
+        let evaluation = match self.held_out {
+            Some(held_out) => held_out.after(step, self.backend, self.trainer.model())?,
+            None => None,
+        };
+        self.outcome.evaluation = evaluation;
         self.log(Figures {
             step,
             loss: report.loss,
@@ -318,15 +375,24 @@ impl<'a> Session<'a> {
             tokens_per_s,
             step_time_s: seconds,
             mfu: tokens_per_s * self.flops / self.peak,
+            evaluation,
         })
     }
 
     fn log(&mut self, figures: Figures) -> Result<(), Error> {
-        let Figures { step, loss, lr, grad_norm, tokens, tokens_per_s, step_time_s, mfu } = figures;
-        let line = json!({
+        let Figures { step, loss, lr, grad_norm, tokens, tokens_per_s, step_time_s, mfu, evaluation } =
+            figures;
+        let mut line = json!({
             "step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": tokens,
             "tokens_per_s": tokens_per_s, "step_time_s": step_time_s, "mfu": mfu,
         });
+        if let Some(evaluation) = evaluation {
+            line["eval_loss"] = evaluation.loss.into();
+            line["eval_perplexity"] = evaluation.perplexity().into();
+            if let Some(bits) = evaluation.bits_per_byte {
+                line["eval_bits_per_byte"] = bits.into();
+            }
+        }
         let path = self.run.output_dir.join("metrics.jsonl");
         // One write a line: whoever reads along sees whole lines.
         let line = format!("{line}\n");
@@ -339,9 +405,6 @@ impl<'a> Session<'a> {
     fn export(&self) -> Result<(), Error> {
         let dir = &self.outcome.model_dir;
         self.trainer.model().save_pretrained(self.backend, dir, FileDType::F32)?;
-        match self.data.tokenizer() {
-            Some(tokenizer) => Tokenizer::load(&tokenizer.display().to_string())?.save(dir),
-            None => Ok(()),
-        }
+        self.tokenizer.as_ref().map_or(Ok(()), |tokenizer| tokenizer.save(dir))
     }
 }

@@ -127,7 +127,7 @@ pub(crate) fn checkpoints(run: &Path) -> Vec<PathBuf> {
 
 /// Names in the checkpoint folder that begin as unfinished and retired ones do.
 pub(crate) fn leftovers(run: &Path) -> Vec<String> {
-    let entries = fs::read_dir(run.join("checkpoints")).unwrap();
+    let Ok(entries) = fs::read_dir(run.join("checkpoints")) else { return Vec::new() };
     let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
     names.filter(|name| name.starts_with(".step-")).collect()
 }
