@@ -35,6 +35,9 @@ fn exact(flags: &str) {
     ));
     let (lines, weights, saved) = (metrics(&straight), model(&straight), checkpoints(&straight));
     assert_eq!((lines.len(), saved.len()), (30, 30));
+    let evaluated = lines.iter().filter(|line| !line.ends_with(" null")).count();
+    // After every fourth step and the last.
+    assert_eq!(evaluated, if flags.contains("--eval-freq 4") { 8 } else { 0 });
 
     // Saving itself changes nothing.
     let unsaved = dir.path().join("unsaved");
@@ -56,7 +59,7 @@ fn exact(flags: &str) {
 
 #[test]
 fn t24_every_step_of_a_run_is_a_place_to_go_on_from_in_fp32() {
-    exact("--batch 2 --grad-accum-usteps 3 --shuffle --seed 5");
+    exact("--batch 2 --grad-accum-usteps 3 --shuffle --seed 5 --eval-fraction 0.2 --eval-freq 4");
 }
 
 #[test]

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use elapid_tensor::Slot;
 
 pub use manifest::{Data, FileInfo, LogicalTensor, Manifest, Mesh, Piece, Progress};
-pub(crate) use store::FolderLock;
+pub(crate) use store::Lock;
 pub use store::Store;
 
 use crate::Error;

@@ -74,9 +74,12 @@ pub(super) fn write_tensors(
     write(path, |out| {
         out.write_all(&((header.len() + blanks) as u64).to_le_bytes())?;
         write!(out, "{header}{:blanks$}", "")?;
+        let mut bytes = Vec::with_capacity(CHUNK);
         for place in 0..entries.len() {
-            for value in values(place) {
-                out.write_all(&value.to_le_bytes())?;
+            for part in values(place).chunks(CHUNK / 4) {
+                bytes.clear();
+                bytes.extend(part.iter().flat_map(|value| value.to_le_bytes()));
+                out.write_all(&bytes)?;
             }
         }
         Ok(())
@@ -154,6 +157,7 @@ impl PieceFile {
         let outer = (shape.len() - whole).saturating_sub(1);
         let run: usize = extents[outer..].iter().product();
         let runs: usize = extents[..outer].iter().product();
+        let mut bytes = vec![0; 4 * run.min(CHUNK / 4)];
         for index in 0..runs {
             let (mut rest, mut start, mut stride) = (index, 0, 1);
             for axis in (0..shape.len()).rev() {
@@ -167,10 +171,12 @@ impl PieceFile {
                 start += (offset[axis] + within) * stride;
                 stride *= shape[axis];
             }
-            for value in &mut values[start..start + run] {
-                let mut bytes = [0; 4];
-                file.read_exact(&mut bytes).map_err(io)?;
-                *value = f32::from_le_bytes(bytes);
+            for part in values[start..start + run].chunks_mut(CHUNK / 4) {
+                let bytes = &mut bytes[..4 * part.len()];
+                file.read_exact(bytes).map_err(io)?;
+                for (value, quad) in part.iter_mut().zip(bytes.as_chunks().0) {
+                    *value = f32::from_le_bytes(*quad);
+                }
             }
         }
         Ok(())

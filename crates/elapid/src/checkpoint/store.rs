@@ -25,25 +25,23 @@ pub struct Store {
     tag: Option<String>,
     /// How many to keep; None: all.
     keep: Option<usize>,
-    /// Held, not read: the lock ends with the file.
-    _lock: FolderLock,
+    /// Held, not read.
+    _lock: Lock,
 }
 
-/// A folder of which this process alone is master, as long as this value lives.
+/// A folder that no other process works in, until this is dropped or the process ends.
 #[derive(Debug)]
-pub(crate) struct FolderLock {
+pub(crate) struct Lock {
     dir: PathBuf,
-    /// Held, not read: the lock ends with the file.
+    /// Held, not read.
     _file: File,
 }
 
-const LOCK: &str = ".lock";
-
-impl FolderLock {
-    /// Creates the folder where it is missing. `flag` names another one.
-    pub(crate) fn take(dir: &Path, flag: &str) -> Result<Self, Error> {
+impl Lock {
+    /// Locks the folder, which is made where it is missing. `flag` names another one.
+    pub(crate) fn new(dir: &Path, flag: &str) -> Result<Self, Error> {
         fs::create_dir_all(dir).map_err(|cause| Error::io("create", dir, &cause))?;
-        let path = dir.join(LOCK);
+        let path = Self::path(dir);
         let file = File::create(&path).map_err(|cause| Error::io("create", &path, &cause))?;
         match file.try_lock() {
             Ok(()) => Ok(Self { dir: dir.to_owned(), _file: file }),
@@ -51,16 +49,20 @@ impl FolderLock {
                 .with_hint(format!("wait for it, or give another {flag}"))),
         }
     }
+
+    fn path(dir: &Path) -> PathBuf {
+        dir.join(".lock")
+    }
 }
 
-impl Drop for FolderLock {
-    /// A run that failed before it left anything leaves no folder either; one that holds something stays.
+impl Drop for Lock {
+    /// Where nothing was left in the folder, no folder is left either.
     fn drop(&mut self) {
-        let only_the_lock = |mut entries: fs::ReadDir| {
-            entries.all(|entry| entry.is_ok_and(|entry| entry.file_name() == LOCK))
-        };
+        let path = Self::path(&self.dir);
+        let only_the_lock =
+            |mut entries: fs::ReadDir| entries.all(|entry| entry.is_ok_and(|entry| entry.path() == path));
         if fs::read_dir(&self.dir).is_ok_and(only_the_lock) {
-            let _ = fs::remove_file(self.dir.join(LOCK)).and_then(|()| fs::remove_dir(&self.dir));
+            let _ = fs::remove_file(&path).and_then(|()| fs::remove_dir(&self.dir));
         }
     }
 }
@@ -116,8 +118,7 @@ impl Store {
     /// # Errors
     /// The folder cannot be made or written, or another process has it.
     pub fn open(dir: &Path, tag: Option<String>, keep: Option<usize>) -> Result<Self, Error> {
-        let store =
-            Self { _lock: FolderLock::take(dir, "--checkpoint-dir")?, dir: dir.to_owned(), tag, keep };
+        let store = Self { _lock: Lock::new(dir, "--checkpoint-dir")?, dir: dir.to_owned(), tag, keep };
         for entry in fs::read_dir(dir).map_err(|cause| Error::io("read", dir, &cause))?.flatten() {
             if entry.file_name().to_string_lossy().starts_with(ASIDE) {
                 fs::remove_dir_all(entry.path()).map_err(|e| Error::io("remove", &entry.path(), &e))?;
@@ -158,9 +159,10 @@ impl Store {
         let place = self.dir.join(&name);
         self.write(&name, &place, |aside| write_files(aside, backend, config, layout, state, progress))
             .map_err(|error| {
-                error.with_hint(
-                    "checkpoints written before are whole; make room, and go on with --resume auto",
-                )
+                let what = error.hint().map_or(String::new(), |hint| format!("{hint}; "));
+                error.with_hint(format!(
+                    "{what}checkpoints written before are whole, --resume auto goes on from them"
+                ))
             })?;
         self.prune(step)?;
         Ok(place)

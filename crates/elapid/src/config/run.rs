@@ -172,9 +172,6 @@ pub struct TrainArgs {
     /// What layers keep for the backward pass
     #[arg(long, value_enum, default_value = "none")]
     pub activation_checkpointing: ActivationCheckpointing,
-    /// Start even where the predicted memory is more than the machine has free
-    #[arg(long)]
-    pub ignore_memory_limit: bool,
     /// Folder of checkpoints [default: OUTPUT_DIR/checkpoints]
     #[arg(long, value_name = "DIR")]
     pub checkpoint_dir: Option<PathBuf>,
@@ -202,6 +199,9 @@ pub struct TrainArgs {
     /// Which of several: a folder's name, or the newest saved with that --tag
     #[arg(long, value_name = "TAG")]
     pub checkpoint_load_tag: Option<String>,
+    /// Start even where the predicted memory is more than the machine has free
+    #[arg(long)]
+    pub ignore_memory_limit: bool,
     /// Steps between log lines where there is no terminal
     #[arg(long, value_name = "N", default_value_t = 10)]
     pub logging_interval: u64,

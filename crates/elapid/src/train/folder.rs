@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::Outcome;
 use crate::Error;
-use crate::checkpoint::FolderLock;
+use crate::checkpoint::Lock;
 
 const METRICS: &str = "metrics.jsonl";
 /// Exists from the end of a run's export on.
@@ -27,12 +27,13 @@ struct Finished {
 /// The folder of one run, locked while it lives.
 pub(super) struct RunFolder {
     dir: PathBuf,
-    _lock: FolderLock,
+    /// Held, not read.
+    _lock: Lock,
 }
 
 impl RunFolder {
     pub(super) fn lock(dir: &Path) -> Result<Self, Error> {
-        Ok(Self { _lock: FolderLock::take(dir, "--output-dir")?, dir: dir.to_owned() })
+        Ok(Self { _lock: Lock::new(dir, "--output-dir")?, dir: dir.to_owned() })
     }
 
     /// An error where a run has made a step here.

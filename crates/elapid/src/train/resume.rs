@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use super::folder::RunFolder;
 use super::{Outcome, Trainer};
 use crate::Error;
-use crate::checkpoint::{Checkpoint, Data, PREFIXES, Progress, Store};
+use crate::checkpoint::{Checkpoint, Data, PREFIXES, Store};
 use crate::config::ModelConfig;
 use crate::config::run::{Resume, Run, TrainArgs};
 use crate::data::{Dataset, Sampler};
@@ -163,14 +163,29 @@ pub(super) fn check(
         );
     }
     say(format_args!("going on after step {} of {}", old.step, checkpoint.dir().display()));
-    let none = Map::new();
-    let settings = settings(&run.args);
-    let changed =
-        differences(old.settings.as_object().unwrap_or(&none), settings.as_object().unwrap_or(&none));
+    let changed = differences(&numeric(&old.settings), &numeric(&settings(&run.args)));
     if !changed.is_empty() {
         say(format_args!("  changed since: {}", changed.join(", ")));
     }
     Ok(())
+}
+
+/// The flags that have a part in the numbers: not where things go, nor how often.
+fn numeric(settings: &Value) -> Map<String, Value> {
+    const OTHERS: [&str; 9] = [
+        "output-dir",
+        "checkpoint-dir",
+        "checkpoint-freq",
+        "tag",
+        "num-kept-checkpoint",
+        "save-last-step",
+        "resume",
+        "logging-interval",
+        "data-dir",
+    ];
+    let mut flags = settings.as_object().cloned().unwrap_or_default();
+    flags.retain(|flag, _| !OTHERS.contains(&flag.as_str()));
+    flags
 }
 
 /// The flags, as a checkpoint keeps them.
@@ -224,17 +239,4 @@ pub(super) fn restore<B: Backend>(
         }
         Ok(())
     })
-}
-
-impl Outcome {
-    /// What a run had come to when the checkpoint was written.
-    pub(super) fn at(progress: &Progress, model_dir: &Path) -> Self {
-        Self {
-            first_loss: progress.first_loss,
-            last_loss: progress.last_loss,
-            tokens: progress.tokens,
-            seconds: progress.seconds,
-            ..Self::new(model_dir.to_owned())
-        }
-    }
 }

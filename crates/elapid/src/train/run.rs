@@ -48,7 +48,7 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    /// Of a run before its first step.
+    /// That of a run that has not begun.
     pub(super) fn new(model_dir: PathBuf) -> Self {
         Self {
             first_loss: f64::NAN,
@@ -102,16 +102,6 @@ pub fn cpu(threads: Option<usize>) -> Result<CpuBackend, Error> {
 pub fn train(run: &Run) -> Result<Outcome, Error> {
     let data = open_data(run)?;
     let held_out = HeldOut::open(run, &data)?;
-    let folder = RunFolder::lock(&run.output_dir)?;
-    let store = Store::open(&run.checkpoint_dir, run.args.tag.clone(), run.keep)?;
-    let from = match resume::start(run, &folder, &store)? {
-        Start::Fresh => None,
-        Start::From(checkpoint) => Some(*checkpoint),
-        Start::Finished(outcome) => {
-            say(format_args!("the run in {} is finished; nothing is left to do", run.output_dir.display()));
-            return Ok(outcome);
-        }
-    };
     let backend = cpu(run.args.threads)?;
     let memory = Memory::predict(&Demand {
         config: &run.config,
@@ -124,13 +114,24 @@ pub fn train(run: &Run) -> Result<Outcome, Error> {
     if let Some(warning) = memory.check(run.args.ignore_memory_limit)? {
         say(format_args!("warning: {warning}"));
     }
+    let folder = RunFolder::lock(&run.output_dir)?;
+    let store = Store::open(&run.checkpoint_dir, run.args.tag.clone(), run.keep)?;
+    let from = match resume::start(run, &folder, &store)? {
+        Start::Fresh => None,
+        Start::From(checkpoint) => Some(*checkpoint),
+        Start::Finished(outcome) => {
+            say(format_args!("the run in {} is finished; nothing is left to do", run.output_dir.display()));
+            return Ok(outcome);
+        }
+    };
     let model = build_model(run, &data, &backend, from.is_some())?;
     let peak = backend.measure_peak();
     start::print(run, &data, held_out.as_ref(), &model, &backend, peak, &memory);
     let settings = toml::to_string(&run.args).map_err(|cause| Error::new(format!("run.toml: {cause}")))?;
     folder.write("run.toml", &settings)?;
+    let held_out = held_out.as_ref();
     let mut session =
-        Session::new(run, &data, held_out.as_ref(), &folder, &store, &backend, model, from.as_ref(), peak)?;
+        Session::new(run, &data, held_out, &folder, &store, &backend, model, from.as_ref(), peak)?;
     session.outcome.predicted_memory = memory.total();
     session.train()
 }
@@ -247,7 +248,10 @@ impl<'a> Session<'a> {
             resume::restore(checkpoint, backend, &mut trainer)?;
             let position = &checkpoint.manifest().progress;
             done = position.step;
-            outcome = Outcome::at(position, &outcome.model_dir);
+            outcome.first_loss = position.first_loss;
+            outcome.last_loss = position.last_loss;
+            outcome.tokens = position.tokens;
+            outcome.seconds = position.seconds;
         }
         Ok(Self {
             run,

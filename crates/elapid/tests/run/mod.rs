@@ -104,9 +104,10 @@ pub(crate) fn metrics(run: &Path) -> Vec<String> {
     text.lines()
         .map(|line| {
             let record: Value = serde_json::from_str(line).unwrap();
-            let [step, loss, norm, lr, tokens] =
-                ["step", "loss", "grad_norm", "lr", "tokens"].map(|name| record[name].to_string());
-            format!("{step} {loss} {norm} {lr} {tokens}")
+            let [step, loss, norm, lr, tokens, eval] =
+                ["step", "loss", "grad_norm", "lr", "tokens", "eval_loss"]
+                    .map(|name| record[name].to_string());
+            format!("{step} {loss} {norm} {lr} {tokens} {eval}")
         })
         .collect()
 }
@@ -127,7 +128,7 @@ pub(crate) fn checkpoints(run: &Path) -> Vec<PathBuf> {
 
 /// Names in the checkpoint folder that begin as unfinished and retired ones do.
 pub(crate) fn leftovers(run: &Path) -> Vec<String> {
-    let entries = fs::read_dir(run.join("checkpoints")).unwrap();
+    let Ok(entries) = fs::read_dir(run.join("checkpoints")) else { return Vec::new() };
     let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
     names.filter(|name| name.starts_with(".step-")).collect()
 }
