@@ -115,6 +115,7 @@ fn split(text: &Path, folder: &Path, data: &Path, held_out: &Path) -> Result<Car
         seq_len: SEQ_LEN,
         save_path: all.clone(),
         append_eos: true,
+        document_ids: false,
         threads: 0,
     })?;
     let blocks = Dataset::open(&all)?;
@@ -128,10 +129,10 @@ fn split(text: &Path, folder: &Path, data: &Path, held_out: &Path) -> Result<Car
     }
     let tokenizer = Tokenizer::load("bytes")?;
     for (dir, kept_out) in [(data, false), (held_out, true)] {
-        let mut writer = DatasetWriter::create(dir, SEQ_LEN)?;
+        let mut writer = DatasetWriter::create(dir, SEQ_LEN, false)?;
         for index in (0..blocks.len()).filter(|i| (i % HELD_OUT == HELD_OUT - 1) == kept_out) {
             let ids: Vec<u32> = blocks.sample(index)?.input_ids.iter().map(|&id| id as u32).collect();
-            writer.push(&ids)?;
+            writer.push(&ids, None)?;
         }
         tokenizer.save(&writer.folder().join("tokenizer"))?;
         let tokens = writer.blocks() * SEQ_LEN as u64;

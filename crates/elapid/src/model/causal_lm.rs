@@ -152,7 +152,8 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
     }
 
     /// Token ids `[B, L]` → hidden states after the final norm `[B, L, D]`. `documents` `[B, L]` marks documents (see
-    /// [`elapid_tensor::Mamba2Inputs`]); `states` carries each layer's state from call to call.
+    /// [`elapid_tensor::Mamba2Inputs`]); `states` carries each layer's state from call to call (empty: from the start),
+    /// without a gradient.
     pub fn hidden<'a>(
         &self,
         tape: &mut Tape<'a, B>,
@@ -195,16 +196,18 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
     }
 
     /// Sum of token losses of `ids` `[B, L]` against `labels` `[B, L]`, where the label of a position is the token
-    /// after it, or [`elapid_tensor::IGNORE_LABEL`]. fp32, shape `[]`.
+    /// after it, or [`elapid_tensor::IGNORE_LABEL`]. fp32, shape `[]`. `documents` and `states` as in
+    /// [`Self::hidden`].
     pub fn loss(
         &self,
         tape: &mut Tape<'_, B>,
         ids: &B::Tensor,
         labels: &B::Tensor,
         documents: Option<&B::Tensor>,
+        states: Option<&mut Vec<State<B::Tensor>>>,
         checkpointing: Checkpointing,
     ) -> B::Tensor {
-        let hidden = self.hidden(tape, ids, documents, None, checkpointing);
+        let hidden = self.hidden(tape, ids, documents, states, checkpointing);
         let head = self.head(tape.backend());
         tape.head_loss(&hidden, &head, labels)
     }

@@ -34,12 +34,8 @@ pub fn evaluate<B: Backend>(
     for first in (0..data.len()).step_by(batch) {
         let blocks = first..data.len().min(first + batch);
         let samples = blocks.map(|i| data.sample(i)).collect::<Result<Vec<_>, _>>()?;
-        let batch = Batch::new(samples.iter().map(|s| (&s.input_ids[..], &s.labels[..])));
-        let shape = [batch.size, batch.length];
-        let (ids, labels) =
-            (backend.tensor_i32(&batch.ids, &shape), backend.tensor_i32(&batch.labels, &shape));
-        let mut tape = Tape::inference(backend);
-        let loss = model.loss(&mut tape, &ids, &labels, None, Checkpointing::None);
+        let batch = Batch::new(&samples);
+        let loss = batch.loss(&mut Tape::inference(backend), model, None, Checkpointing::None);
         sum += f64::from(backend.values(&loss)[0]);
         tokens += batch.valid() as u64;
         bar.inc(batch.size as u64);

@@ -1,5 +1,6 @@
 //! Training: micro-steps, updates, and the loop round them.
 
+mod batch;
 mod evaluate;
 mod folder;
 mod progress;
@@ -8,6 +9,7 @@ pub mod schedule;
 mod start;
 mod trainer;
 
+pub use batch::{Batch, PAD_DOCUMENT};
 pub use evaluate::{Evaluation, evaluate};
 pub use run::{Outcome, cpu, train};
-pub use trainer::{Batch, StepReport, Trainer};
+pub use trainer::{StepReport, Trainer};

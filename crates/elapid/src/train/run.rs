@@ -192,7 +192,7 @@ impl<'a> Session<'a> {
     fn batch(&self, step: u64, micro: usize) -> Result<Batch, Error> {
         let indices = self.sampler.indices(step - 1, micro);
         let samples = indices.iter().map(|&i| self.data.sample(i)).collect::<Result<Vec<_>, _>>()?;
-        Ok(Batch::new(samples.iter().map(|s| (&s.input_ids[..], &s.labels[..]))))
+        Ok(Batch::new(&samples))
     }
 
     fn step(&mut self, step: u64) -> Result<(), Error> {
