@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use elapid::config::ModelConfig;
 use elapid::data::Sample;
-use elapid::generate::{Sampler, Sampling, generate};
+use elapid::generate::{Sampling, generate};
 use elapid::model::Mamba2ForCausalLM;
 use elapid::train::{Batch, Trainer};
 use elapid_cpu::{CpuBackend, CpuOptions};
@@ -222,10 +222,14 @@ fn forward_equals_prefill_and_steps() {
                 continue;
             }
             let mut states = Vec::new();
-            let mut last = model.next_logits(&backend, &ids[..prefill], &mut states);
+            let mut read = |ids: &[i32]| {
+                let ids = backend.tensor_i32(ids, &[1, ids.len()]);
+                model.next_logits(&backend, &ids, None, &mut states)
+            };
+            let mut last = read(&ids[..prefill]);
             let until = length.min(prefill + 20);
             for t in prefill..until {
-                last = model.next_logits(&backend, &ids[t..t + 1], &mut states);
+                last = read(&ids[t..t + 1]);
             }
             let theirs = &expected[(until - 1) * vocab..until * vocab];
             worst.see(distance(&last, theirs), format!("{case:?} prefill {prefill}"));
@@ -248,9 +252,8 @@ fn greedy_continuation() {
         let prompt: Vec<u32> = golden.ids("decode_prompt").iter().map(|&id| id as u32).collect();
         let expected: Vec<u32> = golden.ids("decode_ids").iter().map(|&id| id as u32).collect();
         let greedy = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0 };
-        let sampler = &mut Sampler::new(greedy);
-        let ids = generate(&backend, &model, &prompt, expected.len(), sampler, |_| false, |_| {});
-        assert_eq!(ids, expected, "{case:?}");
+        let ids = generate(&backend, &model, &[prompt], expected.len(), greedy, |_| false, |_, _| {});
+        assert_eq!(ids, [expected], "{case:?}");
     }
     assert_eq!(seen, 2);
 }

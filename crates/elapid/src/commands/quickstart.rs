@@ -9,7 +9,7 @@ use super::{print_line, train};
 use crate::Error;
 use crate::config::run::{TrainArgs, free_folder};
 use crate::data::{Card, Dataset, DatasetWriter, TokenizeOptions, Tokenizer, tokenize};
-use crate::generate::{Sampler, Sampling, generate};
+use crate::generate::{Sampling, generate};
 use crate::model::Mamba2ForCausalLM;
 use crate::train::{cpu, evaluate};
 
@@ -75,7 +75,7 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<(), Error> {
     let model_dir = &outcome.model_dir;
     let backend = cpu(args.threads)?;
     let model = Mamba2ForCausalLM::from_pretrained(&backend, model_dir, elapid_tensor::DType::F32)?;
-    let result = evaluate(&backend, &model, &Dataset::open(&held_out)?, 8)?;
+    let result = evaluate(&backend, &model, &Dataset::open(&held_out)?, 8, false)?;
     print_line(&format!(
         "3. evaluation on {} held-out tokens: loss {:.4}, {:.2} bits per byte (a byte drawn at random: 8)",
         result.tokens,
@@ -85,9 +85,10 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<(), Error> {
 
     let tokenizer = Tokenizer::load(&model_dir.display().to_string())?;
     let sampling = Sampling { temperature: 0.7, top_k: 0, top_p: 0.95, seed: 0 };
-    let (prompt, sampler) = (tokenizer.encode(PROMPT)?, &mut Sampler::new(sampling));
-    let ids = generate(&backend, &model, &prompt, 200, sampler, |id| Some(id) == card.eos_id, |_| {});
-    let sample = format!("{PROMPT}{}", tokenizer.decode(&ids));
+    let prompts = [tokenizer.encode(PROMPT)?];
+    let is_end = |id| Some(id) == card.eos_id;
+    let ids = generate(&backend, &model, &prompts, 200, sampling, is_end, |_, _| {});
+    let sample = format!("{PROMPT}{}", tokenizer.decode(&ids[0]));
     print_line(&format!("4. a sample, continuing {PROMPT:?}:\n   │ {}", sample.replace('\n', "\n   │ ")))?;
 
     let (folder, data, held_out, model) =

@@ -69,6 +69,14 @@ pub struct Sample {
     pub documents: Option<Vec<i32>>,
 }
 
+impl Sample {
+    /// Tokens that are their own labels, one document.
+    pub fn new(ids: &[u32]) -> Self {
+        let ids: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
+        Self { labels: ids.clone(), input_ids: ids, documents: None }
+    }
+}
+
 /// One record batch.
 struct Rows {
     /// Place of its first row in the dataset.

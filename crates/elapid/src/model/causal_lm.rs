@@ -219,17 +219,24 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
         backend.values(&backend.logits(&hidden.value, &self.head(backend).value))
     }
 
-    /// Reads `ids` on from `states` (empty: from the start), leaves the new states there, and gives the fp32 logits
-    /// `[V]` after the last token. Batch 1.
-    pub fn next_logits(&self, backend: &B, ids: &[i32], states: &mut Vec<State<B::Tensor>>) -> Vec<f32> {
-        let length = ids.len();
-        let ids = backend.tensor_i32(ids, &[1, length]);
+    /// Reads `ids` `[B, L]` on from `states` (empty: from the start), leaves the new states there, and gives the fp32
+    /// logits `[B, V]` after the last position. `documents` as in [`Self::hidden`].
+    pub fn next_logits(
+        &self,
+        backend: &B,
+        ids: &B::Tensor,
+        documents: Option<&B::Tensor>,
+        states: &mut Vec<State<B::Tensor>>,
+    ) -> Vec<f32> {
+        let shape = backend.shape(ids);
         let mut tape = Tape::inference(backend);
-        let hidden = self.hidden(&mut tape, &ids, None, Some(states), Checkpointing::None);
-        // Only the last row meets the vocabulary.
+        let hidden = self.hidden(&mut tape, ids, documents, Some(states), Checkpointing::None);
+        // Only the last positions meet the vocabulary.
         let d = self.config.hidden_size;
         let rows = backend.values(&hidden.value);
-        let last = backend.tensor(&rows[(length - 1) * d..], &[1, d], self.dtype);
+        let last: Vec<f32> =
+            rows.chunks_exact(shape[1] * d).flat_map(|row| &row[row.len() - d..]).copied().collect();
+        let last = backend.tensor(&last, &[shape[0], d], self.dtype);
         backend.values(&backend.logits(&last, &self.head(backend).value))
     }
 }

@@ -2,7 +2,8 @@
 
 use elapid_tensor::{Backend, Checkpointing, IGNORE_LABEL, State, Tape};
 
-use crate::data::Sample;
+use crate::Error;
+use crate::data::{Dataset, Place, Sample};
 use crate::model::Mamba2ForCausalLM;
 
 /// The document of padding; those of samples are 0 or more.
@@ -45,6 +46,17 @@ impl Batch {
             batch.push(sample);
         }
         batch
+    }
+
+    /// The batch at `places`. A row is continued where it follows the block before and the dataset says that the
+    /// document goes on.
+    ///
+    /// # Errors
+    /// A block cannot be read.
+    pub fn read(data: &Dataset, places: &[Place]) -> Result<Self, Error> {
+        let samples = places.iter().map(|place| data.sample(place.index)).collect::<Result<Vec<_>, _>>()?;
+        let continued = places.iter().map(|place| Ok(place.follows && data.continues(place.index)?));
+        Ok(Self { continued: continued.collect::<Result<_, Error>>()?, ..Self::new(&samples) })
     }
 
     fn push(&mut self, sample: &Sample) {

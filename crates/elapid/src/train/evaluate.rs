@@ -1,11 +1,11 @@
 //! Mean token loss of a model over a dataset.
 
-use elapid_tensor::{Backend, Checkpointing, Tape};
+use elapid_tensor::{Backend, Checkpointing, IGNORE_LABEL, Tape};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::Batch;
 use crate::Error;
-use crate::data::Dataset;
+use crate::data::{Dataset, Order, Sampler};
 use crate::model::Mamba2ForCausalLM;
 
 /// What an evaluation came to.
@@ -17,7 +17,8 @@ pub struct Evaluation {
     pub tokens: u64,
 }
 
-/// Evaluates `batch` blocks at a time; the last batch may be smaller.
+/// Evaluates `batch` blocks at a time, in the order of the dataset. With `carry_state` each row of the batch reads a
+/// stretch of its own, see [`Order::Stretches`], and goes on in the state of the block before.
 ///
 /// # Errors
 /// A block cannot be read, no label counts, or the loss is not finite.
@@ -26,16 +27,29 @@ pub fn evaluate<B: Backend>(
     model: &Mamba2ForCausalLM<B>,
     data: &Dataset,
     batch: usize,
+    carry_state: bool,
 ) -> Result<Evaluation, Error> {
     let style = ProgressStyle::with_template("evaluating {pos}/{len} blocks {bar:24}  ETA {eta}")
         .expect("the template is constant");
     let bar = ProgressBar::new(data.len() as u64).with_style(style.progress_chars("━╸ "));
+    let batch = batch.min(data.len());
+    let order = if carry_state { Order::Stretches } else { Order::Dataset };
+    let sampler = Sampler { len: data.len(), batch, dp: 1, rank: 0, accum: 1, order };
+    let mut states = carry_state.then(Vec::new);
     let (mut sum, mut tokens) = (0.0, 0);
-    for first in (0..data.len()).step_by(batch) {
-        let blocks = first..data.len().min(first + batch);
-        let samples = blocks.map(|i| data.sample(i)).collect::<Result<Vec<_>, _>>()?;
-        let batch = Batch::new(&samples);
-        let loss = batch.loss(&mut Tape::inference(backend), model, None, Checkpointing::None);
+    for step in 0..data.len().div_ceil(batch) {
+        let mut places = sampler.places(step as u64, 0);
+        if !carry_state {
+            places.retain(|place| place.epoch == 0);
+        }
+        let mut batch = Batch::read(data, &places)?;
+        // Where states are carried a row that is through its stretch stays in the batch, but does not count.
+        for (place, labels) in places.iter().zip(batch.labels.chunks_exact_mut(batch.length)) {
+            if place.epoch > 0 {
+                labels.fill(IGNORE_LABEL);
+            }
+        }
+        let loss = batch.loss(&mut Tape::inference(backend), model, states.as_mut(), Checkpointing::None);
         sum += f64::from(backend.values(&loss)[0]);
         tokens += batch.valid() as u64;
         bar.inc(batch.size as u64);

@@ -16,7 +16,7 @@ use crate::Error;
 use crate::config::ModelConfig;
 use crate::config::TokenIds;
 use crate::config::run::{ActivationCheckpointing, Dtype, Run};
-use crate::data::{Dataset, Sampler, Tokenizer};
+use crate::data::{Dataset, Order, Sampler, Tokenizer};
 use crate::model::Mamba2ForCausalLM;
 use crate::model::pretrained::FileDType;
 
@@ -95,6 +95,15 @@ fn open_data(run: &Run) -> Result<Dataset, Error> {
         ))
         .with_hint("leave --seq-len out, or tokenize again with that length"));
     }
+    if run.args.carry_state && data.len() < run.args.batch {
+        return Err(Error::new(format!(
+            "--carry-state wants a block for each of the {} rows of a batch, but {} holds {}",
+            run.args.batch,
+            dir.display(),
+            data.len()
+        ))
+        .with_hint("give a smaller --batch, or more data"));
+    }
     data.check_vocab(run.config.vocab_size)?;
     Ok(data)
 }
@@ -150,13 +159,22 @@ impl<'a> Session<'a> {
     ) -> Result<Self, Error> {
         let args = &run.args;
         let flops = model.config().flops_per_token();
+        let order = match (args.carry_state, args.shuffle) {
+            (true, _) => Order::Stretches,
+            (false, true) => Order::Shuffled(args.seed),
+            (false, false) => Order::Dataset,
+        };
+        let mut trainer = Trainer::new(backend, model, args.activation_checkpointing.into());
+        if args.carry_state {
+            trainer = trainer.with_carried_states();
+        }
         let sampler = Sampler {
             len: data.len(),
             batch: args.batch,
             dp: 1,
             rank: 0,
             accum: args.grad_accum_usteps,
-            shuffle: args.shuffle.then_some(args.seed),
+            order,
         };
         let outcome = Outcome {
             first_loss: f64::NAN,
@@ -169,7 +187,7 @@ impl<'a> Session<'a> {
             run,
             data,
             backend,
-            trainer: Trainer::new(backend, model, args.activation_checkpointing.into()),
+            trainer,
             sampler,
             metrics: folder.open("metrics.jsonl")?,
             progress: Progress::new(args.max_steps, args.logging_interval),
@@ -190,9 +208,7 @@ impl<'a> Session<'a> {
 
     /// The batch of one micro-step.
     fn batch(&self, step: u64, micro: usize) -> Result<Batch, Error> {
-        let indices = self.sampler.indices(step - 1, micro);
-        let samples = indices.iter().map(|&i| self.data.sample(i)).collect::<Result<Vec<_>, _>>()?;
-        Ok(Batch::new(&samples))
+        Batch::read(self.data, &self.sampler.places(step - 1, micro))
     }
 
     fn step(&mut self, step: u64) -> Result<(), Error> {
