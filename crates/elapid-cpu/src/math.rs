@@ -92,6 +92,18 @@ pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
     sum_map([a, b], |[a, b]| a * b)
 }
 
+/// Σ aᵢ² in f64, where the square of no finite fp32 number overflows or vanishes.
+#[inline(always)]
+pub(crate) fn sum_of_squares(a: &[f32]) -> f64 {
+    let mut acc = [0.0f64; LANES];
+    for part in a.chunks(LANES) {
+        for (acc, a) in acc.iter_mut().zip(part) {
+            *acc += f64::from(*a) * f64::from(*a);
+        }
+    }
+    acc.iter().sum()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

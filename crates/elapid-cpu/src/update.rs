@@ -15,8 +15,7 @@ pub(crate) fn clip(backend: &CpuBackend, grads: &Buffer, loss: &Tensor, scale: f
     let mut squares = vec![0.0f64; grads.len().div_ceil(PIECE)];
     backend.workers.rows(&mut squares, 1, 1, |piece, sum| {
         let part = &grads[piece * PIECE..grads.len().min((piece + 1) * PIECE)];
-        // Parts of 4096 keep the fp32 sums short; an overflow of the square is an overflow of the norm.
-        sum[0] = backend.isa.run(|| part.chunks(4096).map(|p| f64::from(math::dot(p, p))).sum());
+        sum[0] = backend.isa.run(|| math::sum_of_squares(part));
     });
     let norm = (squares.iter().sum::<f64>().sqrt() * f64::from(scale)) as f32;
     let clip = if max_norm > 0.0 { (max_norm / (norm + 1e-6)).min(1.0) } else { 1.0 };

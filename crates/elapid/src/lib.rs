@@ -5,6 +5,7 @@ pub mod config;
 pub mod data;
 pub mod error;
 pub mod generate;
+mod memory;
 pub mod model;
 pub mod train;
 

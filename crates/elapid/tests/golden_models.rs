@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use elapid::config::ModelConfig;
 use elapid::model::layout::Layout;
-use elapid::model::pretrained::{FileDType, load_weights, save};
+use elapid::model::pretrained::{FileDType, MAX_SHARD_SIZE, load_weights, save};
 
 fn folders() -> Vec<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/models");
@@ -32,7 +32,7 @@ fn folders_of_transformers_come_back_to_the_byte() {
 
         let copy = tempfile::tempdir().unwrap();
         let source = |slot: &_| flat[layout.flat.range(slot)].to_vec();
-        save(copy.path(), &config, &layout, FileDType::F32, source).unwrap();
+        save(copy.path(), &config, &layout, FileDType::F32, MAX_SHARD_SIZE, source).unwrap();
         let read = |dir: &Path| fs::read(dir.join("model.safetensors")).unwrap();
         assert!(read(&folder) == read(copy.path()), "{} changed", folder.display());
         assert_eq!(ModelConfig::load(copy.path()).unwrap(), config);

@@ -8,7 +8,7 @@ use elapid::Error;
 use elapid::config::ModelConfig;
 use elapid::model::init::{Init, initialise};
 use elapid::model::layout::Layout;
-use elapid::model::pretrained::{FileDType, export_warning, load_weights, save};
+use elapid::model::pretrained::{FileDType, MAX_SHARD_SIZE, export_warning, load_weights, save};
 use elapid_tensor::{NormGroup, Slot};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
@@ -42,8 +42,83 @@ fn weights(config: &ModelConfig) -> Vec<f32> {
 }
 
 fn save_flat(dir: &Path, config: &ModelConfig, dtype: FileDType, flat: &[f32]) -> Result<(), Error> {
+    save_shards(dir, config, dtype, MAX_SHARD_SIZE, flat)
+}
+
+fn save_shards(
+    dir: &Path,
+    config: &ModelConfig,
+    dtype: FileDType,
+    max_shard: u64,
+    flat: &[f32],
+) -> Result<(), Error> {
     let layout = Layout::new(config);
-    save(dir, config, &layout, dtype, |slot: &Slot| flat[layout.flat.range(slot)].to_vec())
+    save(dir, config, &layout, dtype, max_shard, |slot: &Slot| flat[layout.flat.range(slot)].to_vec())
+}
+
+/// The weight files of a folder.
+fn weight_files(dir: &Path) -> Vec<String> {
+    let names = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let mut names: Vec<_> = names.filter(|name| name.starts_with("model")).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn large_models_are_written_in_several_files() {
+    let dir = TempDir::new().unwrap();
+    let (config, flat) = (config(), weights(&config()));
+    let layout = Layout::new(&config);
+    let limit = 2000;
+    save_shards(dir.path(), &config, FileDType::F32, limit, &flat).unwrap();
+    assert_eq!(load_flat(dir.path()).unwrap(), flat);
+
+    let files = weight_files(dir.path());
+    let n = files.len() - 1;
+    assert!(n > 2, "{files:?}");
+    let index = fs::read_to_string(dir.path().join("model.safetensors.index.json")).unwrap();
+    let index: serde_json::Value = serde_json::from_str(&index).unwrap();
+    assert_eq!(index["metadata"]["total_parameters"], layout.parameter_count());
+    assert_eq!(index["metadata"]["total_size"], 4 * layout.parameter_count());
+    for (i, file) in files[..n].iter().enumerate() {
+        assert_eq!(*file, format!("model-{:05}-of-{n:05}.safetensors", i + 1));
+        let bytes = fs::read(dir.path().join(file)).unwrap();
+        let tensors = SafeTensors::deserialize(&bytes).unwrap();
+        let size: usize = tensors.tensors().iter().map(|(_, tensor)| tensor.data().len()).sum();
+        assert!(size <= limit as usize || tensors.len() == 1, "{file} holds {size} bytes");
+        for name in tensors.names() {
+            assert_eq!(index["weight_map"][name], **file, "{name}");
+        }
+    }
+    assert_eq!(index["weight_map"].as_object().unwrap().len(), layout.iter().count());
+
+    // Divided otherwise, and whole again: nothing of the division before is left, nor mistaken for the model.
+    let other: Vec<f32> = flat.iter().map(|value| 2.0 * value).collect();
+    save_shards(dir.path(), &config, FileDType::F32, 3000, &other).unwrap();
+    assert_eq!(load_flat(dir.path()).unwrap(), other);
+    assert!(weight_files(dir.path()).len() < n + 1);
+    save_flat(dir.path(), &config, FileDType::F32, &flat).unwrap();
+    assert_eq!(weight_files(dir.path()), ["model.safetensors"]);
+    save_shards(dir.path(), &config, FileDType::F32, limit, &other).unwrap();
+    assert_eq!(load_flat(dir.path()).unwrap(), other);
+}
+
+#[test]
+fn no_more_than_a_few_mib_of_a_model_are_in_memory() {
+    let dir = TempDir::new().unwrap();
+    let config = ModelConfig { vocab_size: 300_000, ..config() };
+    let (layout, flat) = (Layout::new(&config), weights(&config));
+    let source = |slot: &Slot| {
+        assert!(slot.len() <= 1 << 20, "{slot:?} at once");
+        flat[layout.flat.range(slot)].to_vec()
+    };
+    save(dir.path(), &config, &layout, FileDType::F32, MAX_SHARD_SIZE, source).unwrap();
+    assert!(load_flat(dir.path()).unwrap() == flat);
+    // The place of a bad value is counted from the start of its tensor, not of the stretch.
+    let mut bad = flat.clone();
+    bad[layout.flat.range(&layout.shared().embedding).start + 8 * 250_000 + 3] = f32::NAN;
+    let error = save_flat(dir.path(), &config, FileDType::F32, &bad).unwrap_err();
+    assert!(error.to_string().contains("backbone.embeddings.weight[250000, 3] is NaN"), "{error}");
 }
 
 fn load_flat(dir: &Path) -> Result<Vec<f32>, Error> {

@@ -9,7 +9,7 @@ use crate::Error;
 use crate::config::run::Dtype;
 use crate::data::Dataset;
 use crate::model::Mamba2ForCausalLM;
-use crate::train::{cpu, evaluate};
+use crate::train::{cpu, evaluate, last_blocks};
 
 /// Flags of `elapid eval`.
 #[derive(clap::Args)]
@@ -20,6 +20,9 @@ pub(super) struct EvalArgs {
     /// Dataset folder
     #[arg(long, value_name = "DIR")]
     data_dir: PathBuf,
+    /// Only the last F of the blocks, at least one: what `train` held out
+    #[arg(long, value_name = "F", value_parser = fraction)]
+    eval_fraction: Option<f64>,
     /// Sequences at a time
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     batch: u32,
@@ -37,20 +40,32 @@ pub(super) struct EvalArgs {
     json: bool,
 }
 
+fn fraction(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(value) if value > 0.0 && value < 1.0 => Ok(value),
+        _ => Err("it must lie between 0 and 1, such as 0.05".into()),
+    }
+}
+
 pub(super) fn run(args: &EvalArgs) -> Result<(), Error> {
     let mut data = Dataset::open(&args.data_dir)?;
+    let blocks = match args.eval_fraction {
+        Some(fraction) => last_blocks(data.len(), fraction)?,
+        None => 0..data.len(),
+    };
     let backend = cpu(args.threads)?;
     let model = Mamba2ForCausalLM::from_pretrained(&backend, &args.model, args.dtype.compute())?;
     data.check_vocab(model.config().vocab_size)?;
-    let result = evaluate(&backend, &model, &data, args.batch as usize, args.carry_state)?;
+    let batch = args.batch as usize;
+    let result = evaluate(&backend, &model, &data, blocks, batch, args.carry_state)?;
     if args.json {
-        let object = json!({ "loss": result.loss, "perplexity": result.loss.exp(), "tokens": result.tokens });
+        let object = json!({
+            "loss": result.loss,
+            "perplexity": result.perplexity(),
+            "bits_per_byte": result.bits_per_byte,
+            "tokens": result.tokens,
+        });
         return print_line(&object.to_string());
     }
-    print_line(&format!(
-        "loss {:.4}  perplexity {:.3}  over {} tokens",
-        result.loss,
-        result.loss.exp(),
-        result.tokens
-    ))
+    print_line(&format!("{result}  over {} tokens", result.tokens))
 }

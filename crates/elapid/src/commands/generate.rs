@@ -119,6 +119,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), Error> {
         return print_line(&object.to_string());
     }
     if watched {
+        show(live.rest());
         return print_line("");
     }
     for (index, ids) in found.iter().enumerate() {
@@ -161,6 +162,10 @@ fn check(prompt: &[u32], vocab_size: usize) -> Result<(), Error> {
 
 /// The tokenizer in a model folder; None where there is none and none is `needed`.
 fn tokenizer(dir: &Path, needed: bool) -> Result<Option<Tokenizer>, Error> {
+    if !dir.is_dir() {
+        return Err(Error::new(format!("there is no model folder {}", dir.display()))
+            .with_hint("a model is a folder, such as the hf/ that `elapid train` leaves in its run folder"));
+    }
     if dir.join("tokenizer.json").exists() {
         return Ok(Some(Tokenizer::load(&dir.display().to_string())?));
     }
@@ -192,13 +197,14 @@ impl<'a> Text<'a> {
     fn push(&mut self, id: u32) -> &str {
         self.ids.push(id);
         self.continuation = written(self.tokenizer, &self.ids);
-        let (text, from) = (&self.continuation, self.shown);
         // A character may span several tokens: its first ones decode to a replacement character.
-        if text.ends_with('\u{fffd}') || !text.is_char_boundary(from) {
-            return "";
-        }
-        self.shown = text.len();
-        &text[from..]
+        if self.continuation.ends_with('\u{fffd}') { "" } else { self.rest() }
+    }
+
+    /// What has not been handed out yet.
+    fn rest(&mut self) -> &str {
+        let from = std::mem::replace(&mut self.shown, self.continuation.len());
+        self.continuation.get(from..).unwrap_or_default()
     }
 }
 

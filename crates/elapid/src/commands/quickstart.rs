@@ -8,17 +8,17 @@ use clap::Parser;
 use super::{print_line, train};
 use crate::Error;
 use crate::config::run::{TrainArgs, free_folder};
-use crate::data::{Card, Dataset, DatasetWriter, TokenizeOptions, Tokenizer, tokenize};
+use crate::data::{TokenizeOptions, Tokenizer, tokenize};
 use crate::generate::{Sampling, generate};
 use crate::model::Mamba2ForCausalLM;
-use crate::train::{cpu, evaluate};
+use crate::train::cpu;
 
 /// The repository's own documentation and code.
 const TEXT: &str = include_str!(concat!(env!("OUT_DIR"), "/quickstart.txt"));
 
 const SEQ_LEN: usize = 256;
-/// One block in this many is kept from training, for the evaluation.
-const HELD_OUT: usize = 20;
+/// Share of the text that is kept from training, for the evaluation.
+const HELD_OUT: &str = "0.05";
 const PROMPT: &str = "/// The ";
 
 /// Flags of `elapid quickstart`.
@@ -28,7 +28,7 @@ pub(super) struct QuickstartArgs {
     #[arg(long, value_name = "PATH")]
     text: Option<PathBuf>,
     /// Optimizer steps
-    #[arg(long, value_name = "N", default_value_t = 400)]
+    #[arg(long, value_name = "N", default_value_t = 400, value_parser = clap::value_parser!(u64).range(1..))]
     max_steps: u64,
     /// Folder for everything [default: runs/quickstart, or the first free runs/quickstart-N]
     #[arg(long, value_name = "DIR")]
@@ -62,8 +62,21 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<(), Error> {
     };
 
     print_line(&format!("1. tokens: {} in blocks of {SEQ_LEN} bytes", text.display()))?;
-    let (data, held_out) = (folder.join("data/train"), folder.join("data/eval"));
-    let card = split(&text, &folder, &data, &held_out)?;
+    let data = folder.join("data");
+    let card = tokenize(&TokenizeOptions {
+        dataset: text,
+        text_column: "text".into(),
+        tokenizer: "bytes".into(),
+        seq_len: SEQ_LEN,
+        save_path: data.clone(),
+        append_eos: true,
+        document_ids: false,
+        threads: 0,
+    })
+    .inspect_err(|_| {
+        // There is nothing in it yet that anybody could want.
+        let _ = fs::remove_dir_all(&folder);
+    })?;
 
     let flags = train_flags(args, &data, &folder);
     print_line(&format!("2. training: elapid train {}", flags.join(" ")))?;
@@ -75,24 +88,15 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<(), Error> {
     let model_dir = &outcome.model_dir;
     let backend = cpu(args.threads)?;
     let model = Mamba2ForCausalLM::from_pretrained(&backend, model_dir, elapid_tensor::DType::F32)?;
-    let result = evaluate(&backend, &model, &Dataset::open(&held_out)?, 8, false)?;
-    print_line(&format!(
-        "3. evaluation on {} held-out tokens: loss {:.4}, {:.2} bits per byte (a byte drawn at random: 8)",
-        result.tokens,
-        result.loss,
-        result.loss / std::f64::consts::LN_2
-    ))?;
-
     let tokenizer = Tokenizer::load(&model_dir.display().to_string())?;
     let sampling = Sampling { temperature: 0.7, top_k: 0, top_p: 0.95, seed: 0 };
     let prompts = [tokenizer.encode(PROMPT)?];
     let is_end = |id| Some(id) == card.eos_id;
     let ids = generate(&backend, &model, &prompts, 200, sampling, is_end, |_, _| {});
     let sample = format!("{PROMPT}{}", tokenizer.decode(&ids[0]));
-    print_line(&format!("4. a sample, continuing {PROMPT:?}:\n   │ {}", sample.replace('\n', "\n   │ ")))?;
+    print_line(&format!("3. a sample, continuing {PROMPT:?}:\n   │ {}", sample.replace('\n', "\n   │ ")))?;
 
-    let (folder, data, held_out, model) =
-        (folder.display(), data.display(), held_out.display(), model_dir.display());
+    let (folder, data, model) = (folder.display(), data.display(), model_dir.display());
     print_line(&format!(
         "\nEverything is in {folder}:\n  \
            {data}  the dataset (Python: datasets.load_from_disk)\n  \
@@ -100,48 +104,10 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<(), Error> {
            {model}  the model (Python: AutoModelForCausalLM.from_pretrained)\n\
          Next:\n  \
            elapid generate --model {model} --prompt \"let \"\n  \
-           elapid eval --model {model} --data-dir {held_out}\n  \
+           elapid eval --model {model} --data-dir {data} --eval-fraction {HELD_OUT}\n  \
            elapid tokenize --dataset YOUR_TEXT --tokenizer bytes --seq-len 1024 --save-path data/mine\n  \
            elapid train --model mamba2-130m --data-dir data/mine --max-steps 1000 --dtype bfloat16"
     ))
-}
-
-/// Tokenizes `text` and deals the blocks out to the two datasets.
-fn split(text: &Path, folder: &Path, data: &Path, held_out: &Path) -> Result<Card, Error> {
-    let all = folder.join("data/all");
-    let card = tokenize(&TokenizeOptions {
-        dataset: text.to_owned(),
-        text_column: "text".into(),
-        tokenizer: "bytes".into(),
-        seq_len: SEQ_LEN,
-        save_path: all.clone(),
-        append_eos: true,
-        document_ids: false,
-        threads: 0,
-    })?;
-    let blocks = Dataset::open(&all)?;
-    if blocks.len() < HELD_OUT {
-        return Err(Error::new(format!(
-            "{} gives {} blocks of {SEQ_LEN} bytes",
-            text.display(),
-            blocks.len()
-        ))
-        .with_hint(format!("give at least {} bytes of text", HELD_OUT * SEQ_LEN)));
-    }
-    let tokenizer = Tokenizer::load("bytes")?;
-    for (dir, kept_out) in [(data, false), (held_out, true)] {
-        let mut writer = DatasetWriter::create(dir, SEQ_LEN, false)?;
-        for index in (0..blocks.len()).filter(|i| (i % HELD_OUT == HELD_OUT - 1) == kept_out) {
-            let ids: Vec<u32> = blocks.sample(index)?.input_ids.iter().map(|&id| id as u32).collect();
-            writer.push(&ids, None)?;
-        }
-        tokenizer.save(&writer.folder().join("tokenizer"))?;
-        let tokens = writer.blocks() * SEQ_LEN as u64;
-        writer.finish(&Card { tokens, ..card.clone() })?;
-    }
-    drop(blocks);
-    fs::remove_dir_all(&all).map_err(|cause| Error::io("remove", &all, &cause))?;
-    Ok(card)
 }
 
 fn train_flags(args: &QuickstartArgs, data: &Path, folder: &Path) -> Vec<String> {
@@ -149,6 +115,7 @@ fn train_flags(args: &QuickstartArgs, data: &Path, folder: &Path) -> Vec<String>
         ("--model", "tiny".to_owned()),
         ("--vocab-size", "257".to_owned()),
         ("--data-dir", data.display().to_string()),
+        ("--eval-fraction", HELD_OUT.to_owned()),
         ("--shuffle", String::new()),
         ("--batch", "8".to_owned()),
         ("--max-steps", args.max_steps.to_string()),

@@ -3,6 +3,7 @@
 use super::print_line;
 use crate::Error;
 use crate::config::run::TrainArgs;
+use crate::train::memory::bytes;
 use crate::train::{Outcome, train};
 
 pub(super) fn run(args: TrainArgs) -> Result<(), Error> {
@@ -20,5 +21,11 @@ pub(super) fn report(outcome: &Outcome) -> Result<(), Error> {
         outcome.seconds,
         outcome.tokens as f64 / outcome.seconds
     ))?;
+    if let Some(evaluation) = &outcome.evaluation {
+        print_line(&format!("evaluation: {evaluation}  over {} tokens", evaluation.tokens))?;
+    }
+    if let Some(peak) = outcome.peak_memory {
+        print_line(&format!("peak memory {} (predicted {})", bytes(peak), bytes(outcome.predicted_memory)))?;
+    }
     print_line(&format!("model in {}", outcome.model_dir.display()))
 }

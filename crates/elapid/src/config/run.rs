@@ -84,6 +84,15 @@ pub struct TrainArgs {
     /// Dataset folder, as `elapid tokenize` or Python's `save_to_disk` wrote it
     #[arg(long, value_name = "DIR")]
     pub data_dir: PathBuf,
+    /// Hold the last F of the blocks out of training, at least one, and evaluate on them
+    #[arg(long, value_name = "F")]
+    pub eval_fraction: Option<f64>,
+    /// Evaluate on another dataset
+    #[arg(long, value_name = "DIR")]
+    pub eval_data_dir: Option<PathBuf>,
+    /// Steps between evaluations; one follows the last step in any case
+    #[arg(long, value_name = "N")]
+    pub eval_freq: Option<u64>,
     /// Must agree with the dataset; for command lines that name it
     #[arg(long, value_name = "L")]
     pub seq_len: Option<usize>,
@@ -141,6 +150,9 @@ pub struct TrainArgs {
     /// What layers keep for the backward pass
     #[arg(long, value_enum, default_value = "none")]
     pub activation_checkpointing: ActivationCheckpointing,
+    /// Start even where the predicted memory is more than the machine has free
+    #[arg(long)]
+    pub ignore_memory_limit: bool,
     /// Steps between log lines where there is no terminal
     #[arg(long, value_name = "N", default_value_t = 10)]
     pub logging_interval: u64,
@@ -221,6 +233,7 @@ impl TrainArgs {
         at_least_one("--grad-accum-usteps", self.grad_accum_usteps as u64)?;
         at_least_one("--max-steps", self.max_steps)?;
         at_least_one("--logging-interval", self.logging_interval)?;
+        check_threads("--threads", self.threads.unwrap_or(1))?;
         let samples = [self.batch as u64, self.grad_accum_usteps as u64]
             .into_iter()
             .try_fold(self.max_steps, |product, factor| product.checked_mul(factor));
@@ -244,6 +257,23 @@ impl TrainArgs {
         check("--eps", eps, eps > 0.0 && eps.is_finite(), "it must be a finite number above 0")?;
         check("--weight-decay", decay, decay >= 0.0 && decay.is_finite(), not_negative)?;
         check("--max-grad-norm", clip, clip >= 0.0 && clip.is_finite(), not_negative)?;
+        if let Some(fraction) = self.eval_fraction {
+            let inside = fraction > 0.0 && fraction < 1.0;
+            check("--eval-fraction", fraction, inside, "it must lie between 0 and 1, such as 0.05")?;
+        }
+        match (&self.eval_data_dir, self.eval_fraction, self.eval_freq) {
+            (Some(_), Some(_), _) => {
+                return Err(Error::new("--eval-data-dir and --eval-fraction are both given")
+                    .with_hint("evaluate on another dataset, or on the last part of this one"));
+            }
+            (None, None, Some(freq)) => {
+                return Err(Error::new(format!(
+                    "--eval-freq is {freq}, but there is nothing to evaluate on"
+                ))
+                .with_hint("give --eval-fraction F or --eval-data-dir DIR"));
+            }
+            (_, _, freq) => at_least_one("--eval-freq", freq.unwrap_or(1))?,
+        }
         if self.warmup_steps > self.max_steps {
             let (warmup, max) = (self.warmup_steps, self.max_steps);
             return Err(Error::new(format!("--warmup-steps {warmup} is more than --max-steps {max}"))
@@ -287,6 +317,19 @@ pub fn free_folder(parent: &Path, name: &str) -> PathBuf {
 
 fn at_least_one(flag: &str, value: u64) -> Result<(), Error> {
     if value == 0 { Err(Error::new(format!("{flag} is 0")).with_hint("give 1 or more")) } else { Ok(()) }
+}
+
+/// A number of threads that a machine can have use for.
+///
+/// # Errors
+/// 0, or more than 1024.
+pub(crate) fn check_threads(flag: &str, threads: usize) -> Result<(), Error> {
+    at_least_one(flag, threads as u64)?;
+    if threads > 1024 {
+        return Err(Error::new(format!("{flag} is {threads}"))
+            .with_hint("more threads than cores only wait for each other; 1024 at most"));
+    }
+    Ok(())
 }
 
 fn check(flag: &str, value: f64, good: bool, hint: &str) -> Result<(), Error> {

@@ -58,6 +58,14 @@ pub struct Card {
     pub source: String,
 }
 
+impl Card {
+    /// Tokens that a byte of the text became: (tokens in blocks + dropped ones) / bytes. All of the text counts, since
+    /// `bytes` does; ends of text are tokens without bytes, so what a model spends on them is charged to the text.
+    pub fn tokens_per_byte(&self) -> Option<f64> {
+        (self.bytes > 0).then(|| (self.tokens + self.dropped_tokens) as f64 / self.bytes as f64)
+    }
+}
+
 /// One block.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sample {

@@ -8,6 +8,7 @@ use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 
 use super::{Card, Counts, DatasetWriter, Tokenizer, documents, pack};
 use crate::Error;
+use crate::config::run::check_threads;
 use crate::error::say;
 
 /// Time between two lines of progress.
@@ -46,6 +47,7 @@ pub fn tokenize(options: &TokenizeOptions) -> Result<Card, Error> {
         return Err(Error::new(format!("--seq-len is {seq_len}"))
             .with_hint("at least 2: what a model learns is the next token of the same block"));
     }
+    check_threads("--num-proc", options.threads.max(1))?;
     let tokenizer = Tokenizer::load(&options.tokenizer)?;
     // Listed before the new folder could be among its files.
     let mut documents = documents(dataset, &options.text_column)?;

@@ -12,6 +12,7 @@ use super::layout::Layout;
 use super::pretrained::{self, FileDType};
 use crate::Error;
 use crate::config::ModelConfig;
+use crate::memory;
 
 /// A Mamba-2 language model and its parameters on a device.
 ///
@@ -60,6 +61,12 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
     /// When files are missing, damaged, or do not fit each other.
     pub fn from_pretrained(backend: &B, dir: &Path, dtype: DType) -> Result<Self, Error> {
         let config = ModelConfig::load(dir)?;
+        let bytes = if dtype == DType::F32 { 4.0 } else { 6.0 };
+        memory::check(
+            Layout::new(&config).parameter_count() as f64 * bytes,
+            &format!("the parameters that {} describes", dir.join("config.json").display()),
+            "is the config.json the right one? Then a larger machine is needed",
+        )?;
         let mut model = Self::empty(backend, &config, dtype);
         model.load(backend, dir)?;
         Ok(model)
@@ -76,12 +83,14 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
         Ok(())
     }
 
-    /// Writes a Hugging Face folder: `config.json`, `generation_config.json`, `model.safetensors`.
+    /// Writes a Hugging Face folder: `config.json`, `generation_config.json` and `model.safetensors`, in several files
+    /// and an index above 5 GB. No second copy of the model is made.
     ///
     /// # Errors
     /// When the folder cannot be written.
     pub fn save_pretrained(&self, backend: &B, dir: &Path, disk: FileDType) -> Result<(), Error> {
-        pretrained::save(dir, &self.config, &self.layout, disk, |slot| self.parameter(backend, slot))
+        let source = |slot: &Slot| self.parameter(backend, slot);
+        pretrained::save(dir, &self.config, &self.layout, disk, pretrained::MAX_SHARD_SIZE, source)
     }
 
     /// Brings the compute copy up to date with the masters.
@@ -111,7 +120,7 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
         &mut self.masters
     }
 
-    /// One parameter, fp32, on the host.
+    /// One parameter, or a stretch of one, fp32, on the host.
     pub fn parameter(&self, backend: &B, slot: &Slot) -> Vec<f32> {
         backend.values(&backend.view(&self.masters, slot))
     }

@@ -22,6 +22,10 @@ use crate::error::say;
 
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+/// Most bytes of tensors in one file, unless a single one has more: transformers' `max_shard_size`.
+pub const MAX_SHARD_SIZE: u64 = 5_000_000_000;
+/// Elements in memory at a time while a tensor is written.
+const PIECE: usize = 1 << 20;
 const EMBEDDING: &str = "backbone.embeddings.weight";
 /// What state-spaces calls [`EMBEDDING`]; transformers reads it too.
 const EMBEDDING_ALIAS: &str = "backbone.embedding.weight";
@@ -170,14 +174,16 @@ impl Found<'_> {
     /// The values, all finite.
     fn values(&self, name: &str) -> Result<Vec<f32>, Error> {
         let values = self.check(name, self.view.shape())?.decode(self.view.data());
-        check_finite(name, self.view.shape(), &values).map_err(|error| error.at(self.path.display()))?;
+        check_finite(name, self.view.shape(), 0, &values).map_err(|error| error.at(self.path.display()))?;
         Ok(values)
     }
 }
 
-fn check_finite(name: &str, shape: &[usize], values: &[f32]) -> Result<(), Error> {
-    let Some(mut at) = values.iter().position(|value| !value.is_finite()) else { return Ok(()) };
+/// `values` are those from element `first` of the tensor on.
+fn check_finite(name: &str, shape: &[usize], first: usize, values: &[f32]) -> Result<(), Error> {
+    let Some(at) = values.iter().position(|value| !value.is_finite()) else { return Ok(()) };
     let value = values[at];
+    let mut at = first + at;
     let mut index = vec![0; shape.len()];
     for (axis, extent) in shape.iter().enumerate().rev() {
         index[axis] = at % extent;
@@ -270,9 +276,11 @@ fn damaged(path: &Path, cause: &SafeTensorError) -> Error {
         .with_hint("the file is cut off or damaged; copy it again")
 }
 
-/// Writes a model folder that transformers reads: `config.json`, `generation_config.json` and `model.safetensors`,
-/// all weights in `dtype`. A tied head is not written. `source` gives the fp32 values of a parameter; one tensor
-/// is in memory at a time. Files of these names are replaced, and only by whole ones.
+/// Writes a model folder that transformers reads: `config.json`, `generation_config.json` and `model.safetensors`, or,
+/// for tensors of more than `max_shard` bytes (as a rule [`MAX_SHARD_SIZE`]), `model-00001-of-0000n.safetensors` and
+/// so on with `model.safetensors.index.json`. All weights are written in `dtype`; a tied head is not written. `source`
+/// gives the fp32 values of a stretch of a parameter, as a slot of one axis; a few MiB are in memory at a time. Files of
+/// these names are replaced, and only by whole ones; weight files of another division are removed afterwards.
 ///
 /// Warns on stderr where transformers would compute something else ([`export_warning`]).
 ///
@@ -283,6 +291,7 @@ pub fn save(
     config: &ModelConfig,
     layout: &Layout,
     dtype: FileDType,
+    max_shard: u64,
     source: impl Fn(&Slot) -> Vec<f32>,
 ) -> Result<(), Error> {
     if let Some(warning) = export_warning(config) {
@@ -300,18 +309,78 @@ pub fn save(
         "pad_token_id": config.pad_token_id,
         "use_cache": config.use_cache,
     });
-    let files = [
+    let mut files = vec![
         Aside::write(dir, "config.json", |out| put(out, config.to_json().as_bytes()))?,
         Aside::write(dir, "generation_config.json", |out| put(out, format!("{generation:#}\n").as_bytes()))?,
-        Aside::write(dir, WEIGHTS, |out| write_tensors(out, layout, dtype, source))?,
     ];
+    let shards = shards(layout, dtype, max_shard);
+    let mut names = BTreeSet::new();
+    let mut weight_map = BTreeMap::new();
+    for (i, shard) in shards.iter().enumerate() {
+        let name = match shards.len() {
+            1 => WEIGHTS.to_owned(),
+            n => format!("model-{:05}-of-{n:05}.safetensors", i + 1),
+        };
+        files.push(Aside::write(dir, &name, |out| write_tensors(out, shard, dtype, &source))?);
+        weight_map.extend(shard.iter().map(|(tensor, _)| (tensor.as_str(), name.clone())));
+        names.insert(name);
+    }
+    if shards.len() > 1 {
+        let parameters = layout.parameter_count();
+        let size = parameters * dtype.size();
+        let index = json!({
+            "metadata": { "total_parameters": parameters, "total_size": size },
+            "weight_map": weight_map,
+        });
+        files.push(Aside::write(dir, INDEX, |out| put(out, format!("{index:#}\n").as_bytes()))?);
+        names.insert(INDEX.to_owned());
+    }
     for file in files {
         file.commit()?;
     }
+    remove_other_weights(dir, &names)?;
     // A rename is on disk when its folder is. Windows cannot open folders and needs no such call.
     #[cfg(unix)]
     File::open(dir).and_then(|folder| folder.sync_all()).map_err(|cause| Error::io("write", dir, &cause))?;
     Ok(())
+}
+
+/// The tensors of each weight file, in alphabetical order: a file is begun where the next tensor would make the one
+/// before larger than `max_shard` bytes.
+fn shards(layout: &Layout, dtype: FileDType, max_shard: u64) -> Vec<Vec<(String, Slot)>> {
+    let slots: BTreeMap<String, Slot> = layout.iter().map(|(name, slot, _)| (name, slot)).collect();
+    let (mut shards, mut size) = (vec![Vec::new()], 0);
+    for (name, slot) in slots {
+        let bytes = slot.len() as u64 * dtype.size() as u64;
+        if size + bytes > max_shard && size > 0 {
+            shards.push(Vec::new());
+            size = 0;
+        }
+        size += bytes;
+        shards.last_mut().expect("never empty").push((name, slot));
+    }
+    shards
+}
+
+/// Removes weight files of an earlier save that was divided otherwise: a reader could take them for these.
+fn remove_other_weights(dir: &Path, keep: &BTreeSet<String>) -> Result<(), Error> {
+    let entries = fs::read_dir(dir).map_err(|cause| Error::io("read", dir, &cause))?;
+    for entry in entries {
+        let entry = entry.map_err(|cause| Error::io("read", dir, &cause))?;
+        let name = entry.file_name();
+        let Some(name) = name.to_str() else { continue };
+        if !keep.contains(name) && (name == WEIGHTS || name == INDEX || is_shard(name)) {
+            fs::remove_file(entry.path()).map_err(|cause| Error::io("remove", &entry.path(), &cause))?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether that is `model-00001-of-00002.safetensors` or the like.
+fn is_shard(name: &str) -> bool {
+    let numbers = name.strip_prefix("model-").and_then(|rest| rest.strip_suffix(".safetensors"));
+    let is_number = |text: &str| text.len() == 5 && text.bytes().all(|byte| byte.is_ascii_digit());
+    numbers.and_then(|rest| rest.split_once("-of-")).is_some_and(|(i, n)| is_number(i) && is_number(n))
 }
 
 /// What must be said to whoever exports this model to transformers.
@@ -371,17 +440,16 @@ impl Drop for Aside {
     }
 }
 
-/// A safetensors file with the tensors in alphabetical order, byte for byte as the Python library writes it: header
-/// length as u64, JSON header padded with blanks to a multiple of 8, data. Format: the safetensors README.
+/// A safetensors file with the tensors in the order given, byte for byte as the Python library writes it: header length
+/// as u64, JSON header padded with blanks to a multiple of 8, data. Format: the safetensors README.
 fn write_tensors(
     out: &mut Out,
-    layout: &Layout,
+    tensors: &[(String, Slot)],
     dtype: FileDType,
-    source: impl Fn(&Slot) -> Vec<f32>,
+    source: &impl Fn(&Slot) -> Vec<f32>,
 ) -> Written {
-    let slots: BTreeMap<String, Slot> = layout.iter().map(|(name, slot, _)| (name, slot)).collect();
     let mut end = 0;
-    let entries = slots.iter().map(|(name, slot)| {
+    let entries = tensors.iter().map(|(name, slot)| {
         let start = end;
         end += slot.len() * dtype.size();
         let info = TensorInfo {
@@ -402,19 +470,19 @@ fn write_tensors(
     put(out, &((header.len() + blanks) as u64).to_le_bytes())?;
     put(out, header.as_bytes())?;
     put(out, &b"        "[..blanks])?;
-    for (name, slot) in &slots {
-        let values = source(slot);
-        let bytes = dtype.encode(&values);
-        // Looked at after rounding: a finite value may lie beyond what fp16 holds.
-        check_finite(name, &slot.shape, &dtype.decode(&bytes)).map_err(|error| {
-            WriteError::Value(if values.iter().all(|value| value.is_finite()) {
-                error
-                    .with_hint(format!("a weight does not fit {}; save as float32 or bfloat16", dtype.name()))
-            } else {
-                error
-            })
-        })?;
-        put(out, &bytes)?;
+    for (name, slot) in tensors {
+        for first in (0..slot.len()).step_by(PIECE) {
+            let stretch = vec![PIECE.min(slot.len() - first)];
+            let values = source(&Slot { row: slot.row, offset: slot.offset + first, shape: stretch });
+            let bytes = dtype.encode(&values);
+            // Looked at after rounding: a finite value may lie beyond what fp16 holds.
+            check_finite(name, &slot.shape, first, &dtype.decode(&bytes)).map_err(|error| {
+                let fits = !values.iter().all(|value| value.is_finite());
+                let hint = format!("a weight does not fit {}; save as float32 or bfloat16", dtype.name());
+                WriteError::Value(if fits { error } else { error.with_hint(hint) })
+            })?;
+            put(out, &bytes)?;
+        }
     }
     Ok(())
 }

@@ -16,7 +16,7 @@ impl RunFolder {
     pub(super) fn create(dir: &Path) -> Result<Self, Error> {
         let metrics = dir.join("metrics.jsonl");
         fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, &e))?;
-        let path = dir.join(".lock");
+        let path = Self::lock(dir);
         let lock = File::create(&path).map_err(|e| Error::io("create", &path, &e))?;
         if lock.try_lock().is_err() {
             return Err(Error::new(format!("another process is training into {}", dir.display()))
@@ -29,6 +29,11 @@ impl RunFolder {
         Ok(Self { dir: dir.to_owned(), _lock: lock })
     }
 
+    /// The file of the lock.
+    fn lock(dir: &Path) -> PathBuf {
+        dir.join(".lock")
+    }
+
     pub(super) fn open(&self, name: &str) -> Result<File, Error> {
         let path = self.dir.join(name);
         File::create(&path).map_err(|e| Error::io("create", &path, &e))
@@ -37,5 +42,17 @@ impl RunFolder {
     pub(super) fn write(&self, name: &str, text: &str) -> Result<(), Error> {
         let path = self.dir.join(name);
         fs::write(&path, text).map_err(|e| Error::io("write", &path, &e))
+    }
+}
+
+impl Drop for RunFolder {
+    /// A run that failed before it left anything leaves no folder either; one that holds something stays.
+    fn drop(&mut self) {
+        let only_the_lock = |mut entries: fs::ReadDir| {
+            entries.all(|entry| entry.is_ok_and(|entry| entry.path() == Self::lock(&self.dir)))
+        };
+        if fs::read_dir(&self.dir).is_ok_and(only_the_lock) {
+            let _ = fs::remove_file(Self::lock(&self.dir)).and_then(|()| fs::remove_dir(&self.dir));
+        }
     }
 }

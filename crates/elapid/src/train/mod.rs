@@ -3,6 +3,7 @@
 mod batch;
 mod evaluate;
 mod folder;
+pub mod memory;
 mod progress;
 mod run;
 pub mod schedule;
@@ -10,6 +11,6 @@ mod start;
 mod trainer;
 
 pub use batch::{Batch, PAD_DOCUMENT};
-pub use evaluate::{Evaluation, evaluate};
+pub use evaluate::{Evaluation, evaluate, last_blocks};
 pub use run::{Outcome, cpu, train};
 pub use trainer::{StepReport, Trainer};

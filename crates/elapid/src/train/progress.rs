@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 
+use super::Evaluation;
 use crate::error::say;
 
 /// Figures of one optimizer step.
@@ -21,6 +22,8 @@ pub(crate) struct Figures {
     pub(crate) step_time_s: f64,
     /// Share of this machine's measured fp32 matrix-product rate.
     pub(crate) mfu: f64,
+    /// Where one was due after this step.
+    pub(crate) evaluation: Option<Evaluation>,
 }
 
 /// Shows steps on stderr.
@@ -42,6 +45,17 @@ impl Progress {
     }
 
     pub(crate) fn step(&self, f: &Figures) {
+        self.figures(f);
+        if let Some(evaluation) = &f.evaluation {
+            let line = format!("evaluation after step {}: {evaluation}", f.step);
+            match self {
+                Self::Bar(bar) => bar.println(line),
+                Self::Lines { .. } => say(line),
+            }
+        }
+    }
+
+    fn figures(&self, f: &Figures) {
         let speed = format!("{:.0} tokens/s  MFU {:.0} %", f.tokens_per_s, 100.0 * f.mfu);
         match self {
             Self::Bar(bar) => {

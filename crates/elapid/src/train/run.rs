@@ -9,14 +9,17 @@ use elapid_cpu::{CpuBackend, CpuOptions};
 use elapid_tensor::{AdamW, Checkpointing, DType};
 use serde_json::json;
 
+use super::evaluate::HeldOut;
 use super::folder::RunFolder;
+use super::memory::{self, Demand, Memory};
 use super::progress::{Figures, Progress};
-use super::{Batch, Trainer, start};
+use super::{Batch, Evaluation, Trainer, start};
 use crate::Error;
 use crate::config::ModelConfig;
 use crate::config::TokenIds;
-use crate::config::run::{ActivationCheckpointing, Dtype, Run};
+use crate::config::run::{ActivationCheckpointing, Dtype, Run, check_threads};
 use crate::data::{Dataset, Order, Sampler, Tokenizer};
+use crate::error::say;
 use crate::model::Mamba2ForCausalLM;
 use crate::model::pretrained::FileDType;
 
@@ -33,6 +36,12 @@ pub struct Outcome {
     pub seconds: f64,
     /// The exported Hugging Face folder.
     pub model_dir: PathBuf,
+    /// The evaluation after the last step.
+    pub evaluation: Option<Evaluation>,
+    /// Predicted peak of resident memory, in bytes.
+    pub predicted_memory: u64,
+    /// Measured peak; None where the system does not say.
+    pub peak_memory: Option<u64>,
 }
 
 impl Dtype {
@@ -57,8 +66,9 @@ impl From<ActivationCheckpointing> for Checkpointing {
 /// A CPU backend with `threads` workers (None: one a core).
 ///
 /// # Errors
-/// When the threads cannot be started.
+/// 0 threads, more than any machine has use for, or they cannot be started.
 pub fn cpu(threads: Option<usize>) -> Result<CpuBackend, Error> {
+    check_threads("--threads", threads.unwrap_or(1))?;
     CpuBackend::new(&CpuOptions { threads, ..CpuOptions::default() }).map_err(|cause| {
         Error::new(cause.to_string()).with_hint("give fewer --threads, or free some on this machine")
     })
@@ -71,14 +81,36 @@ pub fn cpu(threads: Option<usize>) -> Result<CpuBackend, Error> {
 /// before it reaches the parameters.
 pub fn train(run: &Run) -> Result<Outcome, Error> {
     let data = open_data(run)?;
-    let folder = RunFolder::create(&run.output_dir)?;
+    let held_out = HeldOut::open(run, &data)?;
+    let blocks = held_out.as_ref().map_or(data.len(), HeldOut::training_blocks);
+    if run.args.carry_state && blocks < run.args.batch {
+        return Err(Error::new(format!(
+            "--carry-state needs a block for each of the {} rows of a batch, but there are {blocks} to train on",
+            run.args.batch
+        ))
+        .with_hint("give a smaller --batch, or more data"));
+    }
     let backend = cpu(run.args.threads)?;
+    let memory = Memory::predict(&Demand {
+        config: &run.config,
+        batch: run.args.batch,
+        length: data.seq_len(),
+        dtype: run.args.dtype.compute(),
+        checkpointing: run.args.activation_checkpointing.into(),
+        threads: backend.threads(),
+    });
+    if let Some(warning) = memory.check(run.args.ignore_memory_limit)? {
+        say(format_args!("warning: {warning}"));
+    }
+    let folder = RunFolder::create(&run.output_dir)?;
     let model = build_model(run, &data, &backend)?;
     let peak = backend.measure_peak();
-    start::print(run, &data, &model, &backend, peak);
+    start::print(run, &data, held_out.as_ref(), &model, &backend, peak, &memory);
     let settings = toml::to_string(&run.args).map_err(|cause| Error::new(format!("run.toml: {cause}")))?;
     folder.write("run.toml", &settings)?;
-    Session::new(run, &data, &folder, &backend, model, peak)?.train()
+    let mut session = Session::new(run, &data, held_out.as_ref(), &folder, &backend, model, peak)?;
+    session.outcome.predicted_memory = memory.total();
+    session.train()
 }
 
 /// Opens the dataset and checks it against the model.
@@ -95,15 +127,6 @@ fn open_data(run: &Run) -> Result<Dataset, Error> {
         ))
         .with_hint("leave --seq-len out, or tokenize again with that length"));
     }
-    if run.args.carry_state && data.len() < run.args.batch {
-        return Err(Error::new(format!(
-            "--carry-state wants a block for each of the {} rows of a batch, but {} holds {}",
-            run.args.batch,
-            dir.display(),
-            data.len()
-        ))
-        .with_hint("give a smaller --batch, or more data"));
-    }
     data.check_vocab(run.config.vocab_size)?;
     Ok(data)
 }
@@ -119,8 +142,9 @@ fn build_model(
         model.load(backend, dir)?;
         return Ok(model);
     }
-    // A new model takes the special tokens of its data, where those are known.
-    let config = match data.card().map(|card| card.eos_id) {
+    // A new model takes the special tokens of its data, where those are known and fit its vocabulary.
+    let fits = |id: &u32| (*id as usize) < run.config.vocab_size;
+    let config = match data.card().map(|card| card.eos_id.filter(fits)) {
         None => run.config.clone(),
         Some(id) => ModelConfig {
             eos_token_id: id.map(TokenIds::One),
@@ -136,9 +160,12 @@ fn build_model(
 struct Session<'a> {
     run: &'a Run,
     data: &'a Dataset,
+    held_out: Option<&'a HeldOut<'a>>,
     backend: &'a CpuBackend,
     trainer: Trainer<'a, CpuBackend>,
     sampler: Sampler,
+    /// What is exported with the model.
+    tokenizer: Option<Tokenizer>,
     metrics: File,
     progress: Progress,
     /// FLOP/s of this machine.
@@ -152,6 +179,7 @@ impl<'a> Session<'a> {
     fn new(
         run: &'a Run,
         data: &'a Dataset,
+        held_out: Option<&'a HeldOut<'a>>,
         folder: &RunFolder,
         backend: &'a CpuBackend,
         model: Mamba2ForCausalLM<CpuBackend>,
@@ -169,12 +197,18 @@ impl<'a> Session<'a> {
             trainer = trainer.with_carried_states();
         }
         let sampler = Sampler {
-            len: data.len(),
+            len: held_out.map_or(data.len(), HeldOut::training_blocks),
             batch: args.batch,
             dp: 1,
             rank: 0,
             accum: args.grad_accum_usteps,
             order,
+        };
+        // Loaded now: a damaged one is not to be found after the last step.
+        let init_from = args.init_from.clone().filter(|dir| dir.join("tokenizer.json").exists());
+        let tokenizer = match data.tokenizer().or(init_from) {
+            Some(dir) => Some(Tokenizer::load(&dir.display().to_string())?),
+            None => None,
         };
         let outcome = Outcome {
             first_loss: f64::NAN,
@@ -182,13 +216,18 @@ impl<'a> Session<'a> {
             tokens: 0,
             seconds: 0.0,
             model_dir: run.output_dir.join("hf"),
+            evaluation: None,
+            predicted_memory: 0,
+            peak_memory: None,
         };
         Ok(Self {
             run,
             data,
+            held_out,
             backend,
             trainer,
             sampler,
+            tokenizer,
             metrics: folder.open("metrics.jsonl")?,
             progress: Progress::new(args.max_steps, args.logging_interval),
             peak,
@@ -203,6 +242,7 @@ impl<'a> Session<'a> {
         }
         self.progress.finish();
         self.export()?;
+        self.outcome.peak_memory = memory::peak_resident();
         Ok(self.outcome)
     }
 
@@ -251,6 +291,11 @@ impl<'a> Session<'a> {
         self.outcome.tokens += tokens as u64;
         self.outcome.seconds += seconds;
         let tokens_per_s = tokens as f64 / seconds;
+        let evaluation = match self.held_out {
+            Some(held_out) => held_out.after(step, self.backend, self.trainer.model())?,
+            None => None,
+        };
+        self.outcome.evaluation = evaluation;
         self.log(Figures {
             step,
             loss: report.loss,
@@ -260,15 +305,24 @@ impl<'a> Session<'a> {
             tokens_per_s,
             step_time_s: seconds,
             mfu: tokens_per_s * self.flops / self.peak,
+            evaluation,
         })
     }
 
     fn log(&mut self, figures: Figures) -> Result<(), Error> {
-        let Figures { step, loss, lr, grad_norm, tokens, tokens_per_s, step_time_s, mfu } = figures;
-        let line = json!({
+        let Figures { step, loss, lr, grad_norm, tokens, tokens_per_s, step_time_s, mfu, evaluation } =
+            figures;
+        let mut line = json!({
             "step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": tokens,
             "tokens_per_s": tokens_per_s, "step_time_s": step_time_s, "mfu": mfu,
         });
+        if let Some(evaluation) = evaluation {
+            line["eval_loss"] = evaluation.loss.into();
+            line["eval_perplexity"] = evaluation.perplexity().into();
+            if let Some(bits) = evaluation.bits_per_byte {
+                line["eval_bits_per_byte"] = bits.into();
+            }
+        }
         let path = self.run.output_dir.join("metrics.jsonl");
         // One write a line: whoever reads along sees whole lines.
         let line = format!("{line}\n");
@@ -281,9 +335,6 @@ impl<'a> Session<'a> {
     fn export(&self) -> Result<(), Error> {
         let dir = &self.outcome.model_dir;
         self.trainer.model().save_pretrained(self.backend, dir, FileDType::F32)?;
-        match self.data.tokenizer() {
-            Some(tokenizer) => Tokenizer::load(&tokenizer.display().to_string())?.save(dir),
-            None => Ok(()),
-        }
+        self.tokenizer.as_ref().map_or(Ok(()), |tokenizer| tokenizer.save(dir))
     }
 }

@@ -2,6 +2,8 @@
 
 use elapid_cpu::CpuBackend;
 
+use super::evaluate::HeldOut;
+use super::memory::{Memory, bytes};
 use crate::config::run::Run;
 use crate::data::Dataset;
 use crate::error::say;
@@ -11,9 +13,11 @@ use crate::model::Mamba2ForCausalLM;
 pub(super) fn print(
     run: &Run,
     data: &Dataset,
+    held_out: Option<&HeldOut<'_>>,
     model: &Mamba2ForCausalLM<CpuBackend>,
     backend: &CpuBackend,
     peak: f64,
+    memory: &Memory,
 ) {
     let args = &run.args;
     let config = model.config();
@@ -34,17 +38,26 @@ pub(super) fn print(
             config.vocab_size
         ),
     );
+    let training = held_out.map_or(data.len(), HeldOut::training_blocks);
     let per_step = args.batch * args.grad_accum_usteps;
     row(
         "data",
         format!(
             "{}: {} blocks of {} tokens, {:.2} epochs",
             args.data_dir.display(),
-            data.len(),
+            training,
             data.seq_len(),
-            (args.max_steps as usize * per_step) as f64 / data.len() as f64
+            (args.max_steps as usize * per_step) as f64 / training as f64
         ),
     );
+    if let Some(held_out) = held_out {
+        let dir = args.eval_data_dir.as_ref().unwrap_or(&args.data_dir);
+        let when = match args.eval_freq {
+            Some(freq) => format!("every {freq} steps and after the last"),
+            None => "after the last step".into(),
+        };
+        row("evaluation", format!("{}: {} blocks, {when}", dir.display(), held_out.len()));
+    }
     row(
         "step",
         format!(
@@ -81,6 +94,7 @@ pub(super) fn print(
             args.dtype
         ),
     );
+    row("memory", format!("{} at most: {memory}", bytes(memory.total())));
     row("run folder", run.output_dir.display().to_string());
     for line in model.layout().to_string().lines() {
         say(format_args!("  {line}"));
