@@ -68,6 +68,11 @@ fn t24_every_step_of_a_run_is_a_place_to_go_on_from_in_bf16() {
 }
 
 #[test]
+fn t24_with_carried_states() {
+    exact("--batch 2 --grad-accum-usteps 2 --carry-state");
+}
+
+#[test]
 fn t24_in_the_order_of_the_dataset_with_more_threads() {
     exact("--batch 4 --lr-schedule constant --threads 2");
 }
@@ -201,7 +206,7 @@ fn what_may_change_and_what_may_not() {
 
     for (flags, words) in [
         ("--batch 2", "the product --batch × --grad-accum-usteps"),
-        ("--batch 4 --seed 9", "random order of samples was seed 0, now it is seed 9"),
+        ("--batch 4 --seed 9", "was random with seed 0, now it is random with seed 9"),
         ("--batch 4 --data-dir other", "the dataset has changed (fingerprint"),
         ("--batch 4 --n-groups 1", "the model has changed (n_groups 2 → 1)"),
         ("--batch 4 --rmsnorm-across-groups", "norm_group"),

@@ -5,7 +5,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use elapid::config::ModelConfig;
-use elapid::generate::{Sampler, Sampling, generate};
+use elapid::data::Sample;
+use elapid::generate::{Sampling, generate};
 use elapid::model::Mamba2ForCausalLM;
 use elapid::train::{Batch, Trainer};
 use elapid_cpu::{CpuBackend, CpuOptions};
@@ -53,8 +54,14 @@ impl Golden {
     /// The batch of `input_ids`, labels = ids.
     fn batch(&self) -> Batch {
         let length = self.shape("input_ids")[1];
-        Batch::new(self.ids("input_ids").chunks_exact(length).map(|row| (row, row)))
+        batch(&self.ids("input_ids"), length)
     }
+}
+
+/// Rows of `length` ids, labels = ids.
+fn batch(ids: &[i32], length: usize) -> Batch {
+    let sample = |row: &[i32]| Sample { input_ids: row.to_vec(), labels: row.to_vec(), documents: None };
+    Batch::new(&ids.chunks_exact(length).map(sample).collect::<Vec<_>>())
 }
 
 fn distance(ours: &[f32], theirs: &[f32]) -> f64 {
@@ -173,10 +180,7 @@ fn training_curve() {
         let norms = golden.floats("curve_grad_norms").unwrap();
         let ids = golden.ids("curve_ids");
         let shape = golden.shape("curve_ids");
-        let batches: Vec<_> = ids
-            .chunks_exact(shape[1] * shape[2])
-            .map(|ids| Batch::new(ids.chunks_exact(shape[2]).map(|row| (row, row))))
-            .collect();
+        let batches: Vec<_> = ids.chunks_exact(shape[1] * shape[2]).map(|ids| batch(ids, shape[2])).collect();
         let model = Mamba2ForCausalLM::from_pretrained(&backend, &case, DType::F32).unwrap();
         let mut trainer = Trainer::new(&backend, model, Checkpointing::None);
         for (i, (their_loss, their_norm)) in curve.iter().zip(&norms).enumerate() {
@@ -218,10 +222,14 @@ fn forward_equals_prefill_and_steps() {
                 continue;
             }
             let mut states = Vec::new();
-            let mut last = model.next_logits(&backend, &ids[..prefill], &mut states);
+            let mut read = |ids: &[i32]| {
+                let ids = backend.tensor_i32(ids, &[1, ids.len()]);
+                model.next_logits(&backend, &ids, None, &mut states)
+            };
+            let mut last = read(&ids[..prefill]);
             let until = length.min(prefill + 20);
             for t in prefill..until {
-                last = model.next_logits(&backend, &ids[t..t + 1], &mut states);
+                last = read(&ids[t..t + 1]);
             }
             let theirs = &expected[(until - 1) * vocab..until * vocab];
             worst.see(distance(&last, theirs), format!("{case:?} prefill {prefill}"));
@@ -244,9 +252,8 @@ fn greedy_continuation() {
         let prompt: Vec<u32> = golden.ids("decode_prompt").iter().map(|&id| id as u32).collect();
         let expected: Vec<u32> = golden.ids("decode_ids").iter().map(|&id| id as u32).collect();
         let greedy = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0 };
-        let sampler = &mut Sampler::new(greedy);
-        let ids = generate(&backend, &model, &prompt, expected.len(), sampler, |_| false, |_| {});
-        assert_eq!(ids, expected, "{case:?}");
+        let ids = generate(&backend, &model, &[prompt], expected.len(), greedy, |_| false, |_, _| {});
+        assert_eq!(ids, [expected], "{case:?}");
     }
     assert_eq!(seen, 2);
 }
@@ -281,6 +288,7 @@ fn t19_micro_steps_equal_one_batch() {
                 length,
                 ids: whole.ids[range.clone()].to_vec(),
                 labels: whole.labels[range].to_vec(),
+                ..Batch::default()
             }
         })
         .collect();
@@ -291,6 +299,7 @@ fn t19_micro_steps_equal_one_batch() {
         length,
         ids: rows.iter().flat_map(|r| r.ids.clone()).collect(),
         labels: rows.iter().flat_map(|r| r.labels.clone()).collect(),
+        ..Batch::default()
     };
     let step = |batches: &[Batch]| {
         let model = Mamba2ForCausalLM::from_pretrained(&backend, &case, DType::F32).unwrap();
@@ -334,9 +343,7 @@ fn evaluation_and_training_compute_the_same_loss() {
     let backend = backend();
     let model = Mamba2ForCausalLM::from_pretrained(&backend, case, DType::F32).unwrap();
     let batch = Golden::read(case).batch();
-    let shape = [batch.size, batch.length];
-    let (ids, labels) = (backend.tensor_i32(&batch.ids, &shape), backend.tensor_i32(&batch.labels, &shape));
-    let loss = model.loss(&mut Tape::inference(&backend), &ids, &labels, None, Checkpointing::None);
+    let loss = batch.loss(&mut Tape::inference(&backend), &model, None, Checkpointing::None);
     let evaluated = f64::from(backend.values(&loss)[0]) / batch.valid() as f64;
     let (trained, _) = gradients(&backend, case, DType::F32, Checkpointing::None);
     assert_eq!(evaluated, trained);

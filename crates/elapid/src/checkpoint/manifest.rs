@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::Error;
+use crate::data::Order;
 
 /// Version of the format that this build writes, and the only one so far.
 const VERSION: u32 = 1;
@@ -49,8 +50,8 @@ pub struct Progress {
     pub first_loss: f64,
     /// Loss of the last step.
     pub last_loss: f64,
-    /// Seed of the random order of samples; None: the order of the dataset. The order needs no other state.
-    pub shuffle: Option<u64>,
+    /// The order of samples; it needs no other state.
+    pub order: Order,
     /// The dataset.
     pub data: Data,
     /// The flags of the run, schedule and optimizer among them.
@@ -196,7 +197,7 @@ mod tests {
             seconds: 1.5,
             first_loss: 5.0,
             last_loss: 4.0,
-            shuffle: Some(3),
+            order: Order::Shuffled(3),
             data: Data { blocks: 9, seq_len: 16, fingerprint: None, tokenizer: Some("bytes".into()) },
             settings: serde_json::json!({ "lr": 3e-4 }),
         };

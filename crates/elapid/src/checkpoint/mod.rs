@@ -132,16 +132,25 @@ impl Checkpoint {
                     "the checkpoint belongs to another model; give the --model that it was made with",
                 )
             };
-            let tensor = self.manifest.tensors.get(&name).ok_or_else(|| fault("is missing".into()))?;
-            if tensor.shape != slot.shape {
-                return Err(fault(format!("is {:?} instead of {:?}", tensor.shape, slot.shape)));
-            }
-            let mut values = vec![0.0; slot.len()];
-            for piece in &tensor.pieces {
-                self.pieces[&piece.file].read(piece, &tensor.shape, &mut values)?;
+            let (shape, values) = self.tensor(&name)?.ok_or_else(|| fault("is missing".into()))?;
+            if shape != slot.shape {
+                return Err(fault(format!("is {shape:?} instead of {:?}", slot.shape)));
             }
             sink(&slot, &values);
         }
         Ok(())
+    }
+
+    /// Shape and values of one logical tensor, row-major; None where there is none of that name.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn tensor(&self, name: &str) -> Result<Option<(Vec<usize>, Vec<f32>)>, Error> {
+        let Some(tensor) = self.manifest.tensors.get(name) else { return Ok(None) };
+        let mut values = vec![0.0; tensor.shape.iter().product()];
+        for piece in &tensor.pieces {
+            self.pieces[&piece.file].read(piece, &tensor.shape, &mut values)?;
+        }
+        Ok(Some((tensor.shape.clone(), values)))
     }
 }

@@ -140,7 +140,7 @@ impl Store {
         Ok(list(&self.dir)?.pop())
     }
 
-    /// Writes a checkpoint: aside, every file on disk, then one rename. One tensor at a time is in memory. A
+    /// Writes a checkpoint of `state` (masters and moments) and of the tensors `carried`: aside, every file on disk, then one rename. One tensor at a time is in memory. A
     /// checkpoint of the same name is replaced. Afterwards the oldest ones go, where only so many are kept.
     ///
     /// # Errors
@@ -151,19 +151,22 @@ impl Store {
         config: &ModelConfig,
         layout: &Layout,
         state: [&B::Buffer; 3],
+        carried: &[(String, B::Tensor)],
         progress: Progress,
     ) -> Result<PathBuf, Error> {
         let step = progress.step;
         let tag = self.tag.as_ref().map_or(String::new(), |tag| format!("-{tag}"));
         let name = format!("step-{step:08}{tag}");
         let place = self.dir.join(&name);
-        self.write(&name, &place, |aside| write_files(aside, backend, config, layout, state, progress))
-            .map_err(|error| {
-                let what = error.hint().map_or(String::new(), |hint| format!("{hint}; "));
-                error.with_hint(format!(
-                    "{what}checkpoints written before are whole, --resume auto goes on from them"
-                ))
-            })?;
+        self.write(&name, &place, |aside| {
+            write_files(aside, backend, config, layout, state, carried, progress)
+        })
+        .map_err(|error| {
+            let what = error.hint().map_or(String::new(), |hint| format!("{hint}; "));
+            error.with_hint(format!(
+                "{what}checkpoints written before are whole, --resume auto goes on from them"
+            ))
+        })?;
         self.prune(step)?;
         Ok(place)
     }
@@ -216,6 +219,7 @@ fn write_files<B: Backend>(
     config: &ModelConfig,
     layout: &Layout,
     state: [&B::Buffer; 3],
+    carried: &[(String, B::Tensor)],
     progress: Progress,
 ) -> Result<(), Error> {
     const PIECE: &str = "rank-00000.safetensors";
@@ -226,10 +230,12 @@ fn write_files<B: Backend>(
             layout.iter().map(move |(name, slot, _)| (format!("{prefix}.{name}"), buffer, slot))
         })
         .collect();
-    let entries: Vec<_> = slots.iter().map(|(name, _, slot)| (name.clone(), slot.shape.clone())).collect();
-    let values = |place: usize| {
-        let (_, buffer, slot) = &slots[place];
-        backend.values(&backend.view(buffer, slot))
+    let parameters = slots.iter().map(|(name, _, slot)| (name.clone(), slot.shape.clone()));
+    let entries: Vec<_> =
+        parameters.chain(carried.iter().map(|(name, t)| (name.clone(), backend.shape(t)))).collect();
+    let values = |place: usize| match slots.get(place) {
+        Some((_, buffer, slot)) => backend.values(&backend.view(buffer, slot)),
+        None => backend.values(&carried[place - slots.len()].1),
     };
     let json = config.to_json();
     let files: BTreeMap<String, FileInfo> = [

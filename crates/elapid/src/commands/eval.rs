@@ -26,6 +26,9 @@ pub(super) struct EvalArgs {
     /// Sequences at a time
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     batch: u32,
+    /// Go on in the state of the block before, as `train --carry-state` does
+    #[arg(long)]
+    carry_state: bool,
     /// Compute dtype
     #[arg(long, value_enum, default_value = "float32")]
     dtype: Dtype,
@@ -53,7 +56,8 @@ pub(super) fn run(args: &EvalArgs) -> Result<(), Error> {
     let backend = cpu(args.threads)?;
     let model = Mamba2ForCausalLM::from_pretrained(&backend, &args.model, args.dtype.compute())?;
     data.check_vocab(model.config().vocab_size)?;
-    let result = evaluate(&backend, &model, &data, blocks, args.batch as usize)?;
+    let batch = args.batch as usize;
+    let result = evaluate(&backend, &model, &data, blocks, batch, args.carry_state)?;
     if args.json {
         let object = json!({
             "loss": result.loss,

@@ -9,7 +9,7 @@ use super::print_line;
 use crate::Error;
 use crate::config::run::Dtype;
 use crate::data::Tokenizer;
-use crate::generate::{Sampler, Sampling, generate};
+use crate::generate::{Sampling, generate};
 use crate::model::Mamba2ForCausalLM;
 use crate::train::cpu;
 
@@ -20,12 +20,15 @@ pub(super) struct GenerateArgs {
     /// Hugging Face model folder
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
-    /// Text to continue
+    /// Text to continue; repeated: several texts, in one batch
     #[arg(long, group = "input")]
-    prompt: Option<String>,
-    /// Token ids to continue
-    #[arg(long, group = "input", value_delimiter = ',', value_name = "1,2,3")]
-    prompt_ids: Option<Vec<u32>>,
+    prompt: Vec<String>,
+    /// Token ids to continue; repeated: several lists, in one batch
+    #[arg(long, group = "input", value_name = "1,2,3", value_parser = ids)]
+    prompt_ids: Vec<Vec<u32>>,
+    /// File with a text to continue in each line, in one batch
+    #[arg(long, group = "input", value_name = "FILE")]
+    prompts: Option<PathBuf>,
     /// Longest continuation
     #[arg(long, value_name = "N", default_value_t = 128)]
     max_new_tokens: usize,
@@ -38,7 +41,7 @@ pub(super) struct GenerateArgs {
     /// Draw from the most likely tokens up to this total probability only
     #[arg(long, default_value_t = 0.95)]
     top_p: f32,
-    /// Seed of the draws
+    /// Seed of the draws, of every prompt anew
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Go on after an end-of-text token
@@ -65,26 +68,21 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), Error> {
             Error::new(format!("--top-p is {}", args.top_p)).with_hint("it is more than 0, at most 1")
         );
     }
-    let tokenizer = tokenizer(&args.model, args.prompt.is_some())?;
+    let texts = texts(args)?;
+    let tokenizer = tokenizer(&args.model, args.prompt_ids.is_empty())?;
     let backend = cpu(args.threads)?;
     let model = Mamba2ForCausalLM::from_pretrained(&backend, &args.model, args.dtype.compute())?;
     let config = model.config();
-    let prompt = match (&args.prompt_ids, &args.prompt, &tokenizer) {
-        (Some(ids), _, _) => ids.clone(),
-        (None, Some(text), Some(tokenizer)) => tokenizer.encode(text)?,
-        _ => Vec::new(),
+    let prompts = match &tokenizer {
+        Some(tokenizer) if args.prompt_ids.is_empty() => {
+            texts.iter().map(|text| tokenizer.encode(text)).collect::<Result<_, _>>()?
+        }
+        _ => args.prompt_ids.clone(),
     };
-    if prompt.is_empty() {
-        return Err(
-            Error::new("the prompt holds no token").with_hint("give some text, or --prompt-ids 1,2,3")
-        );
-    }
-    if let Some(id) = prompt.iter().find(|&&id| id as usize >= config.vocab_size) {
-        return Err(Error::new(format!(
-            "the prompt holds token {id}, but the model's vocabulary has {} tokens",
-            config.vocab_size
-        ))
-        .with_hint("tokenize with the model's own tokenizer"));
+    let several = prompts.len() > 1 || args.prompts.is_some();
+    for (index, prompt) in prompts.iter().enumerate() {
+        check(prompt, config.vocab_size)
+            .map_err(|error| if several { error.at(format!("prompt {}", index + 1)) } else { error })?;
     }
 
     let ends: Vec<u32> = match &config.eos_token_id {
@@ -93,23 +91,73 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), Error> {
     };
     let sampling =
         Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
-    let mut text = Text::new(tokenizer.as_ref(), &prompt, !args.json);
-    text.show_prompt(args.prompt.as_deref());
-    let ids = generate(
+    let text = |index: usize| Text::new(tokenizer.as_ref(), &prompts[index], texts.get(index));
+    let mut live = text(0);
+    let watched = !several && !args.json;
+    if watched {
+        show(&live.prompt);
+    }
+    let found = generate(
         &backend,
         &model,
-        &prompt,
+        &prompts,
         args.max_new_tokens,
-        &mut Sampler::new(sampling),
+        sampling,
         |id| ends.contains(&id),
-        |id| text.push(id),
+        |_, id| {
+            if watched {
+                show(live.push(id));
+            }
+        },
     );
     if args.json {
-        let object = json!({ "prompt_ids": prompt, "ids": ids, "text": text.done() });
+        let results = prompts.iter().zip(&found).map(|(prompt, ids)| {
+            json!({ "prompt_ids": prompt, "ids": ids, "text": tokenizer.as_ref().map(|t| t.decode(ids)) })
+        });
+        let mut results: Vec<_> = results.collect();
+        let object = if several { json!({ "results": results }) } else { results.remove(0) };
         return print_line(&object.to_string());
     }
-    text.show_rest(&text.done().unwrap_or_default());
-    print_line("")
+    if watched {
+        show(live.rest());
+        return print_line("");
+    }
+    for (index, ids) in found.iter().enumerate() {
+        let gap = if index == 0 { "" } else { "\n" };
+        print_line(&format!("{gap}{}{}", text(index).prompt, written(tokenizer.as_ref(), ids)))?;
+    }
+    Ok(())
+}
+
+/// The texts of `--prompt` and `--prompts`.
+fn texts(args: &GenerateArgs) -> Result<Vec<String>, Error> {
+    let Some(path) = &args.prompts else { return Ok(args.prompt.clone()) };
+    let text = std::fs::read_to_string(path).map_err(|cause| Error::io("read", path, &cause))?;
+    if text.is_empty() {
+        return Err(
+            Error::new(format!("{} is empty", path.display())).with_hint("give a prompt in each line")
+        );
+    }
+    Ok(text.lines().map(str::to_owned).collect())
+}
+
+fn ids(list: &str) -> Result<Vec<u32>, std::num::ParseIntError> {
+    list.split(',').map(|id| id.trim().parse()).collect()
+}
+
+fn check(prompt: &[u32], vocab_size: usize) -> Result<(), Error> {
+    if prompt.is_empty() {
+        return Err(
+            Error::new("the prompt holds no token").with_hint("give some text, or --prompt-ids 1,2,3")
+        );
+    }
+    if let Some(id) = prompt.iter().find(|&&id| id as usize >= vocab_size) {
+        return Err(Error::new(format!(
+            "the prompt holds token {id}, but the model's vocabulary has {vocab_size} tokens"
+        ))
+        .with_hint("tokenize with the model's own tokenizer"));
+    }
+    Ok(())
 }
 
 /// The tokenizer in a model folder; None where there is none and none is `needed`.
@@ -128,54 +176,43 @@ fn tokenizer(dir: &Path, needed: bool) -> Result<Option<Tokenizer>, Error> {
     Ok(None)
 }
 
-/// The continuation as text, shown while it grows.
+/// A prompt and its continuation as text.
 struct Text<'a> {
     tokenizer: Option<&'a Tokenizer>,
-    prompt: Vec<u32>,
+    prompt: String,
     ids: Vec<u32>,
-    /// Bytes of the decoded continuation that have been shown.
+    continuation: String,
+    /// Bytes of the continuation that have been handed out.
     shown: usize,
-    live: bool,
 }
 
 impl<'a> Text<'a> {
-    fn new(tokenizer: Option<&'a Tokenizer>, prompt: &[u32], live: bool) -> Self {
-        Self { tokenizer, prompt: prompt.to_vec(), ids: Vec::new(), shown: 0, live }
+    /// `text` is the prompt where it was given as text.
+    fn new(tokenizer: Option<&'a Tokenizer>, prompt: &[u32], text: Option<&String>) -> Self {
+        let prompt = text.map_or_else(|| written(tokenizer, prompt), String::clone);
+        Self { tokenizer, prompt, ids: Vec::new(), continuation: String::new(), shown: 0 }
     }
 
-    fn show_prompt(&self, text: Option<&str>) {
-        if self.live {
-            show(&match (text, self.tokenizer) {
-                (Some(text), _) => text.to_owned(),
-                (None, Some(tokenizer)) => tokenizer.decode(&self.prompt),
-                (None, None) => self.prompt.iter().map(|id| format!("{id} ")).collect(),
-            });
-        }
-    }
-
-    fn push(&mut self, id: u32) {
+    /// Adds a token; gives what is new of the text.
+    fn push(&mut self, id: u32) -> &str {
         self.ids.push(id);
-        if !self.live {
-            return;
-        }
-        if self.tokenizer.is_none() {
-            return show(&format!("{id} "));
-        }
-        let text = self.done().unwrap_or_default();
+        self.continuation = written(self.tokenizer, &self.ids);
         // A character may span several tokens: its first ones decode to a replacement character.
-        if !text.ends_with('\u{fffd}') {
-            self.show_rest(&text);
-        }
+        if self.continuation.ends_with('\u{fffd}') { "" } else { self.rest() }
     }
 
-    fn show_rest(&mut self, text: &str) {
-        show(text.get(self.shown..).unwrap_or_default());
-        self.shown = text.len();
+    /// What has not been handed out yet.
+    fn rest(&mut self) -> &str {
+        let from = std::mem::replace(&mut self.shown, self.continuation.len());
+        self.continuation.get(from..).unwrap_or_default()
     }
+}
 
-    /// The continuation; None without a tokenizer.
-    fn done(&self) -> Option<String> {
-        self.tokenizer.map(|tokenizer| tokenizer.decode(&self.ids))
+/// Tokens as text; as numbers without a tokenizer.
+fn written(tokenizer: Option<&Tokenizer>, ids: &[u32]) -> String {
+    match tokenizer {
+        Some(tokenizer) => tokenizer.decode(ids),
+        None => ids.iter().map(|id| format!("{id} ")).collect(),
     }
 }
 

@@ -9,7 +9,7 @@ use super::{print_line, train};
 use crate::Error;
 use crate::config::run::{TrainArgs, free_folder};
 use crate::data::{TokenizeOptions, Tokenizer, tokenize};
-use crate::generate::{Sampler, Sampling, generate};
+use crate::generate::{Sampling, generate};
 use crate::model::Mamba2ForCausalLM;
 use crate::train::cpu;
 
@@ -70,6 +70,7 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<(), Error> {
         seq_len: SEQ_LEN,
         save_path: data.clone(),
         append_eos: true,
+        document_ids: false,
         threads: 0,
     })
     .inspect_err(|_| {
@@ -89,9 +90,10 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<(), Error> {
     let model = Mamba2ForCausalLM::from_pretrained(&backend, model_dir, elapid_tensor::DType::F32)?;
     let tokenizer = Tokenizer::load(&model_dir.display().to_string())?;
     let sampling = Sampling { temperature: 0.7, top_k: 0, top_p: 0.95, seed: 0 };
-    let (prompt, sampler) = (tokenizer.encode(PROMPT)?, &mut Sampler::new(sampling));
-    let ids = generate(&backend, &model, &prompt, 200, sampler, |id| Some(id) == card.eos_id, |_| {});
-    let sample = format!("{PROMPT}{}", tokenizer.decode(&ids));
+    let prompts = [tokenizer.encode(PROMPT)?];
+    let is_end = |id| Some(id) == card.eos_id;
+    let ids = generate(&backend, &model, &prompts, 200, sampling, is_end, |_, _| {});
+    let sample = format!("{PROMPT}{}", tokenizer.decode(&ids[0]));
     print_line(&format!("3. a sample, continuing {PROMPT:?}:\n   │ {}", sample.replace('\n', "\n   │ ")))?;
 
     let (folder, data, model) = (folder.display(), data.display(), model_dir.display());

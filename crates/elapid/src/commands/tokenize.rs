@@ -29,6 +29,9 @@ pub(super) struct TokenizeArgs {
     /// Put the tokenizer's end of text after each document
     #[arg(long)]
     append_eos: bool,
+    /// Write down which document a token belongs to: training and evaluation then keep documents apart
+    #[arg(long)]
+    document_ids: bool,
     /// Worker threads; 0: one a core
     #[arg(long, value_name = "N", default_value_t = 0)]
     num_proc: usize,
@@ -46,6 +49,7 @@ pub(super) fn run(args: TokenizeArgs) -> Result<(), Error> {
         seq_len: args.seq_len,
         save_path: args.save_path,
         append_eos: args.append_eos,
+        document_ids: args.document_ids,
         threads: args.num_proc,
     };
     let card = tokenize(&options)?;

@@ -124,6 +124,9 @@ pub struct TrainArgs {
     /// Read samples in a seeded random order, new in every epoch
     #[arg(long)]
     pub shuffle: bool,
+    /// Carry the state from block to block: each batch row reads on in its own stretch of the dataset
+    #[arg(long)]
+    pub carry_state: bool,
     /// Seed of initial values and shuffling
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
@@ -277,6 +280,11 @@ impl TrainArgs {
         }
         config.validate()?;
 
+        if self.carry_state && self.shuffle {
+            return Err(Error::new("--carry-state and --shuffle exclude each other").with_hint(
+                "a state is carried into the next block of the dataset; leave one of the two out",
+            ));
+        }
         at_least_one("--batch", self.batch as u64)?;
         at_least_one("--grad-accum-usteps", self.grad_accum_usteps as u64)?;
         at_least_one("--max-steps", self.max_steps)?;

@@ -1,7 +1,7 @@
 //! Packed datasets: the folder that Hugging Face `datasets` writes with `save_to_disk`.
 //!
-//! Arrow stream files, listed in `state.json`, with the columns `input_ids` and `labels`; reading maps them into
-//! memory. Beside them Elapid keeps `dataset_card.json` and the tokenizer.
+//! Arrow stream files, listed in `state.json`, with the columns `input_ids` and, optionally, `labels` and
+//! `document_ids`; reading maps them into memory. Beside them Elapid keeps `dataset_card.json` and the tokenizer.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -43,6 +43,9 @@ pub struct Card {
     pub seq_len: usize,
     /// Whether every document ends with `eos_id`.
     pub append_eos: bool,
+    /// Whether there is a column `document_ids`.
+    #[serde(default)]
+    pub document_ids: bool,
     /// Documents read.
     pub documents: u64,
     /// Tokens in blocks.
@@ -70,6 +73,16 @@ pub struct Sample {
     pub input_ids: Vec<i32>,
     /// `[L]`, as stored: the label of a position is its own token, shifting is up to whoever trains.
     pub labels: Vec<i32>,
+    /// `[L]`, at least 0: where two neighbours differ, a document begins. None: the dataset does not say.
+    pub documents: Option<Vec<i32>>,
+}
+
+impl Sample {
+    /// Tokens that are their own labels, one document.
+    pub fn new(ids: &[u32]) -> Self {
+        let ids: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
+        Self { labels: ids.clone(), input_ids: ids, documents: None }
+    }
 }
 
 /// One record batch.
@@ -79,6 +92,7 @@ struct Rows {
     count: usize,
     ids: ArrayRef,
     labels: Option<ArrayRef>,
+    documents: Option<ArrayRef>,
 }
 
 /// A dataset, mapped into memory.
@@ -160,11 +174,19 @@ impl Dataset {
         let column = |name: &str| batch.column_by_name(name).cloned();
         let names: Vec<_> = batch.schema().fields().iter().map(|f| f.name().clone()).collect();
         let ids = column("input_ids").ok_or_else(|| {
-            Error::new(format!("{} has the columns {names:?}, but no `input_ids`", path.display()))
-                .with_hint("a packed dataset has the columns input_ids and, optionally, labels")
+            Error::new(format!("{} has the columns {names:?}, but no `input_ids`", path.display())).with_hint(
+                "a packed dataset has the columns input_ids and, optionally, labels and document_ids",
+            )
         })?;
-        let labels = column("labels");
-        for column in [Some(&ids), labels.as_ref()].into_iter().flatten() {
+        let (labels, documents) = (column("labels"), column("document_ids"));
+        if self.batches.first().is_some_and(|b| b.documents.is_some() != documents.is_some()) {
+            return Err(Error::new(format!(
+                "{} has the columns {names:?}; of document_ids the files before it say otherwise",
+                path.display()
+            ))
+            .with_hint("all files of a dataset have the same columns; write the dataset again"));
+        }
+        for column in [Some(&ids), labels.as_ref(), documents.as_ref()].into_iter().flatten() {
             check_type(column.data_type()).map_err(|e| e.at(path.display()))?;
             for row in 0..batch.num_rows() {
                 let length = list_row(column, row).len();
@@ -183,7 +205,7 @@ impl Dataset {
             }
         }
         if batch.num_rows() > 0 {
-            self.batches.push(Rows { first: self.len, count: batch.num_rows(), ids, labels });
+            self.batches.push(Rows { first: self.len, count: batch.num_rows(), ids, labels, documents });
             self.len += batch.num_rows();
         }
         Ok(())
@@ -228,17 +250,22 @@ impl Dataset {
         (0..self.len).into_par_iter().try_for_each(|row| self.sample(row).map(|_| ()))
     }
 
+    /// The record batch of block `index`, and its row there.
+    fn place(&self, index: usize) -> (&Rows, usize) {
+        assert!(index < self.len, "row {index} of {}", self.len);
+        let batch = &self.batches[self.batches.partition_point(|b| b.first + b.count <= index)];
+        (batch, index - batch.first)
+    }
+
     /// Block `index`.
     ///
     /// # Errors
-    /// A token outside of the vocabulary that [`Self::check_vocab`] was told.
+    /// A token outside of the vocabulary that [`Self::check_vocab`] was told; a document id below 0.
     ///
     /// # Panics
     /// If `index` is not below [`Self::len`].
     pub fn sample(&self, index: usize) -> Result<Sample, Error> {
-        assert!(index < self.len, "row {index} of {}", self.len);
-        let batch = &self.batches[self.batches.partition_point(|b| b.first + b.count <= index)];
-        let row = index - batch.first;
+        let (batch, row) = self.place(index);
         let limit = self.vocab_size.map_or(i64::from(i32::MAX), |v| v as i64);
         let bad = |what: &str, position: usize, id: i64| {
             Error::new(format!(
@@ -256,7 +283,45 @@ impl Dataset {
                 values(&list_row(labels, row), counts).map_err(|(position, id)| bad("label", position, id))?
             }
         };
-        Ok(Sample { input_ids, labels })
+        Ok(Sample { input_ids, labels, documents: self.documents(index)? })
+    }
+
+    /// The documents of block `index`, where the dataset knows them.
+    fn documents(&self, index: usize) -> Result<Option<Vec<i32>>, Error> {
+        let (batch, row) = self.place(index);
+        let read = |column| {
+            values(&list_row(column, row), |id| (0..=i64::from(i32::MAX)).contains(&id)).map_err(
+                |(position, id)| {
+                    Error::new(format!(
+                        "{}: row {index} has document id {id} at position {position}",
+                        self.dir.display()
+                    ))
+                    .with_hint("document ids are 0 or more and below 2^31")
+                },
+            )
+        };
+        batch.documents.as_ref().map(read).transpose()
+    }
+
+    /// Does block `index` go on in the document that ended the block before it? Where the dataset knows no
+    /// documents, all of it is one.
+    ///
+    /// # Errors
+    /// A document id below 0.
+    ///
+    /// # Panics
+    /// As [`Self::sample`].
+    pub fn continues(&self, index: usize) -> Result<bool, Error> {
+        if index == 0 {
+            return Ok(false);
+        }
+        let (before, here) = (self.documents(index - 1)?, self.documents(index)?);
+        Ok(before.as_ref().and_then(|ids| ids.last()) == here.as_ref().and_then(|ids| ids.first()))
+    }
+
+    /// Whether the blocks know their documents.
+    pub fn knows_documents(&self) -> bool {
+        self.batches.first().is_some_and(|batch| batch.documents.is_some())
     }
 }
 
@@ -285,7 +350,7 @@ fn check_type(data_type: &DataType) -> Result<(), Error> {
     };
     if item == data_type || !item.is_integer() {
         return Err(Error::new(format!("a column of {data_type} where lists of integers are needed"))
-            .with_hint("columns input_ids and labels hold lists of token ids"));
+            .with_hint("columns input_ids, labels and document_ids hold lists of integers"));
     }
     Ok(())
 }

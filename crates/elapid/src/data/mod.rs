@@ -10,7 +10,7 @@ mod writer;
 
 pub use dataset::{Card, Dataset, Sample};
 pub use pack::{Counts, pack};
-pub use sampler::Sampler;
+pub use sampler::{Order, Place, Sampler};
 pub use text::{Document, Documents, documents};
 pub use tokenize::{TokenizeOptions, tokenize};
 pub use tokenizer::Tokenizer;

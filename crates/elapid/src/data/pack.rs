@@ -30,7 +30,8 @@ pub struct Counts {
 
 /// Tokenizes `documents` on `threads` threads (0: one a core) and packs them, end to end, into blocks of `seq_len`
 /// ids, with the tokenizer's end of text after each document where `append_eos` says so. The blocks do not depend on
-/// the number of threads. `progress` is told how far it has come.
+/// the number of threads. The document of a token, for a writer that wants it, is a running number from 0, modulo
+/// 2³¹. `progress` is told how far it has come.
 ///
 /// # Errors
 /// Those of `documents`, `tokenizer` and `writer`; an end of text that the tokenizer lacks; fewer tokens than a block.
@@ -60,6 +61,8 @@ pub fn pack(
     let mut documents = documents.into_iter();
     let mut counts = Counts::default();
     let mut rest: Vec<u32> = Vec::new();
+    // The documents of `rest`.
+    let mut numbers: Vec<i32> = Vec::new();
     loop {
         let batch = batch(&mut documents, BATCH_BYTES * pool.current_num_threads())?;
         if batch.is_empty() {
@@ -68,18 +71,20 @@ pub fn pack(
         let encode = |document: &Document| tokenizer.encode(&document.text);
         let encoded = pool.install(|| batch.par_iter().map(encode).collect::<Result<Vec<_>, _>>())?;
         for (document, ids) in batch.iter().zip(encoded) {
+            rest.extend(ids);
+            rest.extend(eos);
+            numbers.resize(rest.len(), (counts.documents & i32::MAX as u64) as i32);
             counts.documents += 1;
             counts.bytes += document.text.len() as u64;
             counts.input_bytes += document.input_bytes;
-            rest.extend(ids);
-            rest.extend(eos);
             let blocks = rest.chunks_exact(seq_len);
             counts.blocks += blocks.len() as u64;
             let whole = blocks.len() * seq_len;
-            for block in blocks {
-                writer.push(block)?;
+            for (block, numbers) in blocks.zip(numbers.chunks_exact(seq_len)) {
+                writer.push(block, Some(numbers))?;
             }
             rest.drain(..whole);
+            numbers.drain(..whole);
         }
         counts.tokens = counts.blocks * seq_len as u64;
         counts.dropped_tokens = rest.len() as u64;
@@ -133,7 +138,7 @@ mod tests {
     ) -> Result<(Counts, Vec<Vec<i32>>), Error> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("data");
-        let mut writer = DatasetWriter::create(&path, seq_len)?;
+        let mut writer = DatasetWriter::create(&path, seq_len, true)?;
         let tokenizer = Tokenizer::load("bytes")?;
         let texts = texts.iter().map(|text| document(text));
         let counts = pack(texts, &tokenizer, seq_len, append_eos, threads, &mut writer, |_| ())?;
@@ -144,6 +149,7 @@ mod tests {
             eos_id: Some(256),
             seq_len,
             append_eos,
+            document_ids: true,
             documents: counts.documents,
             tokens: counts.tokens,
             dropped_tokens: counts.dropped_tokens,
@@ -190,7 +196,7 @@ mod tests {
     #[test]
     fn progress_ends_at_the_counts() {
         let dir = tempfile::tempdir().unwrap();
-        let mut writer = DatasetWriter::create(&dir.path().join("data"), 2).unwrap();
+        let mut writer = DatasetWriter::create(&dir.path().join("data"), 2, false).unwrap();
         let tokenizer = Tokenizer::load("bytes").unwrap();
         let text = "x".repeat(BATCH_BYTES);
         let mut seen = Vec::new();
@@ -217,7 +223,7 @@ mod tests {
         let json = r#"{"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}"#;
         std::fs::write(dir.path().join("tokenizer.json"), json).unwrap();
         let tokenizer = Tokenizer::load(dir.path().to_str().unwrap()).unwrap();
-        let mut writer = DatasetWriter::create(&dir.path().join("data"), 2).unwrap();
+        let mut writer = DatasetWriter::create(&dir.path().join("data"), 2, false).unwrap();
         let mut pack = |append_eos| {
             pack([document("a"), document("b")], &tokenizer, 2, append_eos, 1, &mut writer, |_| ())
         };
@@ -237,7 +243,7 @@ mod tests {
     #[test]
     fn errors_of_documents_pass_through() {
         let dir = tempfile::tempdir().unwrap();
-        let mut writer = DatasetWriter::create(&dir.path().join("data"), 2).unwrap();
+        let mut writer = DatasetWriter::create(&dir.path().join("data"), 2, false).unwrap();
         let tokenizer = Tokenizer::load("bytes").unwrap();
         let texts = [document("abc"), Err(Error::new("a.jsonl:2: broken"))];
         let error = pack(texts, &tokenizer, 2, false, 1, &mut writer, |_| ()).unwrap_err();

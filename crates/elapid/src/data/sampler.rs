@@ -2,13 +2,38 @@
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+
+/// In which order samples are read; n = dp·batch is the number of rows of a global micro-step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Order {
+    /// That of the dataset: micro-step t, counted over all steps, reads the samples from t·n on.
+    Dataset,
+    /// A random one of this seed, another one in every epoch.
+    Shuffled(u64),
+    /// That in which states are carried: row i of n reads a stretch of its own, the samples from ⌊i·len/n⌋ up to
+    /// ⌊(i+1)·len/n⌋, one a micro-step, over and over. Rows that read one sample less begin again earlier.
+    Stretches,
+}
+
+/// What one row of a batch reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The sample's place in the dataset.
+    pub index: usize,
+    /// How often the dataset, or the row's stretch of it, has been read before.
+    pub epoch: u64,
+    /// The row read sample `index` − 1 just before.
+    pub follows: bool,
+}
 
 /// The order of samples of a run. It depends on nothing but these numbers, so any step of any rank can be asked for
-/// at any time: with n = dp·batch, step s and micro-step m (both from 0), rank r reads the global samples from
-/// (s·accum + m)·n + r·batch on, and global sample i is sample i mod len of epoch i / len.
+/// at any time: of the n = dp·batch rows of step s and micro-step m (both from 0), which is micro-step s·accum + m of
+/// the run, rank r reads those from r·batch on. What a row reads depends on n, not on dp.
 #[derive(Clone, Copy, Debug)]
 pub struct Sampler {
-    /// Samples in the dataset.
+    /// Samples in the dataset; with [`Order::Stretches`] at least n.
     pub len: usize,
     /// Samples in a micro-step of one rank.
     pub batch: usize,
@@ -18,22 +43,39 @@ pub struct Sampler {
     pub rank: usize,
     /// Micro-steps in a step.
     pub accum: usize,
-    /// Seed of a random order, another one in every epoch; None: the order of the dataset.
-    pub shuffle: Option<u64>,
+    /// Which way through the dataset.
+    pub order: Order,
 }
 
 impl Sampler {
     /// The samples of one micro-step, by their place in the dataset.
     pub fn indices(&self, step: u64, micro: usize) -> Vec<usize> {
-        let n = (self.dp * self.batch) as u64;
-        let first = (step * self.accum as u64 + micro as u64) * n + (self.rank * self.batch) as u64;
-        let len = self.len as u64;
-        (first..first + self.batch as u64)
-            .map(|i| match self.shuffle {
-                None => (i % len) as usize,
-                Some(seed) => Permutation::new(self.len, seed, i / len).at((i % len) as usize),
-            })
-            .collect()
+        self.places(step, micro).iter().map(|place| place.index).collect()
+    }
+
+    /// What the rows of one micro-step read.
+    pub fn places(&self, step: u64, micro: usize) -> Vec<Place> {
+        let micro_step = step * self.accum as u64 + micro as u64;
+        let first = self.rank * self.batch;
+        (first..first + self.batch).map(|row| self.place(micro_step, row)).collect()
+    }
+
+    fn place(&self, micro_step: u64, row: usize) -> Place {
+        let (rows, len) = (self.dp * self.batch, self.len as u64);
+        let global = micro_step * rows as u64 + row as u64;
+        let (epoch, index) = (global / len, (global % len) as usize);
+        match self.order {
+            Order::Dataset => Place { index, epoch, follows: false },
+            Order::Shuffled(seed) => {
+                Place { index: Permutation::new(self.len, seed, epoch).at(index), epoch, follows: false }
+            }
+            Order::Stretches => {
+                let (start, end) = (row * self.len / rows, (row + 1) * self.len / rows);
+                let size = (end - start) as u64;
+                let index = start + (micro_step % size) as usize;
+                Place { index, epoch: micro_step / size, follows: index > start }
+            }
+        }
     }
 }
 
@@ -80,7 +122,7 @@ fn mix(x: u64) -> u64 {
 mod tests {
     use super::*;
 
-    const PLAIN: Sampler = Sampler { len: 10, batch: 2, dp: 1, rank: 0, accum: 3, shuffle: None };
+    const PLAIN: Sampler = Sampler { len: 10, batch: 2, dp: 1, rank: 0, accum: 3, order: Order::Dataset };
 
     #[test]
     fn samples_come_in_order_and_wrap() {
@@ -92,9 +134,9 @@ mod tests {
     /// T24: the global order is the same for every number of ranks.
     #[test]
     fn t24_order_does_not_depend_on_dp() {
-        for shuffle in [None, Some(3)] {
+        for order in [Order::Dataset, Order::Shuffled(3), Order::Stretches] {
             let global = |dp: usize, batch: usize| -> Vec<usize> {
-                let rank = |rank| Sampler { batch, dp, rank, accum: 3, shuffle, ..PLAIN };
+                let rank = |rank| Sampler { batch, dp, rank, accum: 3, order, ..PLAIN };
                 let micro_steps = (0..5).flat_map(|step| (0..3).map(move |micro| (step, micro)));
                 micro_steps
                     .flat_map(|(step, micro)| (0..dp).flat_map(move |r| rank(r).indices(step, micro)))
@@ -106,13 +148,27 @@ mod tests {
     }
 
     #[test]
+    fn rows_read_stretches_of_their_own() {
+        let sampler = Sampler { len: 7, batch: 3, accum: 1, order: Order::Stretches, ..PLAIN };
+        let rows: Vec<Vec<usize>> = (0..4).map(|step| sampler.indices(step, 0)).collect();
+        assert_eq!(rows, [[0, 2, 4], [1, 3, 5], [0, 2, 6], [1, 3, 4]]);
+        let places = sampler.places(2, 0);
+        assert_eq!(places.iter().map(|p| p.follows).collect::<Vec<_>>(), [false, false, true]);
+        assert_eq!(places.iter().map(|p| p.epoch).collect::<Vec<_>>(), [1, 1, 0]);
+        // One block a row: nothing ever follows.
+        let sampler = Sampler { len: 3, ..sampler };
+        assert_eq!(sampler.indices(1, 0), [0, 1, 2]);
+        assert!(sampler.places(1, 0).iter().all(|place| !place.follows));
+    }
+
+    #[test]
     fn an_epoch_holds_every_sample_once() {
         for len in [1, 2, 3, 7, 10, 64, 65, 1000, 4097] {
-            let sampler = Sampler { len, batch: len, accum: 1, shuffle: Some(11), ..PLAIN };
+            let sampler = Sampler { len, batch: len, accum: 1, order: Order::Shuffled(11), ..PLAIN };
             let mut epochs: Vec<Vec<usize>> = (0..3).map(|epoch| sampler.indices(epoch, 0)).collect();
             if len > 60 {
                 assert_ne!(epochs[0], epochs[1]);
-                assert_ne!(epochs[0], Sampler { shuffle: Some(12), ..sampler }.indices(0, 0));
+                assert_ne!(epochs[0], Sampler { order: Order::Shuffled(12), ..sampler }.indices(0, 0));
             }
             for epoch in &mut epochs {
                 epoch.sort_unstable();
@@ -126,7 +182,7 @@ mod tests {
     #[test]
     fn shuffling_moves_samples_far() {
         let len = 10_000;
-        let order = Sampler { len, batch: len, accum: 1, shuffle: Some(5), ..PLAIN }.indices(0, 0);
+        let order = Sampler { len, batch: len, accum: 1, order: Order::Shuffled(5), ..PLAIN }.indices(0, 0);
         let distance: usize = order.iter().enumerate().map(|(i, &s)| i.abs_diff(s)).sum();
         let mean = distance as f64 / (len * len) as f64;
         assert!((mean - 1.0 / 3.0).abs() < 0.01, "{mean}");

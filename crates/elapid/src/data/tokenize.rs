@@ -29,6 +29,8 @@ pub struct TokenizeOptions {
     pub save_path: PathBuf,
     /// Put the end of text after each document.
     pub append_eos: bool,
+    /// Write the column `document_ids`.
+    pub document_ids: bool,
     /// Worker threads; 0: one a core.
     pub threads: usize,
 }
@@ -40,7 +42,7 @@ pub struct TokenizeOptions {
 /// Those of [`documents`], [`Tokenizer::load`], [`pack`] and [`DatasetWriter`]; a block of less than 2 tokens. Nothing
 /// is left behind.
 pub fn tokenize(options: &TokenizeOptions) -> Result<Card, Error> {
-    let TokenizeOptions { dataset, seq_len, append_eos, .. } = options;
+    let TokenizeOptions { dataset, seq_len, append_eos, document_ids, .. } = options;
     if *seq_len < 2 {
         return Err(Error::new(format!("--seq-len is {seq_len}"))
             .with_hint("at least 2: what a model learns is the next token of the same block"));
@@ -49,7 +51,7 @@ pub fn tokenize(options: &TokenizeOptions) -> Result<Card, Error> {
     let tokenizer = Tokenizer::load(&options.tokenizer)?;
     // Listed before the new folder could be among its files.
     let mut documents = documents(dataset, &options.text_column)?;
-    let mut writer = DatasetWriter::create(&options.save_path, *seq_len)?;
+    let mut writer = DatasetWriter::create(&options.save_path, *seq_len, *document_ids)?;
     tokenizer.save(&writer.folder().join("tokenizer"))?;
 
     let mut progress = Progress::new(documents.input_bytes());
@@ -69,6 +71,7 @@ pub fn tokenize(options: &TokenizeOptions) -> Result<Card, Error> {
         eos_id: tokenizer.eos_id(),
         seq_len: *seq_len,
         append_eos: *append_eos,
+        document_ids: *document_ids,
         documents: counts.documents,
         tokens: counts.tokens,
         dropped_tokens: counts.dropped_tokens,
@@ -149,6 +152,7 @@ mod tests {
             seq_len: 4,
             save_path: dir.join("data"),
             append_eos: true,
+            document_ids: true,
             threads: 1,
         }
     }
@@ -165,7 +169,10 @@ mod tests {
         assert_eq!((card.documents, card.bytes, card.tokens, card.dropped_tokens), (2, 6, 8, 0));
         assert_eq!((card.vocab_size, card.eos_id), (257, Some(256)));
         let data = Dataset::open(&options.save_path).unwrap();
-        assert_eq!(data.sample(1).unwrap().input_ids[..], [256, 101, 102, 256]);
+        let sample = data.sample(1).unwrap();
+        assert_eq!(sample.input_ids, [256, 101, 102, 256]);
+        assert_eq!(sample.documents, Some(vec![0, 1, 1, 1]));
+        assert!(card.document_ids && data.continues(1).unwrap());
         let tokenizer = options.save_path.join("tokenizer");
         assert_eq!(Tokenizer::load(tokenizer.to_str().unwrap()).unwrap().vocab_size(), 257);
     }

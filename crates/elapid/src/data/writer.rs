@@ -31,17 +31,19 @@ pub struct DatasetWriter {
     out: Option<StreamWriter<BufWriter<File>>>,
     schema: Arc<Schema>,
     pending: Vec<i32>,
+    /// Documents of the pending tokens, where there is a column for them.
+    documents: Option<Vec<i32>>,
     blocks: u64,
     /// FNV-1a over the tokens: the fingerprint that `datasets` caches by.
     hash: u64,
 }
 
 impl DatasetWriter {
-    /// Starts writing beside `dir`.
+    /// Starts writing beside `dir`, with a column `document_ids` where `documents` says so.
     ///
     /// # Errors
     /// `dir` holds something already, or its parent cannot be written.
-    pub fn create(dir: &Path, seq_len: usize) -> Result<Self, Error> {
+    pub fn create(dir: &Path, seq_len: usize, documents: bool) -> Result<Self, Error> {
         if dir.read_dir().is_ok_and(|mut entries| entries.next().is_some()) || dir.is_file() {
             return Err(Error::new(format!("{} exists already", dir.display()))
                 .with_hint("give another --save-path, or move that folder away"));
@@ -58,8 +60,8 @@ impl DatasetWriter {
         fs::create_dir(&aside).map_err(|cause| Error::io("create", &aside, &cause))?;
 
         let column = |name| Field::new_list(name, Field::new("item", DataType::Int32, true), true);
-        let metadata = json!({ "info": { "features": features() } }).to_string();
-        let schema = Schema::new(vec![column("input_ids"), column("labels")])
+        let metadata = json!({ "info": { "features": features(documents) } }).to_string();
+        let schema = Schema::new(columns(documents).map(column).collect::<Vec<_>>())
             .with_metadata(HashMap::from([("huggingface".to_owned(), metadata)]));
         let path = aside.join(DATA);
         let file = File::create(&path).map_err(|cause| Error::io("create", &path, &cause))?;
@@ -70,6 +72,7 @@ impl DatasetWriter {
             out: None,
             schema: Arc::new(schema),
             pending: Vec::new(),
+            documents: documents.then(Vec::new),
             blocks: 0,
             hash: 0xcbf2_9ce4_8422_2325,
         };
@@ -78,15 +81,24 @@ impl DatasetWriter {
         Ok(writer)
     }
 
-    /// Adds one block of `seq_len` ids; its labels are the ids.
+    /// Adds one block of `seq_len` ids; its labels are the ids. `documents` `[seq_len]` is for the column
+    /// `document_ids` and not looked at where there is none.
     ///
     /// # Errors
     /// The disk is full or gone.
     ///
     /// # Panics
-    /// On a block of another length.
-    pub fn push(&mut self, ids: &[u32]) -> Result<(), Error> {
+    /// On a block of another length, or without the documents that the column wants.
+    pub fn push(&mut self, ids: &[u32], documents: Option<&[i32]>) -> Result<(), Error> {
         assert_eq!(ids.len(), self.seq_len);
+        if let Some(column) = &mut self.documents {
+            let documents = documents.expect("a dataset with documents is told them");
+            assert_eq!(documents.len(), self.seq_len);
+            for &id in documents {
+                self.hash = (self.hash ^ id as u64).wrapping_mul(0x0100_0000_01b3);
+            }
+            column.extend_from_slice(documents);
+        }
         for &id in ids {
             self.hash = (self.hash ^ u64::from(id)).wrapping_mul(0x0100_0000_01b3);
             self.pending.push(id as i32);
@@ -118,7 +130,9 @@ impl DatasetWriter {
             .into_inner()
             .map_err(|cause| Error::io("write", &self.dir, cause.error()))?;
         file.sync_all().map_err(|cause| Error::io("write", &self.dir, &cause))?;
-        let info = json!({ "citation": "", "description": "", "features": features(), "homepage": "", "license": "" });
+        let features = features(self.documents.is_some());
+        let info =
+            json!({ "citation": "", "description": "", "features": features, "homepage": "", "license": "" });
         let state = json!({
             "_data_files": [{ "filename": DATA }],
             "_fingerprint": format!("{:016x}", self.hash),
@@ -154,11 +168,16 @@ impl DatasetWriter {
         if rows == 0 {
             return Ok(());
         }
-        let values = Arc::new(Int32Array::from(std::mem::take(&mut self.pending)));
         let offsets = OffsetBuffer::from_lengths(std::iter::repeat_n(self.seq_len, rows));
         let item = Arc::new(Field::new("item", DataType::Int32, true));
-        let column: ArrayRef = Arc::new(ListArray::new(item, offsets, values, None));
-        let batch = RecordBatch::try_new(self.schema.clone(), vec![column.clone(), column]);
+        let column = |values: &mut Vec<i32>| -> ArrayRef {
+            let values = Arc::new(Int32Array::from(std::mem::take(values)));
+            Arc::new(ListArray::new(item.clone(), offsets.clone(), values, None))
+        };
+        let ids = column(&mut self.pending);
+        let mut columns = vec![ids.clone(), ids];
+        columns.extend(self.documents.as_mut().map(column));
+        let batch = RecordBatch::try_new(self.schema.clone(), columns);
         let written = batch.and_then(|batch| self.out.as_mut().expect("open until finish").write(&batch));
         written.map_err(|cause| self.failed(&cause))
     }
@@ -178,7 +197,11 @@ impl Drop for DatasetWriter {
     }
 }
 
-fn features() -> Value {
+fn columns(documents: bool) -> impl Iterator<Item = &'static str> {
+    ["input_ids", "labels"].into_iter().chain(documents.then_some("document_ids"))
+}
+
+fn features(documents: bool) -> Value {
     let column = json!({ "feature": { "dtype": "int32", "_type": "Value" }, "_type": "List" });
-    json!({ "input_ids": column, "labels": column })
+    columns(documents).map(|name| (name.to_owned(), column.clone())).collect::<serde_json::Map<_, _>>().into()
 }

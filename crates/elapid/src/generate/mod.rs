@@ -1,10 +1,12 @@
-//! Continuations: the prompt in one chunked scan, then one token a step with constant state.
+//! Continuations: the prompts in one chunked scan, then one token a step with constant state.
 
 use elapid_tensor::Backend;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use crate::data::Sample;
 use crate::model::Mamba2ForCausalLM;
+use crate::train::Batch;
 
 /// How the next token is chosen.
 #[derive(Clone, Copy, Debug)]
@@ -68,34 +70,50 @@ impl Sampler {
     }
 }
 
-/// Up to `max_new_tokens` tokens after `prompt`, each handed to `on_token` as it comes; ends after a token for which
-/// `is_end` holds.
+/// Up to `max_new_tokens` tokens after each of `prompts`, each handed to `on_token` with the place of its prompt as it
+/// comes; a continuation ends after a token for which `is_end` holds. All prompts run as one batch, shorter ones padded
+/// on the left with a document of its own, and each draws from its own random stream: a continuation does not depend
+/// on what else is in the batch (T5).
 ///
 /// # Panics
-/// On an empty prompt, or a token outside of the vocabulary.
+/// Without prompts, on an empty one, or a token outside of the vocabulary.
 pub fn generate<B: Backend>(
     backend: &B,
     model: &Mamba2ForCausalLM<B>,
-    prompt: &[u32],
+    prompts: &[Vec<u32>],
     max_new_tokens: usize,
-    sampler: &mut Sampler,
+    sampling: Sampling,
     is_end: impl Fn(u32) -> bool,
-    mut on_token: impl FnMut(u32),
-) -> Vec<u32> {
+    mut on_token: impl FnMut(usize, u32),
+) -> Vec<Vec<u32>> {
+    assert!(prompts.iter().all(|prompt| !prompt.is_empty()));
+    let samples: Vec<Sample> = prompts.iter().map(|prompt| Sample::new(prompt)).collect();
+    let Batch { size, length, ids, documents, .. } = Batch::new(&samples);
+    let mut unread = backend.tensor_i32(&ids, &[size, length]);
+    let mut documents = documents.map(|documents| backend.tensor_i32(&documents, &[size, length]));
     let mut states = Vec::new();
-    let mut ids = Vec::new();
-    let mut unread: Vec<i32> = prompt.iter().map(|&id| id as i32).collect();
-    while ids.len() < max_new_tokens {
-        let logits = model.next_logits(backend, &unread, &mut states);
-        let id = sampler.next(&logits);
-        ids.push(id);
-        on_token(id);
-        if is_end(id) {
+    let mut samplers: Vec<_> = prompts.iter().map(|_| Sampler::new(sampling)).collect();
+    let mut found = vec![Vec::new(); size];
+    // A row that has ended is fed on, lest the batch change its shape, but nothing more is drawn from it.
+    let mut ended = vec![false; size];
+    for _ in 0..max_new_tokens {
+        let logits = model.next_logits(backend, &unread, documents.as_ref(), &mut states);
+        for (row, logits) in logits.chunks_exact(logits.len() / size).enumerate() {
+            if !ended[row] {
+                let id = samplers[row].next(logits);
+                found[row].push(id);
+                on_token(row, id);
+                ended[row] = is_end(id);
+            }
+        }
+        if !ended.contains(&false) {
             break;
         }
-        unread = vec![id as i32];
+        let last: Vec<i32> = found.iter().map(|ids| ids[ids.len() - 1] as i32).collect();
+        unread = backend.tensor_i32(&last, &[size, 1]);
+        documents = None;
     }
-    ids
+    found
 }
 
 #[cfg(test)]

@@ -166,7 +166,8 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
     }
 
     /// Token ids `[B, L]` → hidden states after the final norm `[B, L, D]`. `documents` `[B, L]` marks documents (see
-    /// [`elapid_tensor::Mamba2Inputs`]); `states` carries each layer's state from call to call.
+    /// [`elapid_tensor::Mamba2Inputs`]); `states` carries each layer's state from call to call (empty: from the start),
+    /// without a gradient.
     pub fn hidden<'a>(
         &self,
         tape: &mut Tape<'a, B>,
@@ -209,16 +210,18 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
     }
 
     /// Sum of token losses of `ids` `[B, L]` against `labels` `[B, L]`, where the label of a position is the token
-    /// after it, or [`elapid_tensor::IGNORE_LABEL`]. fp32, shape `[]`.
+    /// after it, or [`elapid_tensor::IGNORE_LABEL`]. fp32, shape `[]`. `documents` and `states` as in
+    /// [`Self::hidden`].
     pub fn loss(
         &self,
         tape: &mut Tape<'_, B>,
         ids: &B::Tensor,
         labels: &B::Tensor,
         documents: Option<&B::Tensor>,
+        states: Option<&mut Vec<State<B::Tensor>>>,
         checkpointing: Checkpointing,
     ) -> B::Tensor {
-        let hidden = self.hidden(tape, ids, documents, None, checkpointing);
+        let hidden = self.hidden(tape, ids, documents, states, checkpointing);
         let head = self.head(tape.backend());
         tape.head_loss(&hidden, &head, labels)
     }
@@ -230,17 +233,24 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
         backend.values(&backend.logits(&hidden.value, &self.head(backend).value))
     }
 
-    /// Reads `ids` on from `states` (empty: from the start), leaves the new states there, and gives the fp32 logits
-    /// `[V]` after the last token. Batch 1.
-    pub fn next_logits(&self, backend: &B, ids: &[i32], states: &mut Vec<State<B::Tensor>>) -> Vec<f32> {
-        let length = ids.len();
-        let ids = backend.tensor_i32(ids, &[1, length]);
+    /// Reads `ids` `[B, L]` on from `states` (empty: from the start), leaves the new states there, and gives the fp32
+    /// logits `[B, V]` after the last position. `documents` as in [`Self::hidden`].
+    pub fn next_logits(
+        &self,
+        backend: &B,
+        ids: &B::Tensor,
+        documents: Option<&B::Tensor>,
+        states: &mut Vec<State<B::Tensor>>,
+    ) -> Vec<f32> {
+        let shape = backend.shape(ids);
         let mut tape = Tape::inference(backend);
-        let hidden = self.hidden(&mut tape, &ids, None, Some(states), Checkpointing::None);
-        // Only the last row meets the vocabulary.
+        let hidden = self.hidden(&mut tape, ids, documents, Some(states), Checkpointing::None);
+        // Only the last positions meet the vocabulary.
         let d = self.config.hidden_size;
         let rows = backend.values(&hidden.value);
-        let last = backend.tensor(&rows[(length - 1) * d..], &[1, d], self.dtype);
+        let last: Vec<f32> =
+            rows.chunks_exact(shape[1] * d).flat_map(|row| &row[row.len() - d..]).copied().collect();
+        let last = backend.tensor(&last, &[shape[0], d], self.dtype);
         backend.values(&backend.logits(&last, &self.head(backend).value))
     }
 }

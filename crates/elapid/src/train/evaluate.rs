@@ -3,13 +3,13 @@
 use std::f64::consts::LN_2;
 use std::ops::Range;
 
-use elapid_tensor::{Backend, Checkpointing, Tape};
+use elapid_tensor::{Backend, Checkpointing, IGNORE_LABEL, Tape};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::Batch;
 use crate::Error;
 use crate::config::run::Run;
-use crate::data::Dataset;
+use crate::data::{Dataset, Order, Sampler};
 use crate::model::Mamba2ForCausalLM;
 
 /// What an evaluation came to.
@@ -41,8 +41,9 @@ impl std::fmt::Display for Evaluation {
     }
 }
 
-/// Evaluates `blocks` of `data`, `batch` at a time; the last batch may be smaller. A bar on a terminal shows how far
-/// it has come.
+/// Evaluates `blocks` of `data`, `batch` at a time; the last batch may be smaller. With `carry_state` each row of the
+/// batch reads a stretch of its own, see [`Order::Stretches`], and goes on in the state of the block before. A bar on a
+/// terminal shows how far it has come.
 ///
 /// # Errors
 /// A block cannot be read, no label counts, or the loss is not finite.
@@ -52,11 +53,12 @@ pub fn evaluate<B: Backend>(
     data: &Dataset,
     blocks: Range<usize>,
     batch: usize,
+    carry_state: bool,
 ) -> Result<Evaluation, Error> {
     let style = ProgressStyle::with_template("evaluating {pos}/{len} blocks {bar:24}  ETA {eta}")
         .expect("the template is constant");
     let bar = ProgressBar::new(blocks.len() as u64).with_style(style.progress_chars("━╸ "));
-    let result = quietly(backend, model, data, blocks, batch, |done| bar.inc(done));
+    let result = quietly(backend, model, data, blocks, batch, carry_state, |done| bar.inc(done));
     bar.finish_and_clear();
     result
 }
@@ -68,21 +70,31 @@ fn quietly<B: Backend>(
     data: &Dataset,
     blocks: Range<usize>,
     batch: usize,
+    carry_state: bool,
     progress: impl Fn(u64),
 ) -> Result<Evaluation, Error> {
+    let (len, batch) = (blocks.len(), batch.min(blocks.len()));
+    let order = if carry_state { Order::Stretches } else { Order::Dataset };
+    let sampler = Sampler { len, batch, dp: 1, rank: 0, accum: 1, order };
+    let mut states = carry_state.then(Vec::new);
     let (mut sum, mut tokens) = (0.0, 0);
-    for first in blocks.clone().step_by(batch) {
-        let part = first..blocks.end.min(first + batch);
-        let samples = part.map(|i| data.sample(i)).collect::<Result<Vec<_>, _>>()?;
-        let batch = Batch::new(samples.iter().map(|s| (&s.input_ids[..], &s.labels[..])));
-        let shape = [batch.size, batch.length];
-        let (ids, labels) =
-            (backend.tensor_i32(&batch.ids, &shape), backend.tensor_i32(&batch.labels, &shape));
-        let mut tape = Tape::inference(backend);
-        let loss = model.loss(&mut tape, &ids, &labels, None, Checkpointing::None);
+    for step in 0..len.div_ceil(batch) {
+        let mut places = sampler.places(step as u64, 0);
+        places.iter_mut().for_each(|place| place.index += blocks.start);
+        if !carry_state {
+            places.retain(|place| place.epoch == 0);
+        }
+        let mut batch = Batch::read(data, &places)?;
+        // Where states are carried a row that is through its stretch stays in the batch, but does not count.
+        for (place, labels) in places.iter().zip(batch.labels.chunks_exact_mut(batch.length)) {
+            if place.epoch > 0 {
+                labels.fill(IGNORE_LABEL);
+            }
+        }
+        let loss = batch.loss(&mut Tape::inference(backend), model, states.as_mut(), Checkpointing::None);
         sum += f64::from(backend.values(&loss)[0]);
         tokens += batch.valid() as u64;
-        progress(batch.size as u64);
+        progress(places.iter().filter(|place| place.epoch == 0).count() as u64);
     }
     if tokens == 0 {
         return Err(Error::new("the dataset has no label that counts")
@@ -120,6 +132,7 @@ pub(super) struct HeldOut<'a> {
     train: &'a Dataset,
     blocks: Range<usize>,
     batch: usize,
+    carry_state: bool,
     /// Steps between evaluations; None: only after the last.
     freq: Option<u64>,
     last: u64,
@@ -144,8 +157,9 @@ impl<'a> HeldOut<'a> {
             }
             (None, None) => return Ok(None),
         };
-        let (batch, freq, last) = (args.batch, args.eval_freq, args.max_steps);
-        Ok(Some(Self { own, train, blocks, batch, freq, last }))
+        let (batch, carry_state) = (args.batch, args.carry_state);
+        let (freq, last) = (args.eval_freq, args.max_steps);
+        Ok(Some(Self { own, train, blocks, batch, carry_state, freq, last }))
     }
 
     /// Number of blocks held out.
@@ -172,7 +186,7 @@ impl<'a> HeldOut<'a> {
             return Ok(None);
         }
         let data = self.own.as_ref().unwrap_or(self.train);
-        quietly(backend, model, data, self.blocks.clone(), self.batch, |_| ())
+        quietly(backend, model, data, self.blocks.clone(), self.batch, self.carry_state, |_| ())
             .map(Some)
             .map_err(|error| error.at(format!("evaluation after step {step}")))
     }

@@ -1,5 +1,6 @@
 //! Training: micro-steps, updates, and the loop round them.
 
+mod batch;
 mod evaluate;
 mod folder;
 pub mod memory;
@@ -11,6 +12,7 @@ mod start;
 mod stop;
 mod trainer;
 
+pub use batch::{Batch, PAD_DOCUMENT};
 pub use evaluate::{Evaluation, evaluate, last_blocks};
 pub use run::{Outcome, cpu, train};
-pub use trainer::{Batch, StepReport, Trainer};
+pub use trainer::{StepReport, Trainer};

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use elapid_tensor::Backend;
+use elapid_tensor::{Backend, DType, State};
 use serde_json::{Map, Value};
 
 use super::folder::RunFolder;
@@ -11,7 +11,7 @@ use crate::Error;
 use crate::checkpoint::{Checkpoint, Data, PREFIXES, Store};
 use crate::config::ModelConfig;
 use crate::config::run::{Resume, Run, TrainArgs};
-use crate::data::{Dataset, Sampler};
+use crate::data::{Dataset, Order, Sampler};
 use crate::error::say;
 use crate::model::Mamba2ForCausalLM;
 
@@ -135,15 +135,15 @@ pub(super) fn check(
             "give the dataset that the run was started with; for another one start a new run with --checkpoint-load",
         );
     }
-    if old.shuffle != sampler.shuffle {
-        let say = |seed: Option<u64>| seed.map_or("none".into(), |seed| format!("seed {seed}"));
+    if old.order != sampler.order {
+        let say = |order: Order| match order {
+            Order::Dataset => "that of the dataset".into(),
+            Order::Shuffled(seed) => format!("random with seed {seed}"),
+            Order::Stretches => "by stretches".to_owned(),
+        };
         return fault(
-            format!(
-                "the random order of samples was {}, now it is {}",
-                say(old.shuffle),
-                say(sampler.shuffle)
-            ),
-            "give --shuffle and --seed as before",
+            format!("the order of samples was {}, now it is {}", say(old.order), say(sampler.order)),
+            "give --shuffle, --seed and --carry-state as before",
         );
     }
     let per_step = samples_per_step(sampler);
@@ -227,12 +227,62 @@ fn differences(old: &Map<String, Value>, new: &Map<String, Value>) -> Vec<String
         .collect()
 }
 
-/// Puts masters and moments back.
+/// The states that `--carry-state` carries, with their names in a checkpoint.
+pub(super) fn carried<B: Backend>(trainer: &Trainer<'_, B>) -> Vec<(String, B::Tensor)> {
+    let layers = trainer.states().unwrap_or_default().iter().enumerate();
+    layers
+        .flat_map(|(layer, state)| {
+            [
+                (carried_name("conv", layer), state.conv.clone()),
+                (carried_name("ssm", layer), state.ssm.clone()),
+            ]
+        })
+        .collect()
+}
+
+fn carried_name(part: &str, layer: usize) -> String {
+    format!("carried.{part}.{layer}")
+}
+
+/// Puts carried states back, of `rows` sequences.
+fn restore_carried<B: Backend>(
+    checkpoint: &Checkpoint,
+    backend: &B,
+    trainer: &mut Trainer<'_, B>,
+    rows: usize,
+) -> Result<(), Error> {
+    if trainer.states().is_none() {
+        return Ok(());
+    }
+    let tensor = |part: &str, layer: usize| {
+        let name = carried_name(part, layer);
+        let fault = |what: String| {
+            Error::new(format!("{name} {what} in {}", checkpoint.dir().display())).with_hint(
+                "with --carry-state give --batch as before, or start a new run with --checkpoint-load",
+            )
+        };
+        let (shape, values) = checkpoint.tensor(&name)?.ok_or_else(|| fault("is missing".into()))?;
+        if shape[0] != rows {
+            return Err(fault(format!("holds {} sequences instead of {rows}", shape[0])));
+        }
+        Ok(backend.tensor(&values, &shape, DType::F32))
+    };
+    let layers = trainer.model().layout().flat.layers;
+    let states =
+        (0..layers).map(|layer| Ok(State { conv: tensor("conv", layer)?, ssm: tensor("ssm", layer)? }));
+    let states = states.collect::<Result<_, Error>>()?;
+    trainer.set_states(states);
+    Ok(())
+}
+
+/// Puts masters, moments and carried states back; `rows` is B.
 pub(super) fn restore<B: Backend>(
     checkpoint: &Checkpoint,
     backend: &B,
     trainer: &mut Trainer<'_, B>,
+    rows: usize,
 ) -> Result<(), Error> {
+    restore_carried(checkpoint, backend, trainer, rows)?;
     trainer.replace_state(|layout, state| {
         for (prefix, buffer) in PREFIXES.into_iter().zip(state) {
             checkpoint.read(prefix, layout, |slot, values| backend.write_slot(buffer, slot, values))?;

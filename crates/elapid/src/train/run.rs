@@ -21,7 +21,7 @@ use crate::checkpoint::{Checkpoint, Progress as Position, Store};
 use crate::config::ModelConfig;
 use crate::config::TokenIds;
 use crate::config::run::{ActivationCheckpointing, Dtype, Run, check_threads};
-use crate::data::{Dataset, Sampler, Tokenizer};
+use crate::data::{Dataset, Order, Sampler, Tokenizer};
 use crate::error::say;
 use crate::model::Mamba2ForCausalLM;
 use crate::model::pretrained::FileDType;
@@ -102,6 +102,14 @@ pub fn cpu(threads: Option<usize>) -> Result<CpuBackend, Error> {
 pub fn train(run: &Run) -> Result<Outcome, Error> {
     let data = open_data(run)?;
     let held_out = HeldOut::open(run, &data)?;
+    let blocks = held_out.as_ref().map_or(data.len(), HeldOut::training_blocks);
+    if run.args.carry_state && blocks < run.args.batch {
+        return Err(Error::new(format!(
+            "--carry-state needs a block for each of the {} rows of a batch, but there are {blocks} to train on",
+            run.args.batch
+        ))
+        .with_hint("give a smaller --batch, or more data"));
+    }
     let backend = cpu(run.args.threads)?;
     let memory = Memory::predict(&Demand {
         config: &run.config,
@@ -226,13 +234,22 @@ impl<'a> Session<'a> {
     ) -> Result<Self, Error> {
         let args = &run.args;
         let flops = model.config().flops_per_token();
+        let order = match (args.carry_state, args.shuffle) {
+            (true, _) => Order::Stretches,
+            (false, true) => Order::Shuffled(args.seed),
+            (false, false) => Order::Dataset,
+        };
+        let mut trainer = Trainer::new(backend, model, args.activation_checkpointing.into());
+        if args.carry_state {
+            trainer = trainer.with_carried_states();
+        }
         let sampler = Sampler {
             len: held_out.map_or(data.len(), HeldOut::training_blocks),
             batch: args.batch,
             dp: 1,
             rank: 0,
             accum: args.grad_accum_usteps,
-            shuffle: args.shuffle.then_some(args.seed),
+            order,
         };
         // Loaded now: a damaged one is not to be found after the last step.
         let init_from = args.init_from.clone().filter(|dir| dir.join("tokenizer.json").exists());
@@ -240,12 +257,11 @@ impl<'a> Session<'a> {
             Some(dir) => Some(Tokenizer::load(&dir.display().to_string())?),
             None => None,
         };
-        let mut trainer = Trainer::new(backend, model, args.activation_checkpointing.into());
         let mut done = 0;
         let mut outcome = Outcome::new(run.output_dir.join("hf"));
         if let Some(checkpoint) = from {
             resume::check(checkpoint, run, trainer.model().config(), data, &sampler)?;
-            resume::restore(checkpoint, backend, &mut trainer)?;
+            resume::restore(checkpoint, backend, &mut trainer, args.batch)?;
             let position = &checkpoint.manifest().progress;
             done = position.step;
             outcome.first_loss = position.first_loss;
@@ -306,19 +322,18 @@ impl<'a> Session<'a> {
             seconds: self.outcome.seconds,
             first_loss: self.outcome.first_loss,
             last_loss: self.outcome.last_loss,
-            shuffle: self.sampler.shuffle,
+            order: self.sampler.order,
             data: resume::identity(self.data, &self.sampler),
             settings: resume::settings(&self.run.args),
         };
         let model = self.trainer.model();
-        self.store.save(self.backend, model.config(), model.layout(), self.trainer.state(), position)
+        let (state, carried) = (self.trainer.state(), resume::carried(&self.trainer));
+        self.store.save(self.backend, model.config(), model.layout(), state, &carried, position)
     }
 
     /// The batch of one micro-step.
     fn batch(&self, step: u64, micro: usize) -> Result<Batch, Error> {
-        let indices = self.sampler.indices(step - 1, micro);
-        let samples = indices.iter().map(|&i| self.data.sample(i)).collect::<Result<Vec<_>, _>>()?;
-        Ok(Batch::new(samples.iter().map(|s| (&s.input_ids[..], &s.labels[..]))))
+        Batch::read(self.data, &self.sampler.places(step - 1, micro))
     }
 
     fn step(&mut self, step: u64) -> Result<(), Error> {

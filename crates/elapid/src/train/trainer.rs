@@ -1,47 +1,9 @@
 //! One optimizer step: micro-steps that accumulate gradients, and an update.
 
-use elapid_tensor::{AdamW, Backend, Checkpointing, DType, IGNORE_LABEL, Tape};
+use elapid_tensor::{AdamW, Backend, Checkpointing, DType, State, Tape};
 
+use super::Batch;
 use crate::model::{Layout, Mamba2ForCausalLM};
-
-/// Blocks of tokens with their labels.
-#[derive(Clone, Debug, Default)]
-pub struct Batch {
-    /// B.
-    pub size: usize,
-    /// L.
-    pub length: usize,
-    /// `[B, L]`.
-    pub ids: Vec<i32>,
-    /// `[B, L]`: the token after each position, [`IGNORE_LABEL`] where there is none or it does not count.
-    pub labels: Vec<i32>,
-}
-
-impl Batch {
-    /// A batch of blocks of equal length: pairs of (ids, labels as a dataset stores them, unshifted).
-    pub fn new<'a>(samples: impl IntoIterator<Item = (&'a [i32], &'a [i32])>) -> Self {
-        let mut batch = Self::default();
-        for (ids, labels) in samples {
-            batch.size += 1;
-            batch.length = ids.len();
-            batch.ids.extend_from_slice(ids);
-            batch.labels.extend_from_slice(labels.get(1..).unwrap_or_default());
-            batch.labels.push(IGNORE_LABEL);
-        }
-        debug_assert_eq!(batch.ids.len(), batch.size * batch.length);
-        batch
-    }
-
-    /// Number of labels that count.
-    pub fn valid(&self) -> usize {
-        self.labels.iter().filter(|&&label| label != IGNORE_LABEL).count()
-    }
-
-    /// Number of inputs, B·L.
-    pub fn tokens(&self) -> usize {
-        self.ids.len()
-    }
-}
 
 /// What an optimizer step came to.
 #[derive(Clone, Copy, Debug)]
@@ -64,6 +26,8 @@ pub struct Trainer<'b, B: Backend> {
     /// Sum of token losses since the last update; None before the first micro-step.
     loss: Option<B::Tensor>,
     checkpointing: Checkpointing,
+    /// With states carried: those after the last micro-step, by layer; empty before the first.
+    states: Option<Vec<State<B::Tensor>>>,
 }
 
 impl<'b, B: Backend> Trainer<'b, B> {
@@ -71,7 +35,33 @@ impl<'b, B: Backend> Trainer<'b, B> {
     pub fn new(backend: &'b B, model: Mamba2ForCausalLM<B>, checkpointing: Checkpointing) -> Self {
         let flat = model.layout().flat;
         let zeros = || backend.buffer(flat, DType::F32);
-        Self { backend, model, grads: zeros(), m: zeros(), v: zeros(), loss: None, checkpointing }
+        Self {
+            backend,
+            model,
+            grads: zeros(),
+            m: zeros(),
+            v: zeros(),
+            loss: None,
+            checkpointing,
+            states: None,
+        }
+    }
+
+    /// Carries the state of each batch row from micro-step to micro-step, as far as [`Batch::continued`] says:
+    /// truncated back-propagation through time, with no gradient from one batch into the one before.
+    pub fn with_carried_states(self) -> Self {
+        Self { states: Some(Vec::new()), ..self }
+    }
+
+    /// The carried states by layer, batch rows as in the micro-steps; None where none are carried. Together with
+    /// parameters, moments and the number of the step they are all that a run is.
+    pub fn states(&self) -> Option<&[State<B::Tensor>]> {
+        self.states.as_deref()
+    }
+
+    /// Puts back what [`Self::states`] gave.
+    pub fn set_states(&mut self, states: Vec<State<B::Tensor>>) {
+        self.states = Some(states);
     }
 
     /// The model as it is now.
@@ -107,11 +97,8 @@ impl<'b, B: Backend> Trainer<'b, B> {
     /// Forward and adjoints of one batch; adds to loss and gradients. Reads nothing back.
     pub fn micro_step(&mut self, batch: &Batch) {
         let backend = self.backend;
-        let shape = [batch.size, batch.length];
-        let (ids, labels) =
-            (backend.tensor_i32(&batch.ids, &shape), backend.tensor_i32(&batch.labels, &shape));
         let mut tape = Tape::training(backend, &mut self.grads);
-        let loss = self.model.loss(&mut tape, &ids, &labels, None, self.checkpointing);
+        let loss = batch.loss(&mut tape, &self.model, self.states.as_mut(), self.checkpointing);
         tape.backward(&[], &[]);
         self.loss = Some(match self.loss.take() {
             None => loss,

@@ -15,7 +15,7 @@ pub(crate) const VOCAB: u32 = 64;
 pub(crate) fn place() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     for (name, seed) in [("data", 1), ("other", 2)] {
-        let mut writer = DatasetWriter::create(&dir.path().join(name), 16).unwrap();
+        let mut writer = DatasetWriter::create(&dir.path().join(name), 16, false).unwrap();
         let mut x: u32 = seed;
         for _ in 0..37 {
             let ids: Vec<u32> = (0..16)
@@ -24,7 +24,7 @@ pub(crate) fn place() -> tempfile::TempDir {
                     (x >> 16) % VOCAB
                 })
                 .collect();
-            writer.push(&ids).unwrap();
+            writer.push(&ids, None).unwrap();
         }
         let card = Card {
             tokenizer: "none".into(),
@@ -32,6 +32,7 @@ pub(crate) fn place() -> tempfile::TempDir {
             eos_id: None,
             seq_len: 16,
             append_eos: false,
+            document_ids: false,
             documents: 1,
             tokens: 37 * 16,
             dropped_tokens: 0,
