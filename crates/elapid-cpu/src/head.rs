@@ -41,7 +41,9 @@ fn blocks(
     let weight = Mat::new(weight.f32(), vocab, d);
     let mut dx = d_weight.is_some().then(|| backend.pool.take::<f32>(rows * d));
 
-    let most = (BLOCK / vocab).max(16).min(rows.max(1));
+    let most = (BLOCK / vocab).max(16);
+    // Even shares: a short last block would read the whole head for a few positions.
+    let most = rows.div_ceil(rows.div_ceil(most).max(1));
     let mut logits = backend.pool.take::<f32>(most * vocab);
     let mut loss = 0.0f64;
     let mut first = 0;
@@ -98,5 +100,56 @@ fn cross_entropy(row: &mut [f32], label: i32, adjoint: bool) -> f32 {
         row.iter_mut().for_each(|x| *x *= scale);
         row[label as usize] -= 1.0;
     }
-    sum.ln() + max - logit
+    // The difference first: ln + max would round to the digits of max.
+    sum.ln() + (max - logit)
+}
+
+#[cfg(test)]
+mod tests {
+    use elapid_tensor::{Backend, FlatShape, Row, Slot};
+
+    use super::*;
+    use crate::CpuOptions;
+
+    #[test]
+    fn memory_does_not_grow_with_positions_times_vocabulary() {
+        let backend = CpuBackend::new(&CpuOptions::default()).unwrap();
+        let (rows, vocab, d) = (4096, 8192, 4);
+        let x = backend.tensor(&vec![0.1; rows * d], &[1, rows, d], DType::F32);
+        let labels = backend.tensor_i32(&vec![1; rows], &[1, rows]);
+        let slot = Slot { row: Row::Shared, offset: 0, shape: vec![vocab, d] };
+        let shape = FlatShape { layers: 0, row: 0, shared: slot.len() };
+        let weight = backend.view(&backend.buffer(shape, DType::F32), &slot);
+        let mut grads = backend.buffer(shape, DType::F32);
+        backend.head_loss(&x, &weight, &labels);
+        backend.head_loss_adjoint(&x, &weight, &labels, Sink { buffer: &mut grads, slot: &slot });
+        // All blocks came back, so what is idle is at least what was ever held at once.
+        let idle = backend.pool.idle_bytes();
+        assert!(idle < 4 * (BLOCK + 4 * rows * d), "{idle} bytes");
+    }
+
+    #[test]
+    fn a_small_loss_beside_large_logits_keeps_its_digits() {
+        // ln(1 + e⁻⁵) + 1000 − 1000
+        let loss = cross_entropy(&mut [1000.0, 995.0], 0, false);
+        let want = (-5.0f64).exp().ln_1p();
+        assert!((f64::from(loss) - want).abs() < 1e-4 * want, "{loss} instead of {want}");
+    }
+
+    #[test]
+    fn what_is_not_finite_shows_in_the_loss() {
+        for (row, label) in [
+            ([f32::NAN, 0.0, 1.0], 1),
+            ([0.0, 1.0, f32::NAN], 0),
+            ([f32::INFINITY, 0.0, 1.0], 0),
+            ([f32::INFINITY, 0.0, 1.0], 1),
+            ([f32::NEG_INFINITY; 3], 2),
+            ([f32::NEG_INFINITY, 0.0, 1.0], 0),
+        ] {
+            assert!(!cross_entropy(&mut row.clone(), label, true).is_finite(), "{row:?} {label}");
+        }
+        // A masked logit is none of these.
+        let loss = cross_entropy(&mut [f32::NEG_INFINITY, 0.0, 0.0], 1, true);
+        assert!((loss - 2f32.ln()).abs() < 1e-6, "{loss}");
+    }
 }

@@ -109,6 +109,12 @@ impl Pool {
         block
     }
 
+    /// Bytes of all free blocks.
+    #[cfg(test)]
+    pub(crate) fn idle_bytes(&self) -> usize {
+        self.free.lock().expect("no panic inside the lock").lines * size_of::<Line>()
+    }
+
     fn give_back(&self, lines: Vec<Line>) {
         let mut free = self.free.lock().expect("no panic inside the lock");
         free.lines += lines.len();

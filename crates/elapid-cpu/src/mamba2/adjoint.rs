@@ -269,11 +269,11 @@ impl Pass<'_> {
         let mut sums = vec![[0.0f64; 3]; heads];
         backend.workers.rows(&mut sums, 1, 1, |head, sums| {
             let [dt_bias, a_log, skip] = &mut sums[0];
-            let mut raw = vec![0.0; heads];
             for row in 0..dims.rows() {
                 let at = (row / dims.len * heads + head) * dims.len + row % dims.len;
-                conv::load_dt(dims, inputs, row, &mut raw);
-                let x = raw[head] + params.dt_bias[head];
+                let mut raw = [0.0];
+                conv::load_dt(dims, inputs, row, head, &mut raw);
+                let x = raw[0] + params.dt_bias[head];
                 let step = math::softplus(x);
                 let inside = low <= step && step <= high;
                 let d_step = ddt[at] + params.a[head] * da[at];

@@ -88,7 +88,7 @@ pub(super) fn front(
         let mut raw = vec![0.0; heads];
         let mut sum = vec![0.0f32; heads];
         for l in first..first + n {
-            load_dt(dims, inputs, b * dims.len + l, &mut raw);
+            load_dt(dims, inputs, b * dims.len + l, 0, &mut raw);
             for h in 0..heads {
                 let at = (b * heads + h) * dims.len + l;
                 let step = clamped(math::softplus(raw[h] + params.dt_bias[h]), dims.spec.dt_limit);
@@ -109,9 +109,9 @@ pub(super) fn clamped(dt: f32, (low, high): (f32, f32)) -> f32 {
     dt.clamp(low, high)
 }
 
-/// The dt column of the projection at one row, before bias and softplus.
-pub(super) fn load_dt(dims: &Dims, inputs: &Mamba2Inputs<Tensor>, row: usize, dst: &mut [f32]) {
-    inputs.projected.floats().load(row * dims.proj + dims.e + dims.c, dst);
+/// The dt of heads from `head` on in the projection at one row, before bias and softplus.
+pub(super) fn load_dt(dims: &Dims, inputs: &Mamba2Inputs<Tensor>, row: usize, head: usize, dst: &mut [f32]) {
+    inputs.projected.floats().load(row * dims.proj + dims.e + dims.c + head, dst);
 }
 
 /// The last K−1 conv inputs `[B, K−1, C]`, zeros where they belong to a document before the last position's.
