@@ -10,12 +10,13 @@ use std::path::Path;
 pub struct Error {
     message: String,
     hint: Option<String>,
+    signal: Option<i32>,
 }
 
 impl Error {
     /// An error without a hint. `message` names the offending value and the file it stands in.
     pub fn new(message: impl Into<String>) -> Self {
-        Self { message: message.into(), hint: None }
+        Self { message: message.into(), hint: None, signal: None }
     }
 
     /// The operating system refused something: `cannot {action} {path}: {cause}`, with the usual remedy.
@@ -39,6 +40,16 @@ impl Error {
     /// Says what to do.
     pub fn with_hint(self, hint: impl Into<String>) -> Self {
         Self { hint: Some(hint.into()), ..self }
+    }
+
+    /// Says that it was no fault, but a signal that asked to stop.
+    pub fn by_signal(self, signal: i32) -> Self {
+        Self { signal: Some(signal), ..self }
+    }
+
+    /// The signal that asked to stop; the process ends with 128 + its number, as a shell reports it.
+    pub fn signal(&self) -> Option<i32> {
+        self.signal
     }
 
     /// Puts the place of the fault in front of the message.

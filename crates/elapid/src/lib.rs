@@ -1,5 +1,6 @@
 //! Elapid trains Mamba-2 language models: text → tokens → batches → model → gradients → parameters → checkpoint.
 
+pub mod checkpoint;
 pub mod commands;
 pub mod config;
 pub mod data;

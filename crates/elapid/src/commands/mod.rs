@@ -60,11 +60,12 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            say(format_args!("error: {error}"));
+            let what = if error.signal().is_some() { "stopped" } else { "error" };
+            say(format_args!("{what}: {error}"));
             if let Some(hint) = error.hint() {
                 say(format_args!("hint: {hint}"));
             }
-            ExitCode::FAILURE
+            error.signal().map_or(ExitCode::FAILURE, |signal| ExitCode::from(128 + signal as u8))
         }
     }
 }

@@ -59,6 +59,31 @@ pub enum ActivationCheckpointing {
     Block,
 }
 
+/// Which checkpoint a run goes on from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(into = "String")]
+pub enum Resume {
+    /// The newest whole one of its own; none: step 1.
+    Auto,
+    /// This one.
+    Path(PathBuf),
+}
+
+impl From<String> for Resume {
+    fn from(text: String) -> Self {
+        if text == "auto" { Self::Auto } else { Self::Path(text.into()) }
+    }
+}
+
+impl From<Resume> for String {
+    fn from(resume: Resume) -> Self {
+        match resume {
+            Resume::Auto => "auto".into(),
+            Resume::Path(path) => path.display().to_string(),
+        }
+    }
+}
+
 /// Flags of `elapid train`.
 #[derive(Clone, Debug, Serialize, clap::Args)]
 #[serde(rename_all = "kebab-case")]
@@ -147,6 +172,33 @@ pub struct TrainArgs {
     /// What layers keep for the backward pass
     #[arg(long, value_enum, default_value = "none")]
     pub activation_checkpointing: ActivationCheckpointing,
+    /// Folder of checkpoints [default: OUTPUT_DIR/checkpoints]
+    #[arg(long, value_name = "DIR")]
+    pub checkpoint_dir: Option<PathBuf>,
+    /// Optimizer steps between checkpoints; 0: only where Ctrl-C, SIGTERM or --save-last-step asks for one
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub checkpoint_freq: u64,
+    /// Ends the names of this run's checkpoints: step-00000042-TAG
+    #[arg(long)]
+    pub tag: Option<String>,
+    /// Checkpoints to keep, the newest; -1 keeps all
+    #[arg(long, value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
+    pub num_kept_checkpoint: i64,
+    /// Write a checkpoint after the last step
+    #[arg(long)]
+    pub save_last_step: bool,
+    /// Go on from the newest checkpoint of this run, or from the one given
+    #[arg(long, value_name = "auto|PATH")]
+    pub resume: Option<Resume>,
+    /// Start from the weights of a checkpoint, and from nothing else of it
+    #[arg(long, conflicts_with = "init_from")]
+    pub checkpoint_load: bool,
+    /// Folder of that checkpoint, or of several [default: .]
+    #[arg(long, value_name = "DIR")]
+    pub checkpoint_load_dir: Option<PathBuf>,
+    /// Which of several: a folder's name, or the newest saved with that --tag
+    #[arg(long, value_name = "TAG")]
+    pub checkpoint_load_tag: Option<String>,
     /// Start even where the predicted memory is more than the machine has free
     #[arg(long)]
     pub ignore_memory_limit: bool,
@@ -184,6 +236,10 @@ pub struct Run {
     pub config: ModelConfig,
     /// Run folder.
     pub output_dir: PathBuf,
+    /// Folder of checkpoints.
+    pub checkpoint_dir: PathBuf,
+    /// How many checkpoints to keep; None: all.
+    pub keep: Option<usize>,
     /// The learning rate by step.
     pub schedule: Schedule,
 }
@@ -286,7 +342,35 @@ impl TrainArgs {
             .with_hint("warm up and decay over fewer steps, or train for more"));
         }
         let name = Path::new(&model).file_stem().map_or("model".into(), |stem| stem.to_string_lossy());
-        let output_dir = self.output_dir.clone().unwrap_or_else(|| free_folder(Path::new("runs"), &name));
+        let output_dir = match (&self.output_dir, &self.resume) {
+            (Some(dir), _) => dir.clone(),
+            (None, None) => free_folder(Path::new("runs"), &name),
+            (None, Some(Resume::Auto)) => Path::new("runs").join(&*name),
+            (None, Some(Resume::Path(path))) => {
+                return Err(Error::new(format!("--resume {} without --output-dir", path.display()))
+                    .with_hint("give the run folder to go on in"));
+            }
+        };
+        let checkpoint_dir = self.checkpoint_dir.clone().unwrap_or_else(|| output_dir.join("checkpoints"));
+        let keep = match self.num_kept_checkpoint {
+            -1 => None,
+            n if n > 0 => Some(n as usize),
+            n => {
+                return Err(Error::new(format!("--num-kept-checkpoint is {n}"))
+                    .with_hint("give 1 or more, or -1 to keep all"));
+            }
+        };
+        let in_a_name = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+        if let Some(tag) = self.tag.as_ref().filter(|tag| tag.is_empty() || !tag.chars().all(in_a_name)) {
+            return Err(Error::new(format!("--tag is {tag:?}"))
+                .with_hint("it becomes part of a folder's name: letters, digits, '.', '_' and '-'"));
+        }
+        if !self.checkpoint_load && (self.checkpoint_load_dir.is_some() || self.checkpoint_load_tag.is_some())
+        {
+            say(format_args!(
+                "warning: --checkpoint-load-dir and -tag mean nothing without --checkpoint-load"
+            ));
+        }
 
         let schedule = Schedule {
             shape: self.lr_schedule,
@@ -296,8 +380,13 @@ impl TrainArgs {
             decay_steps: decay_steps.min(after_warmup),
             max_steps: self.max_steps,
         };
-        let args = Self { min_lr: Some(min_lr), output_dir: Some(output_dir.clone()), ..self };
-        Ok(Run { args, config, output_dir, schedule })
+        let args = Self {
+            min_lr: Some(min_lr),
+            output_dir: Some(output_dir.clone()),
+            checkpoint_dir: Some(checkpoint_dir.clone()),
+            ..self
+        };
+        Ok(Run { args, config, output_dir, checkpoint_dir, keep, schedule })
     }
 }
 

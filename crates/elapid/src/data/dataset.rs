@@ -88,6 +88,7 @@ pub struct Dataset {
     len: usize,
     seq_len: usize,
     card: Option<Card>,
+    fingerprint: Option<String>,
     vocab_size: Option<usize>,
 }
 
@@ -111,6 +112,7 @@ impl Dataset {
         let files = state["_data_files"].as_array().map(Vec::as_slice).unwrap_or_default();
         let mut data = Self {
             card: read_card(&dir)?,
+            fingerprint: state["_fingerprint"].as_str().map(str::to_owned),
             batches: Vec::new(),
             len: 0,
             seq_len: 0,
@@ -201,6 +203,11 @@ impl Dataset {
     /// What is known of the dataset, where Elapid wrote it.
     pub fn card(&self) -> Option<&Card> {
         self.card.as_ref()
+    }
+
+    /// What changes with its content, where whoever wrote it said so.
+    pub fn fingerprint(&self) -> Option<&str> {
+        self.fingerprint.as_deref()
     }
 
     /// The folder of its tokenizer, where it has one.

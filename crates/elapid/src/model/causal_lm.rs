@@ -115,6 +115,11 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
         self.dtype
     }
 
+    /// The fp32 masters.
+    pub fn masters(&self) -> &B::Buffer {
+        &self.masters
+    }
+
     /// The fp32 masters. After a change, [`Self::refresh`] is due.
     pub fn masters_mut(&mut self) -> &mut B::Buffer {
         &mut self.masters

@@ -35,6 +35,8 @@ pub struct Demand<'a> {
     pub checkpointing: Checkpointing,
     /// Worker threads.
     pub threads: usize,
+    /// B and L of the batches of an evaluation: a last, smaller batch has blocks of sizes of its own.
+    pub evaluation: &'a [(usize, usize)],
 }
 
 /// Predicted memory of a run at its peak, in bytes.
@@ -62,6 +64,12 @@ impl Memory {
         let mut play = Play::new(demand);
         let held = play.micro_step();
         play.micro_step();
+        for &(batch, length) in demand.evaluation {
+            let mut evaluation = Play::new(&Demand { batch, length, ..*demand });
+            std::mem::swap(&mut evaluation.pool, &mut play.pool);
+            evaluation.inference();
+            std::mem::swap(&mut evaluation.pool, &mut play.pool);
+        }
         let within = |bytes: u128| u64::try_from(bytes).unwrap_or(u64::MAX).min(1 << 60);
         Self {
             parameters: (4 + copy) * elements,
@@ -254,7 +262,7 @@ impl Play {
 
     /// Forward and backward of one batch. Gives the bytes that are held between the two.
     fn micro_step(&mut self) -> u128 {
-        let Self { rows, d, v, compute, residual, .. } = *self;
+        let Self { rows, d, compute, residual, .. } = *self;
         let mut x = self.pool.take(rows * d * residual); // embedding
         let mut kept = Vec::new();
         for _ in 0..self.layers {
@@ -265,14 +273,11 @@ impl Play {
         }
         let hidden = self.pool.take(rows * d * compute); // final norm
 
-        // head_loss computes value and adjoint at once, in blocks of positions.
-        let x32 = self.cast(rows * d, compute, F32);
-        let weight = self.cast(v * d, compute, F32);
+        // head_loss computes value and adjoint at once.
         let dx = self.pool.take(rows * d * F32);
-        let block = ((8 << 20) / v).max(16).min(rows);
-        let logits = self.pool.take(block * v * F32);
+        self.head();
         let dy = self.round(dx, rows * d);
-        self.pool.give([logits].into_iter().chain(weight).chain(x32).chain([hidden]));
+        self.pool.give([hidden]);
         let held = self.pool.live;
 
         let mut cotangent = self.pool.take(rows * d * residual); // final norm
@@ -283,6 +288,30 @@ impl Play {
         let dy = self.cast(rows * d, residual, F32); // embedding
         self.pool.give(dy.into_iter().chain([cotangent]));
         held
+    }
+
+    /// The loss of one batch, for an evaluation.
+    fn inference(&mut self) {
+        let Self { rows, d, compute, residual, .. } = *self;
+        let mut x = self.pool.take(rows * d * residual); // embedding
+        for _ in 0..self.layers {
+            let (out, _) = self.layer(false);
+            self.pool.give([x]);
+            x = out;
+        }
+        let hidden = self.pool.take(rows * d * compute); // final norm
+        self.head();
+        self.pool.give([x, hidden]);
+    }
+
+    /// What head_loss needs for a moment: the logits of a block of positions, and fp32 copies of its operands.
+    fn head(&mut self) {
+        let Self { rows, d, v, compute, .. } = *self;
+        let x32 = self.cast(rows * d, compute, F32);
+        let weight = self.cast(v * d, compute, F32);
+        let block = ((8 << 20) / v).max(16).min(rows);
+        let logits = self.pool.take(block * v * F32);
+        self.pool.give([logits].into_iter().chain(weight).chain(x32));
     }
 
     /// One layer: its output and what the ops save. The last of what is saved, the layer's input, is the caller's.
@@ -436,7 +465,7 @@ mod tests {
 
     fn demand(config: &ModelConfig) -> Demand<'_> {
         let checkpointing = Checkpointing::None;
-        Demand { config, batch: 3, length: 64, dtype: DType::F32, checkpointing, threads: 2 }
+        Demand { config, batch: 3, length: 64, dtype: DType::F32, checkpointing, threads: 2, evaluation: &[] }
     }
 
     /// The table of docs/guide.md.
@@ -460,6 +489,16 @@ mod tests {
                 assert_eq!(seven - three, 4 * layer as u64, "{dtype:?}, {checkpointing:?}");
             }
         }
+    }
+
+    #[test]
+    fn only_batches_of_another_size_add_to_the_memory() {
+        let config = ModelConfig::preset("tiny").unwrap();
+        let peak = |evaluation: &[(usize, usize)]| {
+            Memory::predict(&Demand { evaluation, ..demand(&config) }).transient
+        };
+        assert_eq!(peak(&[(3, 64)]), peak(&[]));
+        assert!(peak(&[(3, 64), (2, 64)]) > peak(&[]));
     }
 
     #[test]

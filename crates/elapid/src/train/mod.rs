@@ -4,9 +4,11 @@ mod evaluate;
 mod folder;
 pub mod memory;
 mod progress;
+mod resume;
 mod run;
 pub mod schedule;
 mod start;
+mod stop;
 mod trainer;
 
 pub use evaluate::{Evaluation, evaluate, last_blocks};

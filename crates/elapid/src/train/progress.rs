@@ -29,17 +29,20 @@ pub(crate) struct Figures {
 /// Shows steps on stderr.
 pub(crate) enum Progress {
     Bar(ProgressBar),
-    Lines { every: u64, last: u64, started: std::time::Instant },
+    Lines { every: u64, first: u64, last: u64, started: std::time::Instant },
 }
 
 impl Progress {
-    pub(crate) fn new(max_steps: u64, every: u64) -> Self {
+    /// Steps `first` to `max_steps`.
+    pub(crate) fn new(first: u64, max_steps: u64, every: u64) -> Self {
         if !std::io::stderr().is_terminal() {
-            return Self::Lines { every, last: max_steps, started: std::time::Instant::now() };
+            return Self::Lines { every, first, last: max_steps, started: std::time::Instant::now() };
         }
         let style = ProgressStyle::with_template("step {pos}/{len} {bar:24} {msg}  ETA {eta}")
             .expect("the template is constant");
-        let bar = ProgressBar::new(max_steps).with_style(style.progress_chars("━╸ "));
+        let bar =
+            ProgressBar::new(max_steps).with_position(first - 1).with_style(style.progress_chars("━╸ "));
+        bar.reset_eta();
         bar.enable_steady_tick(Duration::from_millis(250));
         Self::Bar(bar)
     }
@@ -62,9 +65,10 @@ impl Progress {
                 bar.set_message(format!("loss {:.4}  {speed}", f.loss));
                 bar.set_position(f.step);
             }
-            Self::Lines { every, last, started } => {
-                if f.step == 1 || f.step.is_multiple_of(*every) || f.step == *last {
-                    let left = started.elapsed().mul_f64((last - f.step) as f64 / f.step as f64);
+            Self::Lines { every, first, last, started } => {
+                if f.step == *first || f.step.is_multiple_of(*every) || f.step == *last {
+                    let done = f.step + 1 - first;
+                    let left = started.elapsed().mul_f64((last - f.step) as f64 / done as f64);
                     say(format_args!(
                         "step {}/{last}  loss {:.4}  lr {:.2e}  grad norm {:.3}  {speed}  ETA {}",
                         f.step,

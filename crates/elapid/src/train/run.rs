@@ -13,8 +13,11 @@ use super::evaluate::HeldOut;
 use super::folder::RunFolder;
 use super::memory::{self, Demand, Memory};
 use super::progress::{Figures, Progress};
+use super::resume::{self, Start};
+use super::stop::{self, Graceful};
 use super::{Batch, Evaluation, Trainer, start};
 use crate::Error;
+use crate::checkpoint::{Checkpoint, Progress as Position, Store};
 use crate::config::ModelConfig;
 use crate::config::TokenIds;
 use crate::config::run::{ActivationCheckpointing, Dtype, Run, check_threads};
@@ -42,6 +45,22 @@ pub struct Outcome {
     pub predicted_memory: u64,
     /// Measured peak; None where the system does not say.
     pub peak_memory: Option<u64>,
+}
+
+impl Outcome {
+    /// That of a run that has not begun.
+    pub(super) fn new(model_dir: PathBuf) -> Self {
+        Self {
+            first_loss: f64::NAN,
+            last_loss: f64::NAN,
+            tokens: 0,
+            seconds: 0.0,
+            model_dir,
+            evaluation: None,
+            predicted_memory: 0,
+            peak_memory: None,
+        }
+    }
 }
 
 impl Dtype {
@@ -74,11 +93,12 @@ pub fn cpu(threads: Option<usize>) -> Result<CpuBackend, Error> {
     })
 }
 
-/// Trains as `run` says and leaves `metrics.jsonl`, `run.toml` and the model in `hf/` in the run folder.
+/// Trains as `run` says, from step 1 or from a checkpoint, and leaves `metrics.jsonl`, `run.toml` and the model in `hf/` in
+/// the run folder.
 ///
 /// # Errors
 /// Anything that stops it, before the first step where that can be known then; a loss or gradient that is not finite,
-/// before it reaches the parameters.
+/// before it reaches the parameters; a signal, after a checkpoint ([`Error::signal`]).
 pub fn train(run: &Run) -> Result<Outcome, Error> {
     let data = open_data(run)?;
     let held_out = HeldOut::open(run, &data)?;
@@ -90,17 +110,29 @@ pub fn train(run: &Run) -> Result<Outcome, Error> {
         dtype: run.args.dtype.compute(),
         checkpointing: run.args.activation_checkpointing.into(),
         threads: backend.threads(),
+        evaluation: &held_out.as_ref().map_or_else(Vec::new, HeldOut::shapes),
     });
     if let Some(warning) = memory.check(run.args.ignore_memory_limit)? {
         say(format_args!("warning: {warning}"));
     }
-    let folder = RunFolder::create(&run.output_dir)?;
-    let model = build_model(run, &data, &backend)?;
+    let folder = RunFolder::lock(&run.output_dir)?;
+    let store = Store::open(&run.checkpoint_dir, run.args.tag.clone(), run.keep)?;
+    let from = match resume::start(run, &folder, &store)? {
+        Start::Fresh => None,
+        Start::From(checkpoint) => Some(*checkpoint),
+        Start::Finished(outcome) => {
+            say(format_args!("the run in {} is finished; nothing is left to do", run.output_dir.display()));
+            return Ok(outcome);
+        }
+    };
+    let model = build_model(run, &data, &backend, from.is_some())?;
     let peak = backend.measure_peak();
     start::print(run, &data, held_out.as_ref(), &model, &backend, peak, &memory);
     let settings = toml::to_string(&run.args).map_err(|cause| Error::new(format!("run.toml: {cause}")))?;
     folder.write("run.toml", &settings)?;
-    let mut session = Session::new(run, &data, held_out.as_ref(), &folder, &backend, model, peak)?;
+    let held_out = held_out.as_ref();
+    let mut session =
+        Session::new(run, &data, held_out, &folder, &store, &backend, model, from.as_ref(), peak)?;
     session.outcome.predicted_memory = memory.total();
     session.train()
 }
@@ -123,29 +155,38 @@ fn open_data(run: &Run) -> Result<Dataset, Error> {
     Ok(data)
 }
 
+/// The model of a new run, or a model of zeros of the same configuration for a run that goes on.
 fn build_model(
     run: &Run,
     data: &Dataset,
     backend: &CpuBackend,
+    goes_on: bool,
 ) -> Result<Mamba2ForCausalLM<CpuBackend>, Error> {
     let (args, dtype) = (&run.args, run.args.dtype.compute());
-    if let Some(dir) = &args.init_from {
-        let mut model = Mamba2ForCausalLM::empty(backend, &run.config, dtype);
-        model.load(backend, dir)?;
-        return Ok(model);
-    }
     // A new model takes the special tokens of its data, where those are known and fit its vocabulary.
     let fits = |id: &u32| (*id as usize) < run.config.vocab_size;
     let config = match data.card().map(|card| card.eos_id.filter(fits)) {
-        None => run.config.clone(),
-        Some(id) => ModelConfig {
+        Some(id) if args.init_from.is_none() => ModelConfig {
             eos_token_id: id.map(TokenIds::One),
             bos_token_id: id,
             pad_token_id: id,
             ..run.config.clone()
         },
+        _ => run.config.clone(),
     };
-    Ok(Mamba2ForCausalLM::new(backend, &config, dtype, args.init.into(), args.seed))
+    if !goes_on && args.init_from.is_none() && !args.checkpoint_load {
+        return Ok(Mamba2ForCausalLM::new(backend, &config, dtype, args.init.into(), args.seed));
+    }
+    let mut model = Mamba2ForCausalLM::empty(backend, &config, dtype);
+    if goes_on {
+        return Ok(model);
+    }
+    if let Some(dir) = &args.init_from {
+        model.load(backend, dir)?;
+    } else {
+        resume::load_weights(args, backend, &mut model)?;
+    }
+    Ok(model)
 }
 
 /// A run between its first step and its last.
@@ -153,6 +194,8 @@ struct Session<'a> {
     run: &'a Run,
     data: &'a Dataset,
     held_out: Option<&'a HeldOut<'a>>,
+    folder: &'a RunFolder,
+    store: &'a Store,
     backend: &'a CpuBackend,
     trainer: Trainer<'a, CpuBackend>,
     sampler: Sampler,
@@ -160,6 +203,8 @@ struct Session<'a> {
     tokenizer: Option<Tokenizer>,
     metrics: File,
     progress: Progress,
+    /// Steps that were done before.
+    done: u64,
     /// FLOP/s of this machine.
     peak: f64,
     /// FLOPs a token, forward and backward.
@@ -168,13 +213,16 @@ struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
+    /// A session at step 1, or after the step of the checkpoint `from`.
     fn new(
         run: &'a Run,
         data: &'a Dataset,
         held_out: Option<&'a HeldOut<'a>>,
-        folder: &RunFolder,
+        folder: &'a RunFolder,
+        store: &'a Store,
         backend: &'a CpuBackend,
         model: Mamba2ForCausalLM<CpuBackend>,
+        from: Option<&Checkpoint>,
         peak: f64,
     ) -> Result<Self, Error> {
         let args = &run.args;
@@ -193,26 +241,32 @@ impl<'a> Session<'a> {
             Some(dir) => Some(Tokenizer::load(&dir.display().to_string())?),
             None => None,
         };
-        let outcome = Outcome {
-            first_loss: f64::NAN,
-            last_loss: f64::NAN,
-            tokens: 0,
-            seconds: 0.0,
-            model_dir: run.output_dir.join("hf"),
-            evaluation: None,
-            predicted_memory: 0,
-            peak_memory: None,
-        };
+        let mut trainer = Trainer::new(backend, model, args.activation_checkpointing.into());
+        let mut done = 0;
+        let mut outcome = Outcome::new(run.output_dir.join("hf"));
+        if let Some(checkpoint) = from {
+            resume::check(checkpoint, run, trainer.model().config(), data, &sampler)?;
+            resume::restore(checkpoint, backend, &mut trainer)?;
+            let position = &checkpoint.manifest().progress;
+            done = position.step;
+            outcome.first_loss = position.first_loss;
+            outcome.last_loss = position.last_loss;
+            outcome.tokens = position.tokens;
+            outcome.seconds = position.seconds;
+        }
         Ok(Self {
             run,
             data,
             held_out,
+            folder,
+            store,
             backend,
-            trainer: Trainer::new(backend, model, args.activation_checkpointing.into()),
+            trainer,
             sampler,
             tokenizer,
-            metrics: folder.open("metrics.jsonl")?,
-            progress: Progress::new(args.max_steps, args.logging_interval),
+            metrics: folder.open_metrics(done)?,
+            progress: Progress::new(done + 1, args.max_steps, args.logging_interval),
+            done,
             peak,
             flops: (flops.forward + flops.backward) as f64,
             outcome,
@@ -220,13 +274,45 @@ impl<'a> Session<'a> {
     }
 
     fn train(mut self) -> Result<Outcome, Error> {
-        for step in 1..=self.run.args.max_steps {
+        let args = &self.run.args;
+        let signals = Graceful::new()?;
+        for step in self.done + 1..=args.max_steps {
             self.step(step)?;
+            let signal = signals.caught();
+            let due = args.checkpoint_freq > 0 && step.is_multiple_of(args.checkpoint_freq);
+            if due || signal.is_some() || args.save_last_step && step == args.max_steps {
+                let place = self.save(step)?;
+                // One that comes while a checkpoint is written is heard as well.
+                if let Some(signal) = signal.or(signals.caught()) {
+                    self.progress.finish();
+                    return Err(stop::after(step, signal, &place));
+                }
+            }
         }
         self.progress.finish();
         self.export()?;
+        self.folder.finish(args.max_steps, &self.outcome)?;
         self.outcome.peak_memory = memory::peak_resident();
         Ok(self.outcome)
+    }
+
+    /// Writes a checkpoint; the lines of its steps reach the disk before it does.
+    fn save(&mut self, step: u64) -> Result<PathBuf, Error> {
+        let metrics = self.run.output_dir.join("metrics.jsonl");
+        self.metrics.sync_all().map_err(|cause| Error::io("write", &metrics, &cause))?;
+        let position = Position {
+            step,
+            samples: step * resume::samples_per_step(&self.sampler),
+            tokens: self.outcome.tokens,
+            seconds: self.outcome.seconds,
+            first_loss: self.outcome.first_loss,
+            last_loss: self.outcome.last_loss,
+            shuffle: self.sampler.shuffle,
+            data: resume::identity(self.data, &self.sampler),
+            settings: resume::settings(&self.run.args),
+        };
+        let model = self.trainer.model();
+        self.store.save(self.backend, model.config(), model.layout(), self.trainer.state(), position)
     }
 
     /// The batch of one micro-step.

@@ -2,7 +2,7 @@
 
 use elapid_tensor::{AdamW, Backend, Checkpointing, DType, IGNORE_LABEL, Tape};
 
-use crate::model::Mamba2ForCausalLM;
+use crate::model::{Layout, Mamba2ForCausalLM};
 
 /// Blocks of tokens with their labels.
 #[derive(Clone, Debug, Default)]
@@ -82,6 +82,26 @@ impl<'b, B: Backend> Trainer<'b, B> {
     /// The accumulated gradients of the *sum* of token losses.
     pub fn grads(&self) -> &B::Buffer {
         &self.grads
+    }
+
+    /// What an optimizer step changes: the fp32 masters and AdamW's first and second moments.
+    pub fn state(&self) -> [&B::Buffer; 3] {
+        [self.model.masters(), &self.m, &self.v]
+    }
+
+    /// Lets `write` replace [`Self::state`], and brings the model up to date.
+    ///
+    /// # Errors
+    /// Those of `write`.
+    pub fn replace_state<E>(
+        &mut self,
+        write: impl FnOnce(&Layout, [&mut B::Buffer; 3]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let Self { backend, model, m, v, .. } = self;
+        let layout = model.layout().clone();
+        let result = write(&layout, [model.masters_mut(), m, v]);
+        model.refresh(backend);
+        result
     }
 
     /// Forward and adjoints of one batch; adds to loss and gradients. Reads nothing back.

@@ -1,0 +1,267 @@
+//! `manifest.json`: what a checkpoint holds, and how to know that it is whole.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::Error;
+
+/// Version of the format that this build writes, and the only one so far.
+const VERSION: u32 = 1;
+
+/// How the ranks that wrote a checkpoint were arranged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mesh {
+    /// Data-parallel ranks.
+    pub dp: usize,
+    /// Tensor-parallel ranks.
+    pub tp: usize,
+}
+
+/// What tells one dataset from another.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Data {
+    /// Number of blocks that are trained on.
+    pub blocks: usize,
+    /// L.
+    pub seq_len: usize,
+    /// The fingerprint in the dataset's `state.json`.
+    pub fingerprint: Option<String>,
+    /// What the dataset was tokenized with, where it says so.
+    pub tokenizer: Option<String>,
+}
+
+/// How far a run has come, and what its order of samples depends on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Optimizer steps done.
+    pub step: u64,
+    /// Data position: global samples read since step 1.
+    pub samples: u64,
+    /// Inputs since step 1.
+    pub tokens: u64,
+    /// Seconds in steps.
+    pub seconds: f64,
+    /// Loss of step 1.
+    pub first_loss: f64,
+    /// Loss of the last step.
+    pub last_loss: f64,
+    /// Seed of the random order of samples; None: the order of the dataset. The order needs no other state.
+    pub shuffle: Option<u64>,
+    /// The dataset.
+    pub data: Data,
+    /// The flags of the run, schedule and optimizer among them.
+    pub settings: Value,
+}
+
+/// One file beside the manifest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileInfo {
+    /// Its length.
+    pub bytes: u64,
+    /// CRC-32 (IEEE 802.3) of the whole file, as eight hexadecimal digits.
+    pub crc32: String,
+}
+
+/// A block of a logical tensor, stored as a tensor of its own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Piece {
+    /// File beside the manifest.
+    pub file: String,
+    /// Name of the block in that file.
+    pub name: String,
+    /// Where in the logical tensor its first element lies, by axis.
+    pub offset: Vec<usize>,
+    /// Its extents.
+    pub shape: Vec<usize>,
+}
+
+/// A tensor as the model knows it, whatever the mesh.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogicalTensor {
+    /// Extents.
+    pub shape: Vec<usize>,
+    /// Element type on disk; always `F32`.
+    pub dtype: String,
+    /// The blocks that tile it.
+    pub pieces: Vec<Piece>,
+}
+
+/// The manifest.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    version: u32,
+    /// The ranks that wrote it.
+    pub mesh: Mesh,
+    /// How far the run had come.
+    pub progress: Progress,
+    /// All other files, by name.
+    pub files: BTreeMap<String, FileInfo>,
+    /// All tensors, by name with prefix.
+    pub tensors: BTreeMap<String, LogicalTensor>,
+}
+
+/// Stands before the checksum of all that comes before it.
+const SEAL: &str = ",\n  \"crc32\": \"";
+
+impl Manifest {
+    pub(super) fn new(
+        progress: Progress,
+        files: BTreeMap<String, FileInfo>,
+        tensors: BTreeMap<String, LogicalTensor>,
+    ) -> Self {
+        Self { version: VERSION, mesh: Mesh { dp: 1, tp: 1 }, progress, files, tensors }
+    }
+
+    /// JSON whose last field is the checksum of what stands before that field.
+    pub(super) fn to_json(&self) -> String {
+        let json = serde_json::to_string_pretty(self).expect("plain data");
+        let body = json.strip_suffix("\n}").expect("an object on several lines");
+        format!("{body}{SEAL}{:08x}\"\n}}\n", crc32fast::hash(body.as_bytes()))
+    }
+
+    pub(super) fn read(path: &Path) -> Result<Self, Error> {
+        let fault = |what: String| {
+            Error::new(format!("{}: {what}", path.display())).with_hint(
+                "the checkpoint is damaged; take an earlier one, or --resume auto, which finds one",
+            )
+        };
+        let text = match fs::read_to_string(path) {
+            Err(cause) if cause.kind() == std::io::ErrorKind::InvalidData => {
+                return Err(fault("the file is not text".into()));
+            }
+            read => read.map_err(|cause| {
+                Error::io("read", path, &cause).with_hint("a checkpoint is a folder that holds manifest.json")
+            })?,
+        };
+        let sealed = text
+            .rsplit_once(SEAL)
+            .filter(|(body, seal)| *seal == format!("{:08x}\"\n}}\n", crc32fast::hash(body.as_bytes())));
+        if sealed.is_none() {
+            return Err(fault("the file is cut off or changed: its checksum is not right".into()));
+        }
+        let version = serde_json::from_str::<Value>(&text).ok().and_then(|json| json["version"].as_u64());
+        if version != Some(u64::from(VERSION)) {
+            return Err(Error::new(format!(
+                "{} has format version {}, this elapid reads version {VERSION}",
+                path.display(),
+                version.map_or("none".into(), |version| version.to_string())
+            ))
+            .with_hint("use the elapid that wrote it, or a newer one"));
+        }
+        let manifest: Self = serde_json::from_str(&text).map_err(|cause| fault(cause.to_string()))?;
+        manifest.check().map_err(fault)?;
+        Ok(manifest)
+    }
+
+    /// Names no file outside of its folder, and every tensor is tiled by blocks inside of it.
+    fn check(&self) -> Result<(), String> {
+        for name in self.files.keys() {
+            if Path::new(name).file_name().is_none_or(|last| last != name.as_str()) {
+                return Err(format!("{name:?} is no file of this folder"));
+            }
+        }
+        for (name, tensor) in &self.tensors {
+            let inside = tensor.pieces.iter().all(|piece| {
+                let rank = tensor.shape.len();
+                let ends = piece.offset.iter().zip(&piece.shape).map(|(start, len)| start.checked_add(*len));
+                piece.offset.len() == rank
+                    && piece.shape.len() == rank
+                    && ends.zip(&tensor.shape).all(|(end, extent)| end.is_some_and(|end| end <= *extent))
+                    && self.files.contains_key(&piece.file)
+            });
+            let elements = |shape: &[usize]| shape.iter().product::<usize>();
+            let stored: usize =
+                if inside { tensor.pieces.iter().map(|p| elements(&p.shape)).sum() } else { 0 };
+            if !inside || stored != elements(&tensor.shape) || tensor.dtype != "F32" {
+                return Err(format!("the pieces of {name} do not make it up"));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn manifest() -> Manifest {
+        let progress = Progress {
+            step: 7,
+            samples: 28,
+            tokens: 448,
+            seconds: 1.5,
+            first_loss: 5.0,
+            last_loss: 4.0,
+            shuffle: Some(3),
+            data: Data { blocks: 9, seq_len: 16, fingerprint: None, tokenizer: Some("bytes".into()) },
+            settings: serde_json::json!({ "lr": 3e-4 }),
+        };
+        let file = FileInfo { bytes: 1, crc32: "00000000".into() };
+        let half = |at| Piece { file: "a".into(), name: "w".into(), offset: vec![at, 0], shape: vec![2, 3] };
+        let tensor = LogicalTensor { shape: vec![4, 3], dtype: "F32".into(), pieces: vec![half(0), half(2)] };
+        let (files, tensors) = ([("a".to_owned(), file)].into(), [("model.w".to_owned(), tensor)].into());
+        Manifest::new(progress, files, tensors)
+    }
+
+    fn read(text: &[u8]) -> Result<Manifest, String> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("manifest.json");
+        fs::write(&path, text).unwrap();
+        Manifest::read(&path).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn comes_back_as_it_was_written() {
+        assert_eq!(read(manifest().to_json().as_bytes()).unwrap(), manifest());
+    }
+
+    #[test]
+    fn any_cut_and_any_changed_byte_is_noticed() {
+        let text = manifest().to_json().into_bytes();
+        for cut in 0..text.len() {
+            assert!(read(&text[..cut]).is_err(), "cut at {cut}");
+        }
+        for at in 0..text.len() {
+            let mut changed = text.clone();
+            changed[at] ^= 1;
+            assert!(read(&changed).is_err(), "byte {at}");
+        }
+    }
+
+    #[test]
+    fn pieces_must_make_up_their_tensor() {
+        for (what, spoil) in [
+            (
+                "a gap",
+                &(|m: &mut Manifest| drop(m.tensors.get_mut("model.w").unwrap().pieces.pop()))
+                    as &dyn Fn(&mut _),
+            ),
+            ("beyond the end", &|m: &mut Manifest| {
+                m.tensors.get_mut("model.w").unwrap().pieces[1].offset[0] = 3
+            }),
+            ("an overflow", &|m: &mut Manifest| {
+                m.tensors.get_mut("model.w").unwrap().pieces[1].offset[0] = usize::MAX
+            }),
+            ("an unknown file", &|m: &mut Manifest| {
+                m.tensors.get_mut("model.w").unwrap().pieces[0].file = "b".into()
+            }),
+        ] {
+            let mut spoilt = manifest();
+            spoil(&mut spoilt);
+            assert!(read(spoilt.to_json().as_bytes()).unwrap_err().contains("model.w"), "{what}");
+        }
+        let mut spoilt = manifest();
+        spoilt.files.insert("../b".into(), FileInfo { bytes: 0, crc32: String::new() });
+        assert!(read(spoilt.to_json().as_bytes()).unwrap_err().contains("../b"));
+    }
+
+    #[test]
+    fn another_version_is_refused_by_name() {
+        let message = read(Manifest { version: 9, ..manifest() }.to_json().as_bytes()).unwrap_err();
+        assert!(message.contains("version 9"), "{message}");
+    }
+}

@@ -1,0 +1,242 @@
+//! Going on where a run stopped: which checkpoint, whether it fits, and what it puts back.
+
+use std::path::Path;
+
+use elapid_tensor::Backend;
+use serde_json::{Map, Value};
+
+use super::folder::RunFolder;
+use super::{Outcome, Trainer};
+use crate::Error;
+use crate::checkpoint::{Checkpoint, Data, PREFIXES, Store};
+use crate::config::ModelConfig;
+use crate::config::run::{Resume, Run, TrainArgs};
+use crate::data::{Dataset, Sampler};
+use crate::error::say;
+use crate::model::Mamba2ForCausalLM;
+
+/// Where a run begins.
+pub(super) enum Start {
+    /// At step 1.
+    Fresh,
+    /// After the step of a checkpoint.
+    From(Box<Checkpoint>),
+    /// Nowhere: it came to its end before.
+    Finished(Outcome),
+}
+
+/// What `--resume` says, with what the folders hold.
+pub(super) fn start(run: &Run, folder: &RunFolder, store: &Store) -> Result<Start, Error> {
+    match &run.args.resume {
+        None => {
+            folder.refuse_a_run()?;
+            match store.last()? {
+                None => Ok(Start::Fresh),
+                Some((_, name)) => Err(Error::new(format!("{} already holds {name}", store.dir().display()))
+                    .with_hint("go on from it with --resume auto, or give another --checkpoint-dir")),
+            }
+        }
+        Some(Resume::Auto) => {
+            if let Some(outcome) = folder.finished(run.args.max_steps)? {
+                return Ok(Start::Finished(outcome));
+            }
+            match Checkpoint::newest(store.dir(), None)? {
+                Some(checkpoint) => Ok(Start::From(Box::new(checkpoint))),
+                None => {
+                    say(format_args!("no checkpoint in {}: starting at step 1", store.dir().display()));
+                    Ok(Start::Fresh)
+                }
+            }
+        }
+        Some(Resume::Path(path)) => {
+            let checkpoint = Checkpoint::find(path)?;
+            let step = checkpoint.manifest().progress.step;
+            match store.last()? {
+                Some((later, name)) if later > step => Err(Error::new(format!(
+                    "{} is at step {step}, but {} holds {name}",
+                    checkpoint.dir().display(),
+                    store.dir().display()
+                ))
+                .with_hint(
+                    "move later checkpoints away to train these steps again, or give another --checkpoint-dir",
+                )),
+                _ => Ok(Start::From(Box::new(checkpoint))),
+            }
+        }
+    }
+}
+
+/// Replaces the parameters by those of the checkpoint that `--checkpoint-load-dir` and `-tag` name.
+pub(super) fn load_weights<B: Backend>(
+    args: &TrainArgs,
+    backend: &B,
+    model: &mut Mamba2ForCausalLM<B>,
+) -> Result<(), Error> {
+    let dir = args.checkpoint_load_dir.as_deref().unwrap_or(Path::new("."));
+    let checkpoint = match &args.checkpoint_load_tag {
+        None => Checkpoint::find(dir)?,
+        Some(tag) if dir.join(tag).is_dir() => Checkpoint::open(&dir.join(tag))?,
+        Some(tag) => Checkpoint::newest(dir, Some(tag))?.ok_or_else(|| {
+            Error::new(format!("there is no checkpoint {tag} in {}", dir.display())).with_hint(
+                "give --checkpoint-load-tag the name of a step-… folder, or the --tag that it was saved with",
+            )
+        })?,
+    };
+    let layout = model.layout().clone();
+    let [weights, ..] = PREFIXES;
+    let masters = model.masters_mut();
+    checkpoint.read(weights, &layout, |slot, values| backend.write_slot(masters, slot, values))?;
+    model.refresh(backend);
+    Ok(())
+}
+
+/// What tells this dataset from others.
+pub(super) fn identity(data: &Dataset, sampler: &Sampler) -> Data {
+    Data {
+        blocks: sampler.len,
+        seq_len: data.seq_len(),
+        fingerprint: data.fingerprint().map(str::to_owned),
+        tokenizer: data.card().map(|card| card.tokenizer.clone()),
+    }
+}
+
+/// Samples of one optimizer step, over all ranks.
+pub(super) fn samples_per_step(sampler: &Sampler) -> u64 {
+    (sampler.dp * sampler.batch * sampler.accum) as u64
+}
+
+/// Checks that the checkpoint is of this model and this order of samples, and says which other flags have changed.
+pub(super) fn check(
+    checkpoint: &Checkpoint,
+    run: &Run,
+    config: &ModelConfig,
+    data: &Dataset,
+    sampler: &Sampler,
+) -> Result<(), Error> {
+    let old = &checkpoint.manifest().progress;
+    let fault = |what: String, hint: &str| {
+        Err(Error::new(format!("cannot go on from {}: {what}", checkpoint.dir().display())).with_hint(hint))
+    };
+    let model = differences(&fields(&checkpoint.config()?), &fields(config));
+    if !model.is_empty() {
+        return fault(
+            format!("the model has changed ({})", model.join(", ")),
+            "give the same model, or start a new run with --checkpoint-load, which takes the weights alone",
+        );
+    }
+    let new = identity(data, sampler);
+    if old.data != new {
+        let json = |data: &Data| match serde_json::to_value(data) {
+            Ok(Value::Object(fields)) => fields,
+            _ => Map::new(),
+        };
+        return fault(
+            format!("the dataset has changed ({})", differences(&json(&old.data), &json(&new)).join(", ")),
+            "give the dataset that the run was started with; for another one start a new run with --checkpoint-load",
+        );
+    }
+    if old.shuffle != sampler.shuffle {
+        let say = |seed: Option<u64>| seed.map_or("none".into(), |seed| format!("seed {seed}"));
+        return fault(
+            format!(
+                "the random order of samples was {}, now it is {}",
+                say(old.shuffle),
+                say(sampler.shuffle)
+            ),
+            "give --shuffle and --seed as before",
+        );
+    }
+    let per_step = samples_per_step(sampler);
+    if old.samples != old.step * per_step {
+        return fault(
+            format!(
+                "it has read {} samples in {} steps, but --batch {} with --grad-accum-usteps {} makes {per_step} a step",
+                old.samples, old.step, sampler.batch, sampler.accum
+            ),
+            "the split may change, but not the product --batch × --grad-accum-usteps",
+        );
+    }
+    if old.step > run.args.max_steps {
+        return fault(
+            format!("it is at step {}, past --max-steps {}", old.step, run.args.max_steps),
+            "give a larger --max-steps, or an earlier checkpoint",
+        );
+    }
+    say(format_args!("going on after step {} of {}", old.step, checkpoint.dir().display()));
+    let changed = differences(&numeric(&old.settings), &numeric(&settings(&run.args)));
+    if !changed.is_empty() {
+        say(format_args!("  changed since: {}", changed.join(", ")));
+    }
+    Ok(())
+}
+
+/// The flags that have a part in the numbers: not where things go, nor how often.
+fn numeric(settings: &Value) -> Map<String, Value> {
+    const OTHERS: [&str; 9] = [
+        "output-dir",
+        "checkpoint-dir",
+        "checkpoint-freq",
+        "tag",
+        "num-kept-checkpoint",
+        "save-last-step",
+        "resume",
+        "logging-interval",
+        "data-dir",
+    ];
+    let mut flags = settings.as_object().cloned().unwrap_or_default();
+    flags.retain(|flag, _| !OTHERS.contains(&flag.as_str()));
+    flags
+}
+
+/// The flags, as a checkpoint keeps them.
+pub(super) fn settings(args: &TrainArgs) -> Value {
+    serde_json::to_value(args).expect("flags are plain data")
+}
+
+/// The fields of a configuration that decide what the model computes.
+fn fields(config: &ModelConfig) -> Map<String, Value> {
+    let neutral = ModelConfig::default();
+    let config = ModelConfig {
+        pad_token_id: None,
+        bos_token_id: None,
+        eos_token_id: None,
+        initializer_range: neutral.initializer_range,
+        rescale_prenorm_residual: neutral.rescale_prenorm_residual,
+        time_step_min: neutral.time_step_min,
+        time_step_max: neutral.time_step_max,
+        time_step_floor: neutral.time_step_floor,
+        use_cache: neutral.use_cache,
+        dtype: None,
+        transformers_version: None,
+        extra: Map::new(),
+        ..config.clone()
+    };
+    match serde_json::from_str(&config.to_json()) {
+        Ok(Value::Object(fields)) => fields,
+        _ => Map::new(),
+    }
+}
+
+/// `name old → new` for all fields that differ.
+fn differences(old: &Map<String, Value>, new: &Map<String, Value>) -> Vec<String> {
+    let names = old.keys().chain(new.keys().filter(|name| !old.contains_key(*name)));
+    names
+        .map(|name| (name, old.get(name).unwrap_or(&Value::Null), new.get(name).unwrap_or(&Value::Null)))
+        .filter(|(_, old, new)| old != new)
+        .map(|(name, old, new)| format!("{name} {old} → {new}"))
+        .collect()
+}
+
+/// Puts masters and moments back.
+pub(super) fn restore<B: Backend>(
+    checkpoint: &Checkpoint,
+    backend: &B,
+    trainer: &mut Trainer<'_, B>,
+) -> Result<(), Error> {
+    trainer.replace_state(|layout, state| {
+        for (prefix, buffer) in PREFIXES.into_iter().zip(state) {
+            checkpoint.read(prefix, layout, |slot, values| backend.write_slot(buffer, slot, values))?;
+        }
+        Ok(())
+    })
+}
