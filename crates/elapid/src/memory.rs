@@ -1,4 +1,4 @@
-//! Refusing what cannot fit before the allocator aborts the process for it.
+//! What memory there is, and refusing what cannot fit before the allocator aborts the process for it.
 
 use sysinfo::System;
 
@@ -24,4 +24,14 @@ pub(crate) fn check(bytes: f64, what: &str, hint: &str) -> Result<(), Error> {
         limit as f64 / 1e9
     );
     Err(Error::new(message).with_hint(hint))
+}
+
+/// Bytes that this process can still have without swapping: what the machine has available, and no more than its
+/// container may have in all. None where the system does not say.
+pub(crate) fn available() -> Option<u64> {
+    let mut system = System::new();
+    system.refresh_memory();
+    let machine = system.available_memory();
+    let limit = system.cgroup_limits().map_or(machine, |limits| machine.min(limits.total_memory));
+    (limit > 0).then_some(limit)
 }

@@ -172,6 +172,13 @@ impl<'a> HeldOut<'a> {
         if self.own.is_some() { self.train.len() } else { self.blocks.start }
     }
 
+    /// B and L of its batches: whole ones, and the last where that is smaller.
+    pub(super) fn shapes(&self) -> Vec<(usize, usize)> {
+        let data = self.own.as_ref().unwrap_or(self.train);
+        let sizes = [self.batch.min(self.len()), self.len() % self.batch];
+        sizes.into_iter().filter(|&size| size > 0).map(|size| (size, data.seq_len())).collect()
+    }
+
     /// The evaluation after `step`, where one is due.
     ///
     /// # Errors

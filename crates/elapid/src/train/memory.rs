@@ -12,6 +12,7 @@ use elapid_tensor::{Checkpointing, DType};
 
 use crate::Error;
 use crate::config::ModelConfig;
+use crate::memory::available;
 use crate::model::layout::Layout;
 
 /// What the program holds apart from tensors on each thread: stack, and the packed operands of matrix products.
@@ -34,6 +35,8 @@ pub struct Demand<'a> {
     pub checkpointing: Checkpointing,
     /// Worker threads.
     pub threads: usize,
+    /// B and L of the batches of an evaluation: a last, smaller batch has blocks of sizes of its own.
+    pub evaluation: &'a [(usize, usize)],
 }
 
 /// Predicted memory of a run at its peak, in bytes.
@@ -61,6 +64,12 @@ impl Memory {
         let mut play = Play::new(demand);
         let held = play.micro_step();
         play.micro_step();
+        for &(batch, length) in demand.evaluation {
+            let mut evaluation = Play::new(&Demand { batch, length, ..*demand });
+            std::mem::swap(&mut evaluation.pool, &mut play.pool);
+            evaluation.inference();
+            std::mem::swap(&mut evaluation.pool, &mut play.pool);
+        }
         let within = |bytes: u128| u64::try_from(bytes).unwrap_or(u64::MAX).min(1 << 60);
         Self {
             parameters: (4 + copy) * elements,
@@ -141,18 +150,9 @@ pub fn peak_resident() -> Option<u64> {
     status("VmHWM")
 }
 
-/// Memory that a process can still have without swapping; None where the system does not say.
-fn available() -> Option<u64> {
-    kibibytes("/proc/meminfo", "MemAvailable")
-}
-
+/// A line `field:  123 kB` of Linux's account of this process.
 fn status(field: &str) -> Option<u64> {
-    kibibytes("/proc/self/status", field)
-}
-
-/// The line `field:  123 kB` of a file of Linux's.
-fn kibibytes(path: &str, field: &str) -> Option<u64> {
-    let text = std::fs::read_to_string(path).ok()?;
+    let text = std::fs::read_to_string("/proc/self/status").ok()?;
     let rest = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
     Some(rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
 }
@@ -262,7 +262,7 @@ impl Play {
 
     /// Forward and backward of one batch. Gives the bytes that are held between the two.
     fn micro_step(&mut self) -> u128 {
-        let Self { rows, d, v, compute, residual, .. } = *self;
+        let Self { rows, d, compute, residual, .. } = *self;
         let mut x = self.pool.take(rows * d * residual); // embedding
         let mut kept = Vec::new();
         for _ in 0..self.layers {
@@ -273,14 +273,11 @@ impl Play {
         }
         let hidden = self.pool.take(rows * d * compute); // final norm
 
-        // head_loss computes value and adjoint at once, in blocks of positions.
-        let x32 = self.cast(rows * d, compute, F32);
-        let weight = self.cast(v * d, compute, F32);
+        // head_loss computes value and adjoint at once.
         let dx = self.pool.take(rows * d * F32);
-        let block = ((8 << 20) / v).max(16).min(rows);
-        let logits = self.pool.take(block * v * F32);
+        self.head();
         let dy = self.round(dx, rows * d);
-        self.pool.give([logits].into_iter().chain(weight).chain(x32).chain([hidden]));
+        self.pool.give([hidden]);
         let held = self.pool.live;
 
         let mut cotangent = self.pool.take(rows * d * residual); // final norm
@@ -291,6 +288,30 @@ impl Play {
         let dy = self.cast(rows * d, residual, F32); // embedding
         self.pool.give(dy.into_iter().chain([cotangent]));
         held
+    }
+
+    /// The loss of one batch, for an evaluation.
+    fn inference(&mut self) {
+        let Self { rows, d, compute, residual, .. } = *self;
+        let mut x = self.pool.take(rows * d * residual); // embedding
+        for _ in 0..self.layers {
+            let (out, _) = self.layer(false);
+            self.pool.give([x]);
+            x = out;
+        }
+        let hidden = self.pool.take(rows * d * compute); // final norm
+        self.head();
+        self.pool.give([x, hidden]);
+    }
+
+    /// What head_loss needs for a moment: the logits of a block of positions, and fp32 copies of its operands.
+    fn head(&mut self) {
+        let Self { rows, d, v, compute, .. } = *self;
+        let x32 = self.cast(rows * d, compute, F32);
+        let weight = self.cast(v * d, compute, F32);
+        let block = ((8 << 20) / v).max(16).min(rows);
+        let logits = self.pool.take(block * v * F32);
+        self.pool.give([logits].into_iter().chain(weight).chain(x32));
     }
 
     /// One layer: its output and what the ops save. The last of what is saved, the layer's input, is the caller's.
@@ -444,7 +465,7 @@ mod tests {
 
     fn demand(config: &ModelConfig) -> Demand<'_> {
         let checkpointing = Checkpointing::None;
-        Demand { config, batch: 3, length: 64, dtype: DType::F32, checkpointing, threads: 2 }
+        Demand { config, batch: 3, length: 64, dtype: DType::F32, checkpointing, threads: 2, evaluation: &[] }
     }
 
     /// The table of docs/guide.md.
@@ -468,6 +489,16 @@ mod tests {
                 assert_eq!(seven - three, 4 * layer as u64, "{dtype:?}, {checkpointing:?}");
             }
         }
+    }
+
+    #[test]
+    fn only_batches_of_another_size_add_to_the_memory() {
+        let config = ModelConfig::preset("tiny").unwrap();
+        let peak = |evaluation: &[(usize, usize)]| {
+            Memory::predict(&Demand { evaluation, ..demand(&config) }).transient
+        };
+        assert_eq!(peak(&[(3, 64)]), peak(&[]));
+        assert!(peak(&[(3, 64), (2, 64)]) > peak(&[]));
     }
 
     #[test]
@@ -508,10 +539,10 @@ mod tests {
 
     #[cfg(target_os = "linux")]
     #[test]
-    fn linux_says_what_is_used_and_free() {
-        assert!(peak_resident().unwrap() > 1 << 20);
+    fn linux_says_what_is_used() {
+        assert!(peak_resident().unwrap() >= status("VmRSS").unwrap());
         assert!(available().unwrap() > 1 << 20);
-        assert_eq!(kibibytes("/proc/meminfo", "Mem"), None);
+        assert_eq!(status("Vm"), None);
     }
 
     #[test]

@@ -118,6 +118,7 @@ pub fn train(run: &Run) -> Result<Outcome, Error> {
         dtype: run.args.dtype.compute(),
         checkpointing: run.args.activation_checkpointing.into(),
         threads: backend.threads(),
+        evaluation: &held_out.as_ref().map_or_else(Vec::new, HeldOut::shapes),
     });
     if let Some(warning) = memory.check(run.args.ignore_memory_limit)? {
         say(format_args!("warning: {warning}"));
