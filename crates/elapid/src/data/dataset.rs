@@ -116,6 +116,18 @@ impl Dataset {
             })?;
             data.read_file(&dir.join(name))?;
         }
+        if let Some(card) = &data.card
+            && card.tokens != (data.len * data.seq_len) as u64
+        {
+            return Err(Error::new(format!(
+                "{} holds {} rows of {} tokens, but {CARD} says {} tokens",
+                dir.display(),
+                data.len,
+                data.seq_len,
+                card.tokens
+            ))
+            .with_hint("a file is cut off or from elsewhere; copy or write the dataset again"));
+        }
         if data.len == 0 {
             return Err(Error::new(format!("{} holds no rows", dir.display()))
                 .with_hint("tokenize more text, or with a shorter --seq-len"));
@@ -157,7 +169,13 @@ impl Dataset {
         for column in [Some(&ids), labels.as_ref()].into_iter().flatten() {
             check_type(column.data_type()).map_err(|e| e.at(path.display()))?;
             for row in 0..batch.num_rows() {
-                let length = list_row(column, row).len();
+                let items = list_row(column, row);
+                if items.null_count() > 0 {
+                    let row = self.len + row;
+                    return Err(Error::new(format!("{}: row {row} holds a null", path.display()))
+                        .with_hint("every item is a token id, or in labels -100 where it does not count"));
+                }
+                let length = items.len();
                 if self.len + row == 0 && self.seq_len == 0 {
                     self.seq_len = length;
                 }

@@ -75,6 +75,7 @@ pub fn cpu(threads: Option<usize>) -> Result<CpuBackend, Error> {
 pub fn train(run: &Run) -> Result<Outcome, Error> {
     let data = open_data(run)?;
     check_memory(run, &data)?;
+    let tokenizer = load_tokenizer(run, &data)?;
     let folder = RunFolder::create(&run.output_dir)?;
     let backend = cpu(run.args.threads)?;
     let model = build_model(run, &data, &backend)?;
@@ -82,7 +83,7 @@ pub fn train(run: &Run) -> Result<Outcome, Error> {
     start::print(run, &data, &model, &backend, peak);
     let settings = toml::to_string(&run.args).map_err(|cause| Error::new(format!("run.toml: {cause}")))?;
     folder.write("run.toml", &settings)?;
-    Session::new(run, &data, &folder, &backend, model, peak)?.train()
+    Session::new(run, &data, tokenizer, &folder, &backend, model, peak)?.train()
 }
 
 /// Opens the dataset and checks it against the model.
@@ -101,6 +102,13 @@ fn open_data(run: &Run) -> Result<Dataset, Error> {
     }
     data.check_vocab(run.config.vocab_size)?;
     Ok(data)
+}
+
+/// What will be exported with the model. Loaded before the first step, so that a damaged one is not found after the last.
+fn load_tokenizer(run: &Run, data: &Dataset) -> Result<Option<Tokenizer>, Error> {
+    let init_from = run.args.init_from.clone().filter(|dir| dir.join("tokenizer.json").exists());
+    let dir = data.tokenizer().or(init_from);
+    dir.map(|dir| Tokenizer::load(&dir.display().to_string())).transpose()
 }
 
 /// A lower bound of what training takes: masters, gradients and both moments in fp32, the bf16 copy, and of each layer
@@ -174,6 +182,7 @@ impl<'a> Session<'a> {
     fn new(
         run: &'a Run,
         data: &'a Dataset,
+        tokenizer: Option<Tokenizer>,
         folder: &RunFolder,
         backend: &'a CpuBackend,
         model: Mamba2ForCausalLM<CpuBackend>,
@@ -188,12 +197,6 @@ impl<'a> Session<'a> {
             rank: 0,
             accum: args.grad_accum_usteps,
             shuffle: args.shuffle.then_some(args.seed),
-        };
-        // Loaded now: a damaged one is not to be found after the last step.
-        let init_from = args.init_from.clone().filter(|dir| dir.join("tokenizer.json").exists());
-        let tokenizer = match data.tokenizer().or(init_from) {
-            Some(dir) => Some(Tokenizer::load(&dir.display().to_string())?),
-            None => None,
         };
         let outcome = Outcome {
             first_loss: f64::NAN,
