@@ -3,10 +3,12 @@
 //! Arrow stream files, listed in `state.json`, with the columns `input_ids` and `labels`; reading maps them into
 //! memory. Beside them Elapid keeps `dataset_card.json` and the tokenizer.
 
+use std::cell::Cell;
 use std::fs::{self, File};
+use std::panic::{self, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 
 use arrow_array::cast::AsArray;
 use arrow_array::types::{
@@ -29,6 +31,9 @@ pub(super) const STATE: &str = "state.json";
 pub(super) const CARD: &str = "dataset_card.json";
 const DICT: &str = "dataset_dict.json";
 const TOKENIZER: &str = "tokenizer";
+
+/// Ends every Arrow stream: a continuation mark and the length 0 (Arrow's columnar format, "IPC Streaming Format").
+const END_OF_STREAM: &[u8] = &[0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0];
 
 /// Facts about a dataset, in `dataset_card.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -149,8 +154,13 @@ impl Dataset {
         // SAFETY: the pointer and length are those of the mapping, which the buffer keeps alive.
         let mut bytes = unsafe { Buffer::from_custom_allocation(start, map.len(), map.clone()) };
         let mut decoder = StreamDecoder::new();
+        if !map.ends_with(END_OF_STREAM) {
+            return Err(damaged("the end of the stream is missing".into()));
+        }
         while !bytes.is_empty() {
-            match decoder.decode(&mut bytes).map_err(|cause| damaged(cause.to_string()))? {
+            let batch = quietly(|| decoder.decode(&mut bytes))
+                .map_err(|()| damaged("sizes and places in it contradict each other".into()))?;
+            match batch.map_err(|cause| damaged(cause.to_string()))? {
                 Some(batch) => self.add(path, &batch)?,
                 None => break,
             }
@@ -261,6 +271,29 @@ impl Dataset {
         };
         Ok(Sample { input_ids, labels })
     }
+}
+
+thread_local! {
+    static QUIET: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs `decode`, with () for a panic in it, of which nothing is printed. `arrow-ipc` (60.1) takes the places of buffers
+/// from the file without a check and panics where they lie outside of it.
+fn quietly<T>(decode: impl FnOnce() -> T) -> Result<T, ()> {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let usual = panic::take_hook();
+        panic::set_hook(Box::new(move |info| {
+            if !QUIET.get() {
+                usual(info);
+            }
+        }));
+    });
+    QUIET.set(true);
+    // What `decode` had in hand is given up with it: the caller ends with an error.
+    let result = panic::catch_unwind(AssertUnwindSafe(decode));
+    QUIET.set(false);
+    result.map_err(|_| ())
 }
 
 fn read(path: &Path) -> Result<String, Error> {
