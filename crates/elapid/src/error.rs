@@ -71,7 +71,8 @@ pub(crate) fn say(line: impl std::fmt::Display) {
 
 /// The candidate most like `name`, where one is like it at all.
 pub(crate) fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    let likeness = |candidate: &str| strsim::jaro_winkler(&name.to_lowercase(), &candidate.to_lowercase());
+    let name = name.to_lowercase().replace('_', "-");
+    let likeness = |candidate: &str| strsim::jaro_winkler(&name, &candidate.to_lowercase());
     candidates
         .into_iter()
         .map(|candidate| (candidate, likeness(candidate)))

@@ -30,6 +30,9 @@ pub const PREFIXES: [&str; 3] = ["model", "m", "v"];
 const MANIFEST: &str = "manifest.json";
 const CONFIG: &str = "config.json";
 
+/// Extents and values, row-major.
+pub type HostTensor = (Vec<usize>, Vec<f32>);
+
 /// A checkpoint on disk, found whole.
 #[derive(Debug)]
 pub struct Checkpoint {
@@ -145,7 +148,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// A file that cannot be read.
-    pub fn tensor(&self, name: &str) -> Result<Option<(Vec<usize>, Vec<f32>)>, Error> {
+    pub fn tensor(&self, name: &str) -> Result<Option<HostTensor>, Error> {
         let Some(tensor) = self.manifest.tensors.get(name) else { return Ok(None) };
         let mut values = vec![0.0; tensor.shape.iter().product()];
         for piece in &tensor.pieces {

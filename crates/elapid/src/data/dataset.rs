@@ -3,10 +3,12 @@
 //! Arrow stream files, listed in `state.json`, with the columns `input_ids` and, optionally, `labels` and
 //! `document_ids`; reading maps them into memory. Beside them Elapid keeps `dataset_card.json` and the tokenizer.
 
+use std::cell::Cell;
 use std::fs::{self, File};
+use std::panic::{self, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 
 use arrow_array::cast::AsArray;
 use arrow_array::types::{
@@ -29,6 +31,9 @@ pub(super) const STATE: &str = "state.json";
 pub(super) const CARD: &str = "dataset_card.json";
 const DICT: &str = "dataset_dict.json";
 const TOKENIZER: &str = "tokenizer";
+
+/// Ends every Arrow stream: a continuation mark and the length 0 (Arrow's columnar format, "IPC Streaming Format").
+const END_OF_STREAM: &[u8] = &[0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0];
 
 /// Facts about a dataset, in `dataset_card.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -140,6 +145,18 @@ impl Dataset {
             })?;
             data.read_file(&dir.join(name))?;
         }
+        if let Some(card) = &data.card
+            && card.tokens != (data.len * data.seq_len) as u64
+        {
+            return Err(Error::new(format!(
+                "{} holds {} rows of {} tokens, but {CARD} says {} tokens",
+                dir.display(),
+                data.len,
+                data.seq_len,
+                card.tokens
+            ))
+            .with_hint("a file is cut off or from elsewhere; copy or write the dataset again"));
+        }
         if data.len == 0 {
             return Err(Error::new(format!("{} holds no rows", dir.display()))
                 .with_hint("tokenize more text, or with a shorter --seq-len"));
@@ -161,8 +178,13 @@ impl Dataset {
         // SAFETY: the pointer and length are those of the mapping, which the buffer keeps alive.
         let mut bytes = unsafe { Buffer::from_custom_allocation(start, map.len(), map.clone()) };
         let mut decoder = StreamDecoder::new();
+        if !map.ends_with(END_OF_STREAM) {
+            return Err(damaged("the end of the stream is missing".into()));
+        }
         while !bytes.is_empty() {
-            match decoder.decode(&mut bytes).map_err(|cause| damaged(cause.to_string()))? {
+            let batch = quietly(|| decoder.decode(&mut bytes))
+                .map_err(|()| damaged("sizes and places in it contradict each other".into()))?;
+            match batch.map_err(|cause| damaged(cause.to_string()))? {
                 Some(batch) => self.add(path, &batch)?,
                 None => break,
             }
@@ -189,7 +211,13 @@ impl Dataset {
         for column in [Some(&ids), labels.as_ref(), documents.as_ref()].into_iter().flatten() {
             check_type(column.data_type()).map_err(|e| e.at(path.display()))?;
             for row in 0..batch.num_rows() {
-                let length = list_row(column, row).len();
+                let items = list_row(column, row);
+                if items.null_count() > 0 {
+                    let row = self.len + row;
+                    return Err(Error::new(format!("{}: row {row} holds a null", path.display()))
+                        .with_hint("every item is a token id, or in labels -100 where it does not count"));
+                }
+                let length = items.len();
                 if self.len + row == 0 && self.seq_len == 0 {
                     self.seq_len = length;
                 }
@@ -323,6 +351,29 @@ impl Dataset {
     pub fn knows_documents(&self) -> bool {
         self.batches.first().is_some_and(|batch| batch.documents.is_some())
     }
+}
+
+thread_local! {
+    static QUIET: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs `decode`, with () for a panic in it, of which nothing is printed. `arrow-ipc` (60.1) takes the places of buffers
+/// from the file without a check and panics where they lie outside of it.
+fn quietly<T>(decode: impl FnOnce() -> T) -> Result<T, ()> {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let usual = panic::take_hook();
+        panic::set_hook(Box::new(move |info| {
+            if !QUIET.get() {
+                usual(info);
+            }
+        }));
+    });
+    QUIET.set(true);
+    // What `decode` had in hand is given up with it: the caller ends with an error.
+    let result = panic::catch_unwind(AssertUnwindSafe(decode));
+    QUIET.set(false);
+    result.map_err(|_| ())
 }
 
 fn read(path: &Path) -> Result<String, Error> {
