@@ -101,6 +101,7 @@ pub fn cpu(threads: Option<usize>) -> Result<CpuBackend, Error> {
 /// before it reaches the parameters; a signal, after a checkpoint ([`Error::signal`]).
 pub fn train(run: &Run) -> Result<Outcome, Error> {
     let data = open_data(run)?;
+    let tokenizer = open_tokenizer(run, &data)?;
     let held_out = HeldOut::open(run, &data)?;
     let blocks = held_out.as_ref().map_or(data.len(), HeldOut::training_blocks);
     if run.args.carry_state && blocks < run.args.batch {
@@ -140,7 +141,7 @@ pub fn train(run: &Run) -> Result<Outcome, Error> {
     folder.write("run.toml", &settings)?;
     let held_out = held_out.as_ref();
     let mut session =
-        Session::new(run, &data, held_out, &folder, &store, &backend, model, from.as_ref(), peak)?;
+        Session::new(run, &data, held_out, &folder, &store, &backend, model, tokenizer, from.as_ref(), peak)?;
     session.outcome.predicted_memory = memory.total();
     session.train()
 }
@@ -161,6 +162,13 @@ fn open_data(run: &Run) -> Result<Dataset, Error> {
     }
     data.check_vocab(run.config.vocab_size)?;
     Ok(data)
+}
+
+/// The tokenizer that is exported with the model: the dataset's, or that of the weights to start from. Loaded before the
+/// run folder is made: a damaged one is not to be found after the last step.
+fn open_tokenizer(run: &Run, data: &Dataset) -> Result<Option<Tokenizer>, Error> {
+    let init_from = run.args.init_from.clone().filter(|dir| dir.join("tokenizer.json").exists());
+    data.tokenizer().or(init_from).map(|dir| Tokenizer::load(&dir.display().to_string())).transpose()
 }
 
 /// The model of a new run, or a model of zeros of the same configuration for a run that goes on.
@@ -230,6 +238,7 @@ impl<'a> Session<'a> {
         store: &'a Store,
         backend: &'a CpuBackend,
         model: Mamba2ForCausalLM<CpuBackend>,
+        tokenizer: Option<Tokenizer>,
         from: Option<&Checkpoint>,
         peak: f64,
     ) -> Result<Self, Error> {
@@ -251,12 +260,6 @@ impl<'a> Session<'a> {
             rank: 0,
             accum: args.grad_accum_usteps,
             order,
-        };
-        // Loaded now: a damaged one is not to be found after the last step.
-        let init_from = args.init_from.clone().filter(|dir| dir.join("tokenizer.json").exists());
-        let tokenizer = match data.tokenizer().or(init_from) {
-            Some(dir) => Some(Tokenizer::load(&dir.display().to_string())?),
-            None => None,
         };
         let mut done = 0;
         let mut outcome = Outcome::new(run.output_dir.join("hf"));
