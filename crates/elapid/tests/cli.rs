@@ -258,7 +258,7 @@ fn quickstart_goes_all_the_way_on_text_of_ones_own() {
     let room = Room::new();
     room.write("mine.txt", &"All is well that ends well. ".repeat(200));
     let said = room.ok("quickstart --text mine.txt --max-steps 2 --output-dir q");
-    for part in ["1. tokens", "2. training", "held-out", "3. a sample", "Next:"] {
+    for part in ["1. tokens", "2. training", "evaluation: loss", "3. a sample", "Next:"] {
         assert!(said.contains(part), "no {part}:\n{said}");
     }
     assert_eq!(room.losses("q/train").len(), 2);
