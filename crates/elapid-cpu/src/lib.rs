@@ -192,6 +192,23 @@ impl CpuBackend {
         Tensor::new(block, shape, DType::F32)
     }
 
+    /// Sums `values` with those of the neighbouring tensor-parallel ranks: `ranks` of them together, from a multiple of
+    /// that number on.
+    fn sum_over_neighbours(&self, values: &mut [f32], ranks: usize) {
+        let tp = &self.groups.tp;
+        if ranks == tp.size() {
+            tp.all_reduce(FloatsMut::F32(values), Reduce::Sum);
+            return;
+        }
+        // One sum over all ranks, in which each fills in the place of its own neighbourhood.
+        let mut all = vec![0.0; tp.size() / ranks * values.len()];
+        let own = tp.rank() / ranks * values.len();
+        let own = own..own + values.len();
+        all[own.clone()].copy_from_slice(values);
+        tp.all_reduce(FloatsMut::F32(&mut all), Reduce::Sum);
+        values.copy_from_slice(&all[own]);
+    }
+
     /// Σ over rows of `x` `[rows, width]`.
     fn sum_rows(&self, x: &[f32], width: usize) -> Vec<f32> {
         const COLUMNS: usize = 64;
@@ -312,6 +329,41 @@ impl Backend for CpuBackend {
         linear::adjoint(self, x, weight, dy, d_weight, d_bias)
     }
 
+    fn add_bias(&self, x: &Tensor, bias: &Tensor) -> Tensor {
+        let width = x.last();
+        assert_eq!(bias.shape(), [width]);
+        self.build(x.shape(), x.dtype(), width, |row, out, scratch| {
+            x.floats().load(row * width, out);
+            let bias = bias.floats().row(0, scratch);
+            out.iter_mut().zip(bias).for_each(|(o, b)| *o += b);
+        })
+    }
+
+    fn add_bias_adjoint(&self, dy: &Tensor, d_bias: Sink<'_, Self>) {
+        let dy = self.cast_to(dy, DType::F32);
+        let sums = self.sum_rows(dy.f32(), dy.last());
+        d_bias.buffer.slot_mut(d_bias.slot).iter_mut().zip(&sums).for_each(|(g, s)| *g += s);
+    }
+
+    fn resize(&self, x: &Tensor, len: usize) -> Tensor {
+        let mut shape = x.shape().to_vec();
+        let old = std::mem::replace(&mut shape[1], len);
+        if old == len {
+            return x.clone();
+        }
+        let width = shape[2..].iter().product::<usize>();
+        // Rows of a sequence are the last axis here, whatever they are made of.
+        let rows = self.build(&[shape[0] * len, width], x.dtype(), 0, |row, out, _| {
+            let (b, l) = (row / len, row % len);
+            if l < old {
+                x.floats().load((b * old + l) * width, out);
+            } else {
+                out.fill(0.0);
+            }
+        });
+        rows.reshaped(&shape)
+    }
+
     fn add(&self, a: &Tensor, b: &Tensor) -> Tensor {
         assert_eq!(a.shape(), b.shape());
         let width = a.last();
@@ -354,8 +406,8 @@ impl Backend for CpuBackend {
         mamba2::adjoint(self, spec, inputs, weights, saved, dy, d_state, grads, sinks)
     }
 
-    fn head_loss(&self, x: &Tensor, weight: &Tensor, labels: &Tensor) -> Tensor {
-        head::forward(self, x, weight, labels)
+    fn head_loss(&self, x: &Tensor, weight: &Tensor, labels: &Tensor, vocab: usize) -> Tensor {
+        head::forward(self, x, weight, labels, vocab)
     }
 
     fn head_loss_adjoint(
@@ -363,9 +415,10 @@ impl Backend for CpuBackend {
         x: &Tensor,
         weight: &Tensor,
         labels: &Tensor,
+        vocab: usize,
         d_weight: Sink<'_, Self>,
     ) -> (Tensor, Tensor) {
-        head::adjoint(self, x, weight, labels, d_weight)
+        head::adjoint(self, x, weight, labels, vocab, d_weight)
     }
 
     fn logits(&self, x: &Tensor, weight: &Tensor) -> Tensor {

@@ -36,6 +36,12 @@ impl Tensor {
         self.shape.iter().product()
     }
 
+    /// The same numbers with other extents.
+    pub(crate) fn reshaped(self, shape: &[usize]) -> Self {
+        assert_eq!(self.len(), shape.iter().product::<usize>());
+        Self { shape: shape.to_vec(), ..self }
+    }
+
     /// Extent of the last axis; 1 for a scalar.
     pub(crate) fn last(&self) -> usize {
         self.shape.last().copied().unwrap_or(1)

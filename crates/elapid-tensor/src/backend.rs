@@ -30,7 +30,7 @@ pub enum NormGroup {
     Across,
 }
 
-/// The constants of the `mamba2` op.
+/// The constants of the `mamba2` op. Where tensor-parallel ranks share a model, heads and groups are those of one rank.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Mamba2Spec {
     /// H.
@@ -49,6 +49,9 @@ pub struct Mamba2Spec {
     pub dt_limit: (f32, f32),
     /// Width of the gated norm's mean.
     pub norm: NormGroup,
+    /// So many neighbouring tensor-parallel ranks share each mean of the gated norm, the first of them at a multiple of
+    /// that number; 1: each mean is a rank's own.
+    pub norm_ranks: usize,
     /// Added to the mean square of the gated norm.
     pub norm_eps: f32,
 }
@@ -69,7 +72,7 @@ impl Mamba2Spec {
         self.inner() + self.conv_channels() + self.heads
     }
 
-    /// Channels that share one mean of the gated norm.
+    /// Channels of this rank that share one mean of the gated norm.
     pub fn norm_width(&self) -> usize {
         match self.norm {
             NormGroup::PerGroup => self.inner() / self.groups,
@@ -233,10 +236,12 @@ pub trait Backend: Sized + Sync + 'static {
 
     // --- ops ---
 
-    /// Rows of `table` `[V, D]` at `ids` `[B, L]`: `[B, L, D]` in `out` dtype.
+    /// Rows of `table` `[V, D]` at `ids` `[B, L]`: `[B, L, D]` in `out` dtype. Where tensor-parallel ranks share the
+    /// vocabulary, rank r holds the rows from r·V on, and a token of another rank gives zeros.
     fn embedding(&self, table: &Self::Tensor, ids: &Self::Tensor, out: DType) -> Self::Tensor;
 
-    /// Adds the rows of `dy` `[B, L, D]` to the rows `ids` of the table's gradient `[V, D]`.
+    /// Adds the rows of `dy` `[B, L, D]` to the rows `ids` of the table's gradient `[V, D]`, as far as they are this
+    /// rank's.
     fn embedding_adjoint(&self, ids: &Self::Tensor, dy: &Self::Tensor, d_table: Sink<'_, Self>);
 
     /// `x / sqrt(mean(x²) + eps) · weight` over the last axis D, in `out` dtype; the mean in fp32.
@@ -264,6 +269,16 @@ pub trait Backend: Sized + Sync + 'static {
         d_weight: Sink<'_, Self>,
         d_bias: Option<&Slot>,
     ) -> Self::Tensor;
+
+    /// `x [.., O] + bias [O]` in the dtype of `x`.
+    fn add_bias(&self, x: &Self::Tensor, bias: &Self::Tensor) -> Self::Tensor;
+
+    /// Adds the sum of the rows of `dy` to the gradient of the bias. The cotangent of `x` is `dy` itself.
+    fn add_bias_adjoint(&self, dy: &Self::Tensor, d_bias: Sink<'_, Self>);
+
+    /// `x [B, L, ..]` with axis 1 made `len` long: cut off at its end, or filled up with zeros there. The adjoint is the
+    /// same op with the old length.
+    fn resize(&self, x: &Self::Tensor, len: usize) -> Self::Tensor;
 
     /// `a + b` in the dtype of `a`. Its adjoint is [`Backend::cast`] to either side.
     fn add(&self, a: &Self::Tensor, b: &Self::Tensor) -> Self::Tensor;
@@ -303,15 +318,26 @@ pub trait Backend: Sized + Sync + 'static {
     /// Sum over positions of the cross entropy of `softmax(x · weightᵀ)` against `labels`, fp32, shape `[]`.
     /// `x` `[B, L, D]`, `weight` `[V, D]`, `labels` `[B, L]` with [`IGNORE_LABEL`] where there is none.
     /// Works in blocks of positions: the `[B, L, V]` logits never exist at once.
-    fn head_loss(&self, x: &Self::Tensor, weight: &Self::Tensor, labels: &Self::Tensor) -> Self::Tensor;
+    ///
+    /// Where tensor-parallel ranks share the vocabulary, rank r holds the rows from r·V on, and the softmax is over the
+    /// first `vocab` tokens of all ranks together: rows beyond are padding (trap T11). Every rank gets the same loss.
+    fn head_loss(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Tensor,
+        labels: &Self::Tensor,
+        vocab: usize,
+    ) -> Self::Tensor;
 
     /// [`Backend::head_loss`] and its adjoint in one pass over the blocks: (loss, cotangent of `x`). The loss is the
-    /// end of every training graph, so its own cotangent is 1; adds to the gradient of `weight`.
+    /// end of every training graph, so its own cotangent is 1; adds to the gradient of `weight`. The cotangent of `x` is
+    /// the share of this rank's rows.
     fn head_loss_adjoint(
         &self,
         x: &Self::Tensor,
         weight: &Self::Tensor,
         labels: &Self::Tensor,
+        vocab: usize,
         d_weight: Sink<'_, Self>,
     ) -> (Self::Tensor, Self::Tensor);
 

@@ -4,7 +4,7 @@
 //! gradients added to the buffer as their op's adjoint runs. An inference tape runs the same model code and
 //! remembers nothing.
 
-use crate::backend::{Backend, DType, Mamba2Inputs, Mamba2Spec, Mamba2Weights, Sink, State};
+use crate::backend::{Backend, DType, Group, Mamba2Inputs, Mamba2Spec, Mamba2Weights, Sink, State};
 use crate::flat::Slot;
 
 /// A parameter: its value in compute dtype and the place of its gradient.
@@ -174,6 +174,76 @@ impl<'a, B: Backend> Tape<'a, B> {
         })
     }
 
+    /// See [`Backend::add_bias`].
+    pub fn add_bias(&mut self, x: &Var<B::Tensor>, bias: &Weight<B::Tensor>) -> Var<B::Tensor> {
+        let value = self.backend.add_bias(&x.value, &bias.value);
+        let (id, slot) = (x.id, bias.slot.clone());
+        self.record(value, move |pass, dy| {
+            let backend = pass.backend;
+            backend.add_bias_adjoint(&dy, pass.sink(&slot));
+            pass.give(id, dy);
+        })
+    }
+
+    /// An op with one input and no parameter.
+    fn unary(
+        &mut self,
+        x: &Var<B::Tensor>,
+        op: impl FnOnce(&B, &B::Tensor) -> B::Tensor,
+        adjoint: impl FnOnce(&B, B::Tensor) -> B::Tensor + 'a,
+    ) -> Var<B::Tensor> {
+        let (value, id) = (op(self.backend, &x.value), x.id);
+        self.record(value, move |pass, dy| {
+            let dx = adjoint(pass.backend, dy);
+            pass.give(id, dx);
+        })
+    }
+
+    /// True where this rank has no tensor-parallel neighbours, and `x` stands for what an op among them would give.
+    fn alone(&self) -> bool {
+        self.backend.group_size(Group::Tp) == 1
+    }
+
+    /// `x`, which is the same on all tensor-parallel ranks, where each goes on with it in its own way: the cotangents
+    /// are summed. Conjugate of [`Self::reduce_from_tp`].
+    pub fn copy_to_tp(&mut self, x: &Var<B::Tensor>) -> Var<B::Tensor> {
+        if self.alone() {
+            return x.clone();
+        }
+        self.unary(x, |_, x| x.clone(), |backend, dy| backend.all_reduce(&dy, Group::Tp))
+    }
+
+    /// The sum of `x` over the tensor-parallel ranks, which go on with it in the same way.
+    pub fn reduce_from_tp(&mut self, x: &Var<B::Tensor>) -> Var<B::Tensor> {
+        if self.alone() {
+            return x.clone();
+        }
+        self.unary(x, |backend, x| backend.all_reduce(x, Group::Tp), |_, dy| dy)
+    }
+
+    /// `[B, L, ..]` from the parts `[B, ⌈L / ranks⌉, ..]` of the sequence that the tensor-parallel ranks hold, of which
+    /// the last may be filled up (trap T17); each rank goes on with it in its own way. Conjugate of
+    /// [`Self::reduce_scatter_sequence`].
+    pub fn gather_sequence(&mut self, x: &Var<B::Tensor>, len: usize) -> Var<B::Tensor> {
+        if self.alone() {
+            return x.clone();
+        }
+        self.unary(x, move |backend, x| gather_sequence(backend, x, len), scatter_sequence)
+    }
+
+    /// This rank's part `[B, ⌈L / ranks⌉, ..]` of the sum of `x` `[B, L, ..]` over the tensor-parallel ranks.
+    pub fn reduce_scatter_sequence(&mut self, x: &Var<B::Tensor>) -> Var<B::Tensor> {
+        if self.alone() {
+            return x.clone();
+        }
+        let len = self.backend.shape(&x.value)[1];
+        self.unary(
+            x,
+            |backend, x| scatter_sequence(backend, x.clone()),
+            move |backend, dy| gather_sequence(backend, &dy, len),
+        )
+    }
+
     /// See [`Backend::add`].
     pub fn add(&mut self, a: &Var<B::Tensor>, b: &Var<B::Tensor>) -> Var<B::Tensor> {
         let value = self.backend.add(&a.value, &b.value);
@@ -249,12 +319,13 @@ impl<'a, B: Backend> Tape<'a, B> {
         x: &Var<B::Tensor>,
         weight: &Weight<B::Tensor>,
         labels: &B::Tensor,
+        vocab: usize,
     ) -> B::Tensor {
         let Some(grads) = self.grads.as_deref_mut() else {
-            return self.backend.head_loss(&x.value, &weight.value, labels);
+            return self.backend.head_loss(&x.value, &weight.value, labels, vocab);
         };
         let sink = Sink { buffer: grads, slot: &weight.slot };
-        let (loss, dx) = self.backend.head_loss_adjoint(&x.value, &weight.value, labels, sink);
+        let (loss, dx) = self.backend.head_loss_adjoint(&x.value, &weight.value, labels, vocab, sink);
         let id = x.id;
         self.adjoints.push(Box::new(move |pass| pass.give(id, dx)));
         loss
@@ -339,6 +410,15 @@ impl<'a, B: Backend> Tape<'a, B> {
     pub fn leaf(&mut self, value: B::Tensor) -> Var<B::Tensor> {
         self.variable(value)
     }
+}
+
+fn gather_sequence<B: Backend>(backend: &B, x: &B::Tensor, len: usize) -> B::Tensor {
+    backend.resize(&backend.all_gather(x, 1, Group::Tp), len)
+}
+
+fn scatter_sequence<B: Backend>(backend: &B, x: B::Tensor) -> B::Tensor {
+    let len = backend.shape(&x)[1].next_multiple_of(backend.group_size(Group::Tp));
+    backend.reduce_scatter(&backend.resize(&x, len), 1, Group::Tp)
 }
 
 fn zeros_like<B: Backend>(backend: &B, x: &B::Tensor) -> B::Tensor {

@@ -196,6 +196,28 @@ impl Backend for OracleBackend {
         x.like(dx)
     }
 
+    fn add_bias(&self, x: &OracleTensor, bias: &OracleTensor) -> OracleTensor {
+        x.like(x.values.iter().zip(bias.values.iter().cycle()).map(|(x, b)| x + b).collect())
+    }
+
+    fn add_bias_adjoint(&self, dy: &OracleTensor, d_bias: Sink<'_, Self>) {
+        let mut sums = vec![0.0; dy.width()];
+        dy.values.chunks(dy.width()).for_each(|row| super::add_scaled(&mut sums, 1.0, row));
+        d_bias.buffer.add(d_bias.slot, &sums);
+    }
+
+    fn resize(&self, x: &OracleTensor, len: usize) -> OracleTensor {
+        let mut shape = x.shape.clone();
+        let old = std::mem::replace(&mut shape[1], len);
+        let width: usize = shape[2..].iter().product();
+        let cut = |row: &[f64]| {
+            let mut row = row.to_vec();
+            row.resize(len * width, 0.0);
+            row
+        };
+        make(x.values.chunks(old * width).flat_map(cut).collect(), &shape, x.dtype)
+    }
+
     fn add(&self, a: &OracleTensor, b: &OracleTensor) -> OracleTensor {
         a.like(a.values.iter().zip(b.values.iter()).map(|(a, b)| a + b).collect())
     }
@@ -215,6 +237,7 @@ impl Backend for OracleBackend {
         weights: &Mamba2Weights<OracleTensor>,
         _save: bool,
     ) -> Mamba2Output<OracleTensor> {
+        assert_eq!(spec.norm_ranks, 1, "the oracle is one rank");
         let batch = inputs.projected.shape[0];
         let weights = weights.as_ref().map(|w| w.values.as_slice());
         let (y, last) = super::mamba2(spec, batch, &slices(inputs), &weights);
@@ -251,8 +274,15 @@ impl Backend for OracleBackend {
         }
     }
 
-    fn head_loss(&self, x: &OracleTensor, weight: &OracleTensor, labels: &OracleTensor) -> OracleTensor {
-        let loss = super::head_loss(&x.values, &weight.values, &labels.ids(), x.width());
+    fn head_loss(
+        &self,
+        x: &OracleTensor,
+        weight: &OracleTensor,
+        labels: &OracleTensor,
+        vocab: usize,
+    ) -> OracleTensor {
+        let width = x.width();
+        let loss = super::head_loss(&x.values, &weight.values[..vocab * width], &labels.ids(), width);
         make(vec![loss], &[], DType::F32)
     }
 
@@ -261,9 +291,13 @@ impl Backend for OracleBackend {
         x: &OracleTensor,
         weight: &OracleTensor,
         labels: &OracleTensor,
+        vocab: usize,
         d_weight: Sink<'_, Self>,
     ) -> (OracleTensor, OracleTensor) {
-        let (loss, dx, dw) = super::head_loss_adjoint(&x.values, &weight.values, &labels.ids(), x.width());
+        let width = x.width();
+        let (loss, dx, mut dw) =
+            super::head_loss_adjoint(&x.values, &weight.values[..vocab * width], &labels.ids(), width);
+        dw.resize(weight.values.len(), 0.0);
         d_weight.buffer.add(d_weight.slot, &dw);
         (make(vec![loss], &[], DType::F32), x.like(dx))
     }

@@ -22,7 +22,7 @@ mod update;
 
 pub use bits::bits;
 pub use mixer::mamba2;
-pub use ops::{add_and_cast, embedding, head_loss, linear, rms_norm};
+pub use ops::{add_and_cast, add_bias, embedding, head_loss, linear, resize, rms_norm};
 pub use update::{adamw, clip, flat_buffers};
 
 use crate::backend::Backend;
@@ -60,7 +60,9 @@ impl fmt::Display for Report {
 
 /// Every check of this suite.
 pub fn check_all<B: Backend>(backend: &B) -> Vec<Report> {
-    let checks = [flat_buffers, embedding, rms_norm, linear, add_and_cast, mamba2, head_loss, clip, adamw];
+    let checks = [
+        flat_buffers, embedding, rms_norm, linear, add_bias, resize, add_and_cast, mamba2, head_loss, clip, adamw,
+    ];
     checks.iter().flat_map(|check| check(backend)).collect()
 }
 

@@ -1,15 +1,17 @@
 //! The language model, written once, forward only, for every device.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::rc::Rc;
 
 use elapid_tensor::{
-    Backend, Checkpointing, DType, Mamba2Spec, Mamba2Weights, Slot, State, Tape, Var, Weight,
+    Backend, Checkpointing, DType, Group, Mamba2Weights, Slot, State, Tape, Var, Weight,
 };
 
 use super::init::{Init, initialise};
-use super::layout::Layout;
+use super::layout::{Layout, ParamInfo};
 use super::pretrained::{self, FileDType};
+use super::shard::{self, Share};
 use crate::Error;
 use crate::config::ModelConfig;
 use crate::memory;
@@ -25,6 +27,7 @@ pub struct Mamba2ForCausalLM<B: Backend> {
     masters: B::Buffer,
     /// The bf16 copy; None where the model computes in fp32.
     compute: Option<B::Buffer>,
+    sequence_parallel: bool,
 }
 
 /// Weights of one block.
@@ -37,13 +40,47 @@ struct Block<T> {
     out_proj_bias: Option<Weight<T>>,
 }
 
+/// Where the residual stream lies between the blocks: whole on every tensor-parallel rank, or with sequence parallelism
+/// each rank's part of the positions. On a single rank both ways are nothing.
+#[derive(Clone, Copy)]
+struct Span {
+    sequence_parallel: bool,
+    /// L.
+    length: usize,
+}
+
+impl Span {
+    /// From the residual stream to where the ranks work apart, each with weights of its own.
+    fn enter<B: Backend>(self, tape: &mut Tape<'_, B>, x: &Var<B::Tensor>) -> Var<B::Tensor> {
+        if self.sequence_parallel { tape.gather_sequence(x, self.length) } else { tape.copy_to_tp(x) }
+    }
+
+    /// From there back, where the sum of what the ranks found counts.
+    fn leave<B: Backend>(self, tape: &mut Tape<'_, B>, x: &Var<B::Tensor>) -> Var<B::Tensor> {
+        if self.sequence_parallel { tape.reduce_scatter_sequence(x) } else { tape.reduce_from_tp(x) }
+    }
+}
+
 impl<B: Backend> Mamba2ForCausalLM<B> {
-    /// A model of zeros, to be [loaded](Self::load).
+    /// A model of zeros, to be [loaded](Self::load): this rank's part of it, where the backend has tensor-parallel
+    /// neighbours ([`check_ranks`](super::shard::check_ranks) says how many a model can have).
     pub fn empty(backend: &B, config: &ModelConfig, dtype: DType) -> Self {
-        let layout = Layout::new(config);
+        let share = Share { ranks: backend.group_size(Group::Tp), rank: backend.group_rank(Group::Tp) };
+        let layout = Layout::sharded(config, share);
         let masters = backend.buffer(layout.flat, DType::F32);
         let compute = (dtype != DType::F32).then(|| backend.buffer(layout.flat, dtype));
-        Self { config: config.clone(), layout, dtype, masters, compute }
+        Self { config: config.clone(), layout, dtype, masters, compute, sequence_parallel: false }
+    }
+
+    /// The same model with the residual stream cut along the sequence, between the tensor-parallel ranks
+    /// (`--sequence-parallel-enabled`). On a single rank it changes nothing.
+    pub fn with_sequence_parallel(self, sequence_parallel: bool) -> Self {
+        Self { sequence_parallel, ..self }
+    }
+
+    /// Whether the residual stream is cut along the sequence.
+    pub fn sequence_parallel(&self) -> bool {
+        self.sequence_parallel
     }
 
     /// A model with fresh parameters, computing in `dtype` (F32 or Bf16).
@@ -84,12 +121,34 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
     }
 
     /// Writes a Hugging Face folder: `config.json`, `generation_config.json` and `model.safetensors`, in several files
-    /// and an index above 5 GB. No second copy of the model is made.
+    /// and an index above 5 GB. No second copy of the model is made. All tensor-parallel ranks call this together; the
+    /// first one writes, and gathers one tensor at a time.
     ///
     /// # Errors
     /// When the folder cannot be written.
     pub fn save_pretrained(&self, backend: &B, dir: &Path, disk: FileDType) -> Result<(), Error> {
-        let source = |slot: &Slot| self.parameter(backend, slot);
+        let places: BTreeMap<_, _> =
+            self.layout.iter().map(|(name, slot, info)| (name, (slot, info))).collect();
+        let gather = |(slot, info): &(Slot, &ParamInfo)| {
+            shard::gather(backend, &self.masters, &self.layout, slot, info)
+        };
+        let Share { ranks, rank } = self.layout.share;
+        if rank > 0 {
+            places.values().for_each(|place| drop(gather(place)));
+            return Ok(());
+        }
+        let mut gathered = (String::new(), Vec::new());
+        let source = |name: &str, first: usize, count: usize| {
+            let place = &places[name];
+            if ranks == 1 {
+                let offset = place.0.offset + first;
+                return self.parameter(backend, &Slot { row: place.0.row, offset, shape: vec![count] });
+            }
+            if gathered.0 != name {
+                gathered = (name.to_owned(), gather(place));
+            }
+            gathered.1[first..first + count].to_vec()
+        };
         pretrained::save(dir, &self.config, &self.layout, disk, pretrained::MAX_SHARD_SIZE, source)
     }
 
@@ -125,7 +184,7 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
         &mut self.masters
     }
 
-    /// One parameter, or a stretch of one, fp32, on the host.
+    /// One parameter, or a stretch of one, fp32, on the host: this rank's part.
     pub fn parameter(&self, backend: &B, slot: &Slot) -> Vec<f32> {
         backend.values(&backend.view(&self.masters, slot))
     }
@@ -183,10 +242,12 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
         let shared = self.layout.shared();
         let layers = self.layout.flat.layers;
         let blocks: Vec<_> = (0..layers).map(|layer| self.block(backend, layer)).collect();
-        let spec: Mamba2Spec = self.config.spec();
+        let spec = self.layout.spec;
+        let span = Span { sequence_parallel: self.sequence_parallel, length: backend.shape(ids)[1] };
         let documents = documents.cloned();
 
         let x = tape.embedding(&self.weight(backend, shared.embedding), ids, residual);
+        let x = span.leave(tape, &x);
         let x = tape.layers(
             layers,
             x,
@@ -195,6 +256,7 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
             Rc::new(move |tape, layer, x, before| {
                 let block = &blocks[layer];
                 let normed = tape.rms_norm(&x, &block.norm, eps, compute); // [B, L, D]
+                let normed = span.enter(tape, &normed);
                 let projected = tape.linear(&normed, &block.in_proj, block.in_proj_bias.as_ref()); // [B, L, E+C+H]
                 let before = before.map(|state| State {
                     conv: Var::constant(state.conv.clone()),
@@ -202,11 +264,16 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
                 });
                 let (y, after) =
                     tape.mamba2(&spec, &projected, documents.as_ref(), before.as_ref(), &block.mixer); // [B, L, E]
-                let out = tape.linear(&y, &block.out_proj, block.out_proj_bias.as_ref()); // [B, L, D]
+                let out = tape.linear(&y, &block.out_proj, None); // [B, L, D]
+                let mut out = span.leave(tape, &out);
+                if let Some(bias) = &block.out_proj_bias {
+                    out = tape.add_bias(&out, bias);
+                }
                 (tape.add(&x, &out), State { conv: after.conv.value, ssm: after.ssm.value })
             }),
         );
-        tape.rms_norm(&x, &self.fp32(backend, shared.norm_f), eps, compute)
+        let x = tape.rms_norm(&x, &self.fp32(backend, shared.norm_f), eps, compute);
+        span.enter(tape, &x)
     }
 
     /// Sum of token losses of `ids` `[B, L]` against `labels` `[B, L]`, where the label of a position is the token
@@ -223,14 +290,26 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
     ) -> B::Tensor {
         let hidden = self.hidden(tape, ids, documents, states, checkpointing);
         let head = self.head(tape.backend());
-        tape.head_loss(&hidden, &head, labels)
+        tape.head_loss(&hidden, &head, labels, self.config.vocab_size)
     }
 
     /// fp32 logits `[B, L, V]` of all positions, on the host. For checks; generation asks for one position.
     pub fn logits(&self, backend: &B, ids: &B::Tensor) -> Vec<f32> {
         let mut tape = Tape::inference(backend);
         let hidden = self.hidden(&mut tape, ids, None, None, Checkpointing::None);
-        backend.values(&backend.logits(&hidden.value, &self.head(backend).value))
+        self.project(backend, &hidden.value)
+    }
+
+    /// fp32 logits `[.., V]` of `hidden` `[.., D]`, on the host, from the vocabulary of all tensor-parallel ranks.
+    fn project(&self, backend: &B, hidden: &B::Tensor) -> Vec<f32> {
+        let own = backend.logits(hidden, &self.head(backend).value);
+        let logits = backend.all_gather(&own, backend.shape(&own).len() - 1, Group::Tp);
+        let (vocab, width) = (self.config.vocab_size, *backend.shape(&logits).last().expect("not a scalar"));
+        let values = backend.values(&logits);
+        if width == vocab {
+            return values;
+        }
+        values.chunks_exact(width).flat_map(|row| &row[..vocab]).copied().collect()
     }
 
     /// Reads `ids` `[B, L]` on from `states` (empty: from the start), leaves the new states there, and gives the fp32
@@ -251,6 +330,6 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
         let last: Vec<f32> =
             rows.chunks_exact(shape[1] * d).flat_map(|row| &row[row.len() - d..]).copied().collect();
         let last = backend.tensor(&last, &[shape[0], d], self.dtype);
-        backend.values(&backend.logits(&last, &self.head(backend).value))
+        self.project(backend, &last)
     }
 }
