@@ -3,6 +3,7 @@
 //! Results are the same bits with any number of threads (see `parallel`); the instruction set is chosen at run time
 //! (see [`Isa`]).
 
+pub mod comm;
 mod embedding;
 mod head;
 mod isa;
@@ -13,24 +14,27 @@ mod matmul;
 mod memory;
 mod norm;
 mod parallel;
+mod ranks;
 mod tensor;
 mod update;
 
 use std::sync::Arc;
 
 use elapid_tensor::{
-    AdamW, Backend, DType, FlatShape, Mamba2Grads, Mamba2Inputs, Mamba2Output, Mamba2Sinks, Mamba2Spec,
-    Mamba2Weights, Sink, Slot, State,
+    AdamW, Backend, Clipping, DType, FlatShape, Group, Mamba2Grads, Mamba2Inputs, Mamba2Output, Mamba2Sinks,
+    Mamba2Spec, Mamba2Weights, Row, Sink, Slot, State,
 };
 use half::bf16;
 
 pub use isa::Isa;
 pub use tensor::{Buffer, Tensor};
 
+use comm::{Communicator, Groups, Reduce};
 use memory::Pool;
 use parallel::{ROWS, Workers};
 
-/// How a [`CpuBackend`] works; none of it changes results but for the instruction set of matrix products.
+/// How a [`CpuBackend`] works. But for the instruction set of matrix products, none of what concerns one rank changes
+/// results.
 #[derive(Clone, Debug, Default)]
 pub struct CpuOptions {
     /// Worker threads; None: one a core.
@@ -39,6 +43,8 @@ pub struct CpuOptions {
     pub isa: Option<Isa>,
     /// Fill every piece of memory with NaN before it is used. For tests: finds reads of what was never written.
     pub poison: bool,
+    /// The ranks it works with.
+    pub groups: Groups,
 }
 
 /// Why a [`CpuBackend`] could not be made.
@@ -66,6 +72,7 @@ pub struct CpuBackend {
     workers: Workers,
     isa: Isa,
     pool: Arc<Pool>,
+    groups: Groups,
 }
 
 impl CpuBackend {
@@ -81,7 +88,7 @@ impl CpuBackend {
         let cores = || std::thread::available_parallelism().map_or(1, usize::from);
         let threads = options.threads.unwrap_or_else(cores).max(1);
         let workers = Workers::new(threads).map_err(CpuError::Threads)?;
-        Ok(Self { workers, isa, pool: Pool::new(options.poison) })
+        Ok(Self { workers, isa, pool: Pool::new(options.poison), groups: options.groups.clone() })
     }
 
     /// Number of worker threads.
@@ -114,6 +121,14 @@ impl CpuBackend {
             best = best.min(start.elapsed().as_secs_f64());
         }
         2.0 * (N * N * N) as f64 / best
+    }
+
+    /// The ranks of a group.
+    fn group(&self, group: Group) -> &Arc<dyn Communicator> {
+        match group {
+            Group::Tp => &self.groups.tp,
+            Group::Dp => &self.groups.dp,
+        }
     }
 
     /// A tensor made row by row: `f(row, output row, scratch of `scratch` numbers)`. Output rows are fp32 and hold
@@ -425,8 +440,45 @@ impl Backend for CpuBackend {
         linear::product(self, x, weight, None)
     }
 
-    fn clip(&self, grads: &Buffer, loss: &Tensor, scale: f32, max_norm: f32) -> Tensor {
-        update::clip(self, grads, loss, scale, max_norm)
+    fn group_size(&self, group: Group) -> usize {
+        self.group(group).size()
+    }
+
+    fn group_rank(&self, group: Group) -> usize {
+        self.group(group).rank()
+    }
+
+    fn all_reduce(&self, x: &Tensor, group: Group) -> Tensor {
+        ranks::all_reduce(self, x, Reduce::Sum, group)
+    }
+
+    fn all_reduce_max(&self, x: &Tensor, group: Group) -> Tensor {
+        assert_eq!(x.dtype(), DType::F32);
+        ranks::all_reduce(self, x, Reduce::Max, group)
+    }
+
+    fn all_gather(&self, x: &Tensor, axis: usize, group: Group) -> Tensor {
+        ranks::all_gather(self, x, axis, group)
+    }
+
+    fn reduce_scatter(&self, x: &Tensor, axis: usize, group: Group) -> Tensor {
+        ranks::reduce_scatter(self, x, axis, group)
+    }
+
+    fn all_reduce_slot(&self, buffer: &mut Buffer, slot: &Slot, group: Group) {
+        ranks::all_reduce_slot(self, buffer, slot, group);
+    }
+
+    fn reduce_scatter_row(&self, whole: &mut Buffer, row: Row, shard: &mut Buffer, group: Group) {
+        ranks::reduce_scatter_row(self, whole, row, shard, group);
+    }
+
+    fn all_gather_row(&self, shard: &Buffer, row: Row, whole: &mut Buffer, group: Group) {
+        ranks::all_gather_row(self, shard, row, whole, group);
+    }
+
+    fn clip(&self, grads: &Buffer, loss: &Tensor, clipping: &Clipping<'_>) -> Tensor {
+        update::clip(self, grads, loss, clipping)
     }
 
     fn adamw(

@@ -47,7 +47,7 @@ impl Tensor {
         self.shape.last().copied().unwrap_or(1)
     }
 
-    fn slice<T: Plain>(&self) -> &[T] {
+    pub(crate) fn slice<T: Plain>(&self) -> &[T] {
         &self.block.as_slice(self.offset + self.len())[self.offset..]
     }
 

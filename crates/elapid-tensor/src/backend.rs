@@ -5,7 +5,9 @@
 //! what earlier micro-steps left there. Nothing is read back to the host inside an op, so that a backend may
 //! record instead of computing.
 
-use crate::flat::{FlatShape, Slot};
+use std::ops::Range;
+
+use crate::flat::{FlatShape, Row, Slot};
 
 /// A label that takes no part in the loss.
 pub const IGNORE_LABEL: i32 = -100;
@@ -176,6 +178,35 @@ pub struct Sink<'a, B: Backend> {
     pub slot: &'a Slot,
 }
 
+/// Ranks that work together. Every rank belongs to one of each kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Group {
+    /// Ranks that share a batch and cut the parameters among themselves.
+    Tp,
+    /// Ranks that hold the same parameters and share the samples.
+    Dp,
+}
+
+/// How gradients become one norm, and what they are multiplied by.
+#[derive(Clone, Copy, Debug)]
+pub struct Clipping<'a> {
+    /// 1 / number of labels that count, over the whole global batch.
+    pub scale: f32,
+    /// The norm that the gradients keep to; 0 or less: any.
+    pub max_norm: f32,
+    /// Elements of the buffer that another rank counts: in order, without overlaps.
+    pub uncounted: &'a [Range<usize>],
+    /// The squares are summed over the ranks of these groups.
+    pub over: &'a [Group],
+}
+
+impl Clipping<'_> {
+    /// For a rank that holds all gradients.
+    pub fn alone(scale: f32, max_norm: f32) -> Self {
+        Self { scale, max_norm, uncounted: &[], over: &[] }
+    }
+}
+
 /// Host scalars of one AdamW update.
 #[derive(Clone, Copy, Debug)]
 pub struct AdamW {
@@ -344,12 +375,47 @@ pub trait Backend: Sized + Sync + 'static {
     /// fp32 logits `x [.., D] · weight [V, D]ᵀ`, for decoding.
     fn logits(&self, x: &Self::Tensor, weight: &Self::Tensor) -> Self::Tensor;
 
+    // --- ranks ---
+    // All ranks of a group call the same of these in the same order. Sums are in fp32 and in rank order: the same bits
+    // on every rank. In a group of one they give back what they are given.
+
+    /// Ranks in this rank's group.
+    fn group_size(&self, group: Group) -> usize;
+
+    /// This rank's number in its group, from 0.
+    fn group_rank(&self, group: Group) -> usize;
+
+    /// Σ of `x` over the ranks, in the dtype of `x`.
+    fn all_reduce(&self, x: &Self::Tensor, group: Group) -> Self::Tensor;
+
+    /// The largest of `x` over the ranks, by element. fp32.
+    fn all_reduce_max(&self, x: &Self::Tensor, group: Group) -> Self::Tensor;
+
+    /// The `x` of all ranks one after the other along `axis`, in rank order.
+    fn all_gather(&self, x: &Self::Tensor, axis: usize, group: Group) -> Self::Tensor;
+
+    /// This rank's part of Σ of `x` over the ranks, cut along `axis` into equal parts; the conjugate of
+    /// [`Backend::all_gather`].
+    fn reduce_scatter(&self, x: &Self::Tensor, axis: usize, group: Group) -> Self::Tensor;
+
+    /// Replaces what lies at `slot` by its sum over the ranks.
+    fn all_reduce_slot(&self, buffer: &mut Self::Buffer, slot: &Slot, group: Group);
+
+    /// Replaces a row of `shard` by this rank's part of Σ of that row of `whole` over the ranks. The rows of `whole`
+    /// are as many times longer as there are ranks. What the row of `whole` holds afterwards is not specified.
+    fn reduce_scatter_row(&self, whole: &mut Self::Buffer, row: Row, shard: &mut Self::Buffer, group: Group);
+
+    /// Replaces a row of `whole` by the ranks' rows of `shard`, rounded to the dtype of `whole`. The rows of `whole` may
+    /// be shorter than all ranks' together: then they hold the last elements, in fp32.
+    fn all_gather_row(&self, shard: &Self::Buffer, row: Row, whole: &mut Self::Buffer, group: Group);
+
     // --- the update ---
 
     /// From the accumulated gradients of the token-loss sum: `[norm, factor, finite]`, fp32. `norm` is the global
     /// norm of the gradients times `scale`; `factor` = scale · min(1, max_norm / (norm + 1e-6)), what a gradient is
-    /// multiplied by (`max_norm` ≤ 0: no clipping); `finite` is 1 where norm and `loss` are finite, else 0.
-    fn clip(&self, grads: &Self::Buffer, loss: &Self::Tensor, scale: f32, max_norm: f32) -> Self::Tensor;
+    /// multiplied by (`max_norm` ≤ 0: no clipping); `finite` is 1 where norm and `loss` are finite, else 0. The same on
+    /// all ranks of the groups that it sums over, if `loss` is.
+    fn clip(&self, grads: &Self::Buffer, loss: &Self::Tensor, clipping: &Clipping<'_>) -> Self::Tensor;
 
     /// One decoupled AdamW update of fp32 `params` and moments `m`, `v` with gradients `grads · clip.factor`; nothing
     /// changes where `clip.finite` is 0. Weight decay applies to the first `decayed` elements of each row

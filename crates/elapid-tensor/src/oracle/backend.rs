@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use super::Clip;
 use crate::backend::{
-    AdamW, Backend, DType, Mamba2Grads, Mamba2Inputs, Mamba2Output, Mamba2Sinks, Mamba2Spec, Mamba2Weights,
-    Sink, State,
+    AdamW, Backend, Clipping, DType, Group, Mamba2Grads, Mamba2Inputs, Mamba2Output, Mamba2Sinks, Mamba2Spec,
+    Mamba2Weights, Sink, State,
 };
-use crate::flat::{FlatShape, Slot};
+use crate::flat::{FlatShape, Row, Slot};
 
 /// Computes every op in f64 by its definition. F32 tensors and buffers are not rounded, Bf16 ones are.
 #[derive(Clone, Copy, Debug, Default)]
@@ -85,6 +85,14 @@ impl OracleBuffer {
         assert_eq!(range.len(), gradient.len(), "gradient of {slot:?}");
         super::add_scaled(&mut self.values[range], 1.0, gradient);
     }
+}
+
+/// Fills a row of `to` with the end of that row of `from`.
+fn copy_end(from: &OracleBuffer, row: Row, to: &mut OracleBuffer) {
+    let (from_row, to_row) = (from.shape.whole(row), to.shape.whole(row));
+    let source = &from.values[from.shape.range(&from_row)];
+    let end = source[from_row.len() - to_row.len()..].to_vec();
+    to.values.splice(to.shape.range(&to_row), rounded(end, to.dtype));
 }
 
 fn slices(inputs: &Mamba2Inputs<OracleTensor>) -> Mamba2Inputs<&[f64]> {
@@ -307,8 +315,45 @@ impl Backend for OracleBackend {
         make(logits, &x.shape_to(weight.shape[0]), DType::F32)
     }
 
-    fn clip(&self, grads: &OracleBuffer, loss: &OracleTensor, scale: f32, max_norm: f32) -> OracleTensor {
-        let clip = super::clip(&grads.values, loss.values[0], f64::from(scale), f64::from(max_norm));
+    fn group_size(&self, _: Group) -> usize {
+        1
+    }
+
+    fn group_rank(&self, _: Group) -> usize {
+        0
+    }
+
+    fn all_reduce(&self, x: &OracleTensor, _: Group) -> OracleTensor {
+        x.clone()
+    }
+
+    fn all_reduce_max(&self, x: &OracleTensor, _: Group) -> OracleTensor {
+        x.clone()
+    }
+
+    fn all_gather(&self, x: &OracleTensor, _: usize, _: Group) -> OracleTensor {
+        x.clone()
+    }
+
+    fn reduce_scatter(&self, x: &OracleTensor, _: usize, _: Group) -> OracleTensor {
+        x.clone()
+    }
+
+    fn all_reduce_slot(&self, _: &mut OracleBuffer, _: &Slot, _: Group) {}
+
+    fn reduce_scatter_row(&self, whole: &mut OracleBuffer, row: Row, shard: &mut OracleBuffer, _: Group) {
+        copy_end(whole, row, shard);
+    }
+
+    fn all_gather_row(&self, shard: &OracleBuffer, row: Row, whole: &mut OracleBuffer, _: Group) {
+        copy_end(shard, row, whole);
+    }
+
+    fn clip(&self, grads: &OracleBuffer, loss: &OracleTensor, clipping: &Clipping<'_>) -> OracleTensor {
+        let mut counted = grads.values.clone();
+        clipping.uncounted.iter().for_each(|range| counted[range.clone()].fill(0.0));
+        let (scale, max_norm) = (f64::from(clipping.scale), f64::from(clipping.max_norm));
+        let clip = super::clip(&counted, loss.values[0], scale, max_norm);
         make(vec![clip.norm, clip.factor, f64::from(u8::from(clip.finite))], &[3], DType::F32)
     }
 

@@ -1,6 +1,6 @@
 //! One optimizer step: micro-steps that accumulate gradients, and an update.
 
-use elapid_tensor::{AdamW, Backend, Checkpointing, DType, State, Tape};
+use elapid_tensor::{AdamW, Backend, Checkpointing, Clipping, DType, State, Tape};
 
 use super::Batch;
 use crate::model::{Layout, Mamba2ForCausalLM};
@@ -115,7 +115,7 @@ impl<'b, B: Backend> Trainer<'b, B> {
     pub fn update(&mut self, hyper: &AdamW, max_norm: f32, valid: usize) -> StepReport {
         let Self { backend, model, grads, m, v, .. } = self;
         let loss = self.loss.take().expect("an update follows a micro-step");
-        let clip = backend.clip(grads, &loss, 1.0 / valid as f32, max_norm);
+        let clip = backend.clip(grads, &loss, &Clipping::alone(1.0 / valid as f32, max_norm));
         let decayed = model.layout().decayed;
         backend.adamw(hyper, decayed, &clip, grads, model.masters_mut(), m, v);
         model.refresh(backend);
