@@ -29,7 +29,7 @@ use half::bf16;
 pub use isa::Isa;
 pub use tensor::{Buffer, Tensor};
 
-use comm::{Communicator, Groups, Reduce};
+use comm::{Communicator, FloatsMut, Groups, Reduce};
 use memory::Pool;
 use parallel::{ROWS, Workers};
 
