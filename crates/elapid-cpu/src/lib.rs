@@ -29,7 +29,7 @@ use half::bf16;
 pub use isa::Isa;
 pub use tensor::{Buffer, Tensor};
 
-use comm::{Communicator, Groups, Reduce};
+use comm::{Communicator, FloatsMut, Groups, Reduce};
 use memory::Pool;
 use parallel::{ROWS, Workers};
 
@@ -467,6 +467,10 @@ impl Backend for CpuBackend {
 
     fn all_reduce_slot(&self, buffer: &mut Buffer, slot: &Slot, group: Group) {
         ranks::all_reduce_slot(self, buffer, slot, group);
+    }
+
+    fn sum_slot_over_neighbours(&self, buffer: &mut Buffer, slot: &Slot, ranks: usize) {
+        self.sum_over_neighbours(buffer.slot_mut(slot), ranks);
     }
 
     fn reduce_scatter_row(&self, whole: &mut Buffer, row: Row, shard: &mut Buffer, group: Group) {

@@ -346,6 +346,18 @@ impl Layout {
         joined
     }
 
+    /// Elements of a flat buffer that a tensor-parallel rank before this one holds, too, in order: a norm over all ranks
+    /// leaves them out (trap T21).
+    pub fn uncounted(&self) -> Vec<Range<usize>> {
+        let here = |row| {
+            let start = self.flat.start(row);
+            let replicas = self.replicas(row, false).into_iter();
+            let others = replicas.filter(|replica| !self.share.rank.is_multiple_of(replica.copies));
+            others.map(move |replica| start + replica.range.start..start + replica.range.end)
+        };
+        self.flat.rows().flat_map(here).collect()
+    }
+
     /// Every parameter of the model with its Hugging Face name, in memory order.
     pub fn iter(&self) -> impl Iterator<Item = (String, Slot, &ParamInfo)> {
         let rows = (0..self.flat.layers).map(Row::Layer).chain([Row::Shared]);
