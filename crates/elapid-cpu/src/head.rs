@@ -160,7 +160,8 @@ impl Part {
             let ranks = || (0..tp.size()).map(|rank| of(rank, i));
             let max = ranks().map(|part| part[0]).fold(f32::NEG_INFINITY, f32::max);
             // A rank that holds nothing but padding has a sum of 0.
-            let sum = ranks().filter(|part| part[1] != 0.0).map(|part| part[1] * math::exp(part[0] - max)).sum();
+            let sum =
+                ranks().filter(|part| part[1] != 0.0).map(|part| part[1] * math::exp(part[0] - max)).sum();
             Self { max, sum, logit: ranks().map(|part| part[2]).sum() }
         };
         (0..n).map(whole).collect()

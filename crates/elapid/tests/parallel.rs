@@ -7,13 +7,12 @@ use std::time::Duration;
 
 use elapid::config::ModelConfig;
 use elapid::model::init::Init;
+use elapid::model::pretrained::FileDType;
 use elapid::model::shard::{gather, possible_ranks};
 use elapid::model::{Mamba2ForCausalLM, Role};
 use elapid_cpu::comm::{Abort, Groups, threads};
 use elapid_cpu::{CpuBackend, CpuOptions};
-use elapid_tensor::{
-    Backend, Checkpointing, Clipping, DType, Group, IGNORE_LABEL, NormGroup, Tape,
-};
+use elapid_tensor::{Backend, Checkpointing, Clipping, DType, Group, IGNORE_LABEL, NormGroup, Tape};
 use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -35,6 +34,10 @@ fn on_ranks<T: Send>(tp: usize, body: impl Fn(&CpuBackend) -> T + Sync) -> Vec<T
         let running: Vec<_> = group.into_iter().map(start).collect();
         running.into_iter().map(|rank| rank.join().unwrap()).collect()
     })
+}
+
+fn alone() -> CpuBackend {
+    CpuBackend::new(&CpuOptions { threads: Some(1), ..CpuOptions::default() }).unwrap()
 }
 
 /// One configuration.
@@ -59,7 +62,7 @@ impl Case {
         // (H, G)
         let (num_heads, n_groups) =
             *[(4, 1), (4, 2), (4, 4), (6, 1), (6, 2), (6, 3), (8, 2), (8, 1), (8, 4)].choose(rng).unwrap();
-        let head_dim = *[2, 4].choose(rng).unwrap();
+        let head_dim = *[4, 8].choose(rng).unwrap();
         let config = ModelConfig {
             num_heads,
             n_groups,
@@ -97,12 +100,13 @@ impl Case {
 
     /// Fresh weights, but none of them zero or one as a whole.
     fn weights(&self) -> Tensors {
-        let backend = &CpuBackend::new(&CpuOptions::default()).unwrap();
+        let backend = &alone();
         let model = Mamba2ForCausalLM::new(backend, &self.config, DType::F32, Init::StateSpaces, self.seed);
         let rng = &mut ChaCha8Rng::seed_from_u64(self.seed);
         let tensor = |(name, slot, info): (String, _, &elapid::model::ParamInfo)| {
             let mut values = model.parameter(backend, &slot);
-            if matches!(info.role, Role::Norm | Role::D | Role::LinearBias | Role::ConvBias | Role::Embedding) {
+            if matches!(info.role, Role::Norm | Role::D | Role::LinearBias | Role::ConvBias | Role::Embedding)
+            {
                 values.iter_mut().for_each(|value| *value += rng.random_range(-0.3..0.3));
             }
             (name, values)
@@ -117,7 +121,8 @@ impl Case {
         let token = |rng: &mut ChaCha8Rng| rng.random_range(0..self.config.vocab_size as i32);
         let ids = (0..count).map(|_| token(rng)).collect();
         let label = |rng: &mut ChaCha8Rng| if rng.random_bool(0.2) { IGNORE_LABEL } else { token(rng) };
-        let labels = (0..count).map(|_| label(rng)).collect();
+        let mut labels: Vec<i32> = (0..count).map(|_| label(rng)).collect();
+        labels[0] = 0;
         let mut document = 0;
         let documents = (0..count).map(|_| {
             document += i32::from(rng.random_bool(0.2));
@@ -151,34 +156,38 @@ impl Case {
         let uncounted = layout.uncounted();
         let clipping = Clipping { uncounted: &uncounted, over: &[Group::Tp], ..Clipping::alone(1.0, 0.0) };
         let norm = backend.values(&backend.clip(&grads, &loss, &clipping))[0];
-        let whole = |(name, slot, info): (String, _, &_)| (name, gather(backend, &grads, &layout, &slot, info));
+        let whole =
+            |(name, slot, info): (String, _, &_)| (name, gather(backend, &grads, &layout, &slot, info));
         (backend.values(&loss)[0], norm, layout.iter().map(whole).collect())
     }
 }
 
-fn difference(got: &[f32], want: &[f32]) -> f64 {
+/// ‖got − want‖ / max(‖want‖, least).
+fn difference(got: &[f32], want: &[f32], least: f64) -> f64 {
     let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
     let off = norm(&mut got.iter().zip(want).map(|(got, want)| f64::from(got - want)));
     let size = norm(&mut want.iter().map(|want| f64::from(*want)));
-    if size > 0.0 { off / size } else { off }
+    off / size.max(least)
 }
 
 #[test]
 fn t12_any_cut_gives_the_loss_and_the_gradients_of_one_rank() {
+    // By dtype, for whoever asks with --nocapture.
     let mut worst = BTreeMap::new();
-    for seed in 0..200 {
+    for seed in 0..300 {
         let case = Case::random(seed);
         let weights = case.weights();
-        let alone = CpuBackend::new(&CpuOptions { threads: Some(1), ..CpuOptions::default() }).unwrap();
-        let (loss, norm, grads) = case.run(&alone, &weights);
+        let (loss, norm, grads) = case.run(&alone(), &weights);
         let ranks = on_ranks(case.tp, |backend| case.run(backend, &weights));
         for got in &ranks {
             assert!(got == &ranks[0], "ranks differ in {case:?}");
         }
         let (got_loss, got_norm, got_grads) = &ranks[0];
         let mut compare = |what: &str, got: &[f32], want: &[f32]| {
-            let error = difference(got, want);
-            let limit = if case.dtype == DType::F32 { 1e-5 } else { 3e-2 };
+            // A gradient far below the others may be the small difference of large numbers.
+            let least = if what == "loss" { 0.0 } else { 0.01 * f64::from(norm) };
+            let error = difference(got, want, least);
+            let limit = if case.dtype == DType::F32 { 1e-5 } else { 0.1 };
             let found = worst.entry(format!("{:?}", case.dtype)).or_insert((0.0, String::new()));
             if error > found.0 || error.is_nan() {
                 *found = (error, what.to_owned());
@@ -192,4 +201,71 @@ fn t12_any_cut_gives_the_loss_and_the_gradients_of_one_rank() {
         }
     }
     println!("{worst:?}");
+}
+
+/// The parameters of a model, whole.
+fn parameters(backend: &CpuBackend, model: &Mamba2ForCausalLM<CpuBackend>) -> Tensors {
+    let layout = model.layout();
+    let whole =
+        |(name, slot, info): (String, _, &_)| (name, gather(backend, model.masters(), layout, &slot, info));
+    layout.iter().map(whole).collect()
+}
+
+fn config() -> ModelConfig {
+    let vocab_size = 37;
+    ModelConfig { vocab_size, n_groups: 2, use_bias: true, ..ModelConfig::preset("tiny").unwrap() }
+}
+
+#[test]
+fn a_fresh_model_is_the_same_on_any_number_of_ranks() {
+    let fresh = |backend: &CpuBackend| {
+        let model = Mamba2ForCausalLM::new(backend, &config(), DType::F32, Init::StateSpaces, 3);
+        parameters(backend, &model)
+    };
+    let want = fresh(&alone());
+    for tp in [2, 8] {
+        assert!(on_ranks(tp, fresh).iter().all(|got| *got == want), "tp {tp}");
+    }
+}
+
+#[test]
+fn folders_are_written_and_read_by_any_number_of_ranks() {
+    let dirs = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let model = Mamba2ForCausalLM::new(&alone(), &config(), DType::F32, Init::StateSpaces, 3);
+    model.save_pretrained(&alone(), dirs[0].path(), FileDType::F32).unwrap();
+    on_ranks(4, |backend| {
+        let model = Mamba2ForCausalLM::from_pretrained(backend, dirs[0].path(), DType::F32).unwrap();
+        model.save_pretrained(backend, dirs[1].path(), FileDType::F32).unwrap();
+    });
+    for file in ["model.safetensors", "config.json", "generation_config.json"] {
+        let [one, four] = dirs.each_ref().map(|dir| std::fs::read(dir.path().join(file)).unwrap());
+        assert!(one == four, "{file}");
+    }
+}
+
+#[test]
+fn t16_ranks_decode_together() {
+    let ids: Vec<i32> = (0..2 * 9).map(|i| i * 5 % 37).collect();
+    let decode = |backend: &CpuBackend, sequence_parallel| {
+        let model = Mamba2ForCausalLM::new(backend, &config(), DType::F32, Init::StateSpaces, 3)
+            .with_sequence_parallel(sequence_parallel);
+        let all = model.logits(backend, &backend.tensor_i32(&ids, &[2, 9]));
+        let mut states = Vec::new();
+        let column = |from: usize, to: usize| {
+            let part: Vec<i32> = ids.chunks(9).flat_map(|row| row[from..to].to_vec()).collect();
+            backend.tensor_i32(&part, &[2, to - from])
+        };
+        model.next_logits(backend, &column(0, 7), None, &mut states);
+        let last = [7, 8].map(|at| model.next_logits(backend, &column(at, at + 1), None, &mut states));
+        [vec![all], last.to_vec()].concat()
+    };
+    let want = decode(&alone(), false);
+    for (tp, sequence_parallel) in [(2, false), (4, true), (8, false)] {
+        for got in on_ranks(tp, |backend| decode(backend, sequence_parallel)) {
+            for (got, want) in got.iter().zip(&want) {
+                assert_eq!(got.len(), want.len());
+                assert!(difference(got, want, 0.0) < 1e-5, "tp {tp}");
+            }
+        }
+    }
 }

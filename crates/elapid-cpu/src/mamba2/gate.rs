@@ -64,7 +64,8 @@ pub(super) fn forward(
     backend.build(&[dims.batch, dims.len, e], inputs.projected.dtype(), e, |row, out, scratch| {
         out.copy_from_slice(&y[row * e..][..e]);
         gate(out, z.row(row * dims.proj, scratch));
-        for (group, (v, w)) in out.chunks_exact_mut(width).zip(params.norm_weight.chunks_exact(width)).enumerate()
+        for (group, (v, w)) in
+            out.chunks_exact_mut(width).zip(params.norm_weight.chunks_exact(width)).enumerate()
         {
             let square = squares.as_ref().map_or_else(|| math::dot(v, v), |s| s[row * groups + group]);
             let r = 1.0 / (square / channels + dims.spec.norm_eps).sqrt();

@@ -61,7 +61,17 @@ impl fmt::Display for Report {
 /// Every check of this suite.
 pub fn check_all<B: Backend>(backend: &B) -> Vec<Report> {
     let checks = [
-        flat_buffers, embedding, rms_norm, linear, add_bias, resize, add_and_cast, mamba2, head_loss, clip, adamw,
+        flat_buffers,
+        embedding,
+        rms_norm,
+        linear,
+        add_bias,
+        resize,
+        add_and_cast,
+        mamba2,
+        head_loss,
+        clip,
+        adamw,
     ];
     checks.iter().flat_map(|check| check(backend)).collect()
 }

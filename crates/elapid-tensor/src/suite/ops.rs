@@ -134,7 +134,9 @@ pub fn add_bias<B: Backend>(backend: &B) -> Vec<Report> {
 pub fn resize<B: Backend>(backend: &B) -> Vec<Report> {
     let mut reports = Vec::new();
     for dtype in [F32, Bf16] {
-        for (rest, old, new) in [(&[3, 5][..], 7, 7), (&[3, 5], 7, 4), (&[3, 5], 4, 9), (&[], 5, 8), (&[], 8, 5)] {
+        for (rest, old, new) in
+            [(&[3, 5][..], 7, 7), (&[3, 5], 7, 4), (&[3, 5], 4, 9), (&[], 5, 8), (&[], 8, 5)]
+        {
             let mut check = Check::new(backend, "resize", format!("B2 L{old} {rest:?} to {new} {dtype:?}"));
             let x = check.random(&[&[2, old], rest].concat(), dtype, 1.0);
             let width: usize = rest.iter().product();

@@ -4,9 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::rc::Rc;
 
-use elapid_tensor::{
-    Backend, Checkpointing, DType, Group, Mamba2Weights, Slot, State, Tape, Var, Weight,
-};
+use elapid_tensor::{Backend, Checkpointing, DType, Group, Mamba2Weights, Slot, State, Tape, Var, Weight};
 
 use super::init::{Init, initialise};
 use super::layout::{Layout, ParamInfo, Replica};

@@ -53,7 +53,10 @@ pub fn check_ranks(config: &ModelConfig, ranks: usize) -> Result<(), Error> {
         "--tp is {ranks}, but num_heads = {} and n_groups = {} cannot be shared out evenly to {ranks} ranks",
         config.num_heads, config.n_groups
     ))
-    .with_hint(format!("each rank takes whole groups or heads of one group; --tp may be {}", possible.join(", "))))
+    .with_hint(format!(
+        "each rank takes whole groups or heads of one group; --tp may be {}",
+        possible.join(", ")
+    )))
 }
 
 /// A stretch of the axis along which a tensor is cut.
@@ -191,12 +194,13 @@ fn of_segments(segments: &[Segment], Share { ranks, rank }: Share) -> Vec<Cut> {
         let copies = (ranks / segment.units).max(1);
         let units = (segment.units / ranks).max(1);
         let first = rank / copies * units;
-        let cut =
-            Cut { logical: start + first * segment.width, local, len: units * segment.width, copies };
+        let cut = Cut { logical: start + first * segment.width, local, len: units * segment.width, copies };
         start += segment.len();
         local += cut.len;
         match cuts.last_mut() {
-            Some(last) if last.copies == copies && last.logical + last.len == cut.logical => last.len += cut.len,
+            Some(last) if last.copies == copies && last.logical + last.len == cut.logical => {
+                last.len += cut.len
+            }
             _ => cuts.push(cut),
         }
     }
@@ -252,7 +256,10 @@ mod tests {
         assert_eq!(possible(24, 8), [1, 2, 4, 8, 24]);
         assert_eq!(possible(5, 1), [1, 5]);
         let error = check_ranks(&config(6, 3), 2).unwrap_err();
-        assert!(error.to_string().contains("--tp is 2") && error.to_string().contains("n_groups = 3"), "{error}");
+        assert!(
+            error.to_string().contains("--tp is 2") && error.to_string().contains("n_groups = 3"),
+            "{error}"
+        );
         assert!(error.hint().unwrap().contains("1, 3, 6"));
         assert!(check_ranks(&config(6, 3), 0).is_err() && check_ranks(&config(6, 3), 12).is_err());
     }
