@@ -469,6 +469,10 @@ impl Backend for CpuBackend {
         ranks::all_reduce_slot(self, buffer, slot, group);
     }
 
+    fn sum_slot_over_neighbours(&self, buffer: &mut Buffer, slot: &Slot, ranks: usize) {
+        self.sum_over_neighbours(buffer.slot_mut(slot), ranks);
+    }
+
     fn reduce_scatter_row(&self, whole: &mut Buffer, row: Row, shard: &mut Buffer, group: Group) {
         ranks::reduce_scatter_row(self, whole, row, shard, group);
     }

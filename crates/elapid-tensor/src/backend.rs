@@ -401,6 +401,10 @@ pub trait Backend: Sized + Sync + 'static {
     /// Replaces what lies at `slot` by its sum over the ranks.
     fn all_reduce_slot(&self, buffer: &mut Self::Buffer, slot: &Slot, group: Group);
 
+    /// Replaces what lies at `slot` by its sum over `ranks` neighbouring tensor-parallel ranks, the first of them at a
+    /// multiple of that number. fp32.
+    fn sum_slot_over_neighbours(&self, buffer: &mut Self::Buffer, slot: &Slot, ranks: usize);
+
     /// Replaces a row of `shard` by this rank's part of Σ of that row of `whole` over the ranks. The rows of `whole`
     /// are as many times longer as there are ranks. What the row of `whole` holds afterwards is not specified.
     fn reduce_scatter_row(&self, whole: &mut Self::Buffer, row: Row, shard: &mut Self::Buffer, group: Group);

@@ -9,7 +9,7 @@ use elapid_tensor::{
 };
 
 use super::init::{Init, initialise};
-use super::layout::{Layout, ParamInfo};
+use super::layout::{Layout, ParamInfo, Replica};
 use super::pretrained::{self, FileDType};
 use super::shard::{self, Share};
 use crate::Error;
@@ -261,6 +261,18 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
     /// One parameter, or a stretch of one, fp32, on the host: this rank's part.
     pub fn parameter(&self, backend: &B, slot: &Slot) -> Vec<f32> {
         backend.values(&backend.view(&self.masters, slot))
+    }
+
+    /// Completes the gradients of a row of which each tensor-parallel rank has a part: those of weights that several
+    /// ranks hold, but use for heads, or with sequence parallelism for positions, of their own (trap T12). Due once,
+    /// after the last micro-step; all ranks call this together.
+    pub fn sum_replicas(&self, backend: &B, grads: &mut B::Buffer, row: Row) {
+        for Replica { range, copies, partial } in self.layout.replicas(row, self.sequence_parallel) {
+            if partial {
+                let slot = Slot { row, offset: range.start, shape: vec![range.len()] };
+                backend.sum_slot_over_neighbours(grads, &slot, copies);
+            }
+        }
     }
 
     fn fp32(&self, backend: &B, slot: Slot) -> Weight<B::Tensor> {

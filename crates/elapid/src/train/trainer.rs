@@ -121,6 +121,7 @@ impl<'b, B: Backend> Trainer<'b, B> {
         let loss = self.loss.take().expect("an update follows a micro-step");
         let loss = backend.all_reduce(&loss, Group::Dp);
         for row in model.layout().flat.rows() {
+            model.sum_replicas(backend, grads, row);
             match shard {
                 Some(shard) => backend.reduce_scatter_row(grads, row, shard, Group::Dp),
                 None => backend.all_reduce_slot(grads, &model.layout().flat.whole(row), Group::Dp),
