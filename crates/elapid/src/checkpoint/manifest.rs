@@ -102,11 +102,12 @@ const SEAL: &str = ",\n  \"crc32\": \"";
 
 impl Manifest {
     pub(super) fn new(
+        mesh: Mesh,
         progress: Progress,
         files: BTreeMap<String, FileInfo>,
         tensors: BTreeMap<String, LogicalTensor>,
     ) -> Self {
-        Self { version: VERSION, mesh: Mesh::SINGLE, progress, files, tensors }
+        Self { version: VERSION, mesh, progress, files, tensors }
     }
 
     /// JSON whose last field is the checksum of what stands before that field.
@@ -197,7 +198,7 @@ mod tests {
         let half = |at| Piece { file: "a".into(), name: "w".into(), offset: vec![at, 0], shape: vec![2, 3] };
         let tensor = LogicalTensor { shape: vec![4, 3], dtype: "F32".into(), pieces: vec![half(0), half(2)] };
         let (files, tensors) = ([("a".to_owned(), file)].into(), [("model.w".to_owned(), tensor)].into());
-        Manifest::new(progress, files, tensors)
+        Manifest::new(Mesh::SINGLE, progress, files, tensors)
     }
 
     fn read(text: &[u8]) -> Result<Manifest, String> {

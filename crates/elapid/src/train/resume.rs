@@ -2,18 +2,19 @@
 
 use std::path::Path;
 
-use elapid_tensor::{Backend, DType, State};
+use elapid_tensor::{Backend, DType, Group, State};
 use serde_json::{Map, Value};
 
 use super::folder::RunFolder;
 use super::{Outcome, Trainer};
 use crate::Error;
-use crate::checkpoint::{Checkpoint, Data, PREFIXES, Store};
+use crate::checkpoint::{Checkpoint, Data, PREFIXES, Store, carried_cuts_of, carried_name};
 use crate::config::ModelConfig;
 use crate::config::run::{Resume, Run, TrainArgs};
 use crate::data::{Dataset, Order, Sampler};
 use crate::error::say;
 use crate::model::Mamba2ForCausalLM;
+use crate::model::shard::Cuts;
 
 /// Where a run begins.
 pub(super) enum Start {
@@ -227,24 +228,7 @@ fn differences(old: &Map<String, Value>, new: &Map<String, Value>) -> Vec<String
         .collect()
 }
 
-/// The states that `--carry-state` carries, with their names in a checkpoint.
-pub(super) fn carried<B: Backend>(trainer: &Trainer<'_, B>) -> Vec<(String, B::Tensor)> {
-    let layers = trainer.states().unwrap_or_default().iter().enumerate();
-    layers
-        .flat_map(|(layer, state)| {
-            [
-                (carried_name("conv", layer), state.conv.clone()),
-                (carried_name("ssm", layer), state.ssm.clone()),
-            ]
-        })
-        .collect()
-}
-
-fn carried_name(part: &str, layer: usize) -> String {
-    format!("carried.{part}.{layer}")
-}
-
-/// Puts carried states back, of `rows` sequences.
+/// Puts carried states back, of `rows` sequences on each rank.
 fn restore_carried<B: Backend>(
     checkpoint: &Checkpoint,
     backend: &B,
@@ -254,7 +238,10 @@ fn restore_carried<B: Backend>(
     if trainer.states().is_none() {
         return Ok(());
     }
-    let tensor = |part: &str, layer: usize| {
+    let (ranks, rank) = (backend.group_size(Group::Dp), backend.group_rank(Group::Dp));
+    let model = trainer.model();
+    let [conv, ssm] = carried_cuts_of(model.layout(), &model.config().spec(), rows);
+    let tensor = |part: &str, layer: usize, cuts: &Cuts| {
         let name = carried_name(part, layer);
         let fault = |what: String| {
             Error::new(format!("{name} {what} in {}", checkpoint.dir().display())).with_hint(
@@ -262,14 +249,16 @@ fn restore_carried<B: Backend>(
             )
         };
         let (shape, values) = checkpoint.tensor(&name)?.ok_or_else(|| fault("is missing".into()))?;
-        if shape[0] != rows {
-            return Err(fault(format!("holds {} sequences instead of {rows}", shape[0])));
+        if shape[0] != ranks * rows {
+            return Err(fault(format!("holds {} sequences instead of {}", shape[0], ranks * rows)));
         }
-        Ok(backend.tensor(&values, &shape, DType::F32))
+        let own = values.len() / ranks;
+        let values = cuts.slice(&values[rank * own..][..own]);
+        Ok(backend.tensor(&values, &cuts.shape(), DType::F32))
     };
-    let layers = trainer.model().layout().flat.layers;
-    let states =
-        (0..layers).map(|layer| Ok(State { conv: tensor("conv", layer)?, ssm: tensor("ssm", layer)? }));
+    let layers = model.layout().flat.layers;
+    let states = (0..layers)
+        .map(|layer| Ok(State { conv: tensor("conv", layer, &conv)?, ssm: tensor("ssm", layer, &ssm)? }));
     let states = states.collect::<Result<_, Error>>()?;
     trainer.set_states(states);
     Ok(())
@@ -283,10 +272,5 @@ pub(super) fn restore<B: Backend>(
     rows: usize,
 ) -> Result<(), Error> {
     restore_carried(checkpoint, backend, trainer, rows)?;
-    trainer.replace_state(|layout, state| {
-        for (prefix, buffer) in PREFIXES.into_iter().zip(state) {
-            checkpoint.read(prefix, layout, |slot, values| backend.write_slot(buffer, slot, values))?;
-        }
-        Ok(())
-    })
+    trainer.replace_state(|which, layout, write| checkpoint.read(PREFIXES[which], layout, write))
 }

@@ -330,9 +330,9 @@ impl<'a> Session<'a> {
             data: resume::identity(self.data, &self.sampler),
             settings: resume::settings(&self.run.args),
         };
-        let model = self.trainer.model();
-        let (state, carried) = (self.trainer.state(), resume::carried(&self.trainer));
-        self.store.save(self.backend, model.config(), model.layout(), state, &carried, position)
+        let (model, carried) = (self.trainer.model(), self.trainer.states());
+        let state = State { model, buffers: self.trainer.state(), carried };
+        self.store.save(&self.rank, self.backend, &state, position)
     }
 
     /// The batch of one micro-step.

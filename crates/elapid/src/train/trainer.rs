@@ -1,6 +1,6 @@
 //! One optimizer step: micro-steps that accumulate gradients, and an update.
 
-use elapid_tensor::{AdamW, Backend, Checkpointing, Clipping, DType, Group, State, Tape};
+use elapid_tensor::{AdamW, Backend, Checkpointing, Clipping, DType, Group, Slot, State, Tape};
 
 use super::Batch;
 use crate::model::{Layout, Mamba2ForCausalLM};
@@ -37,7 +37,7 @@ impl<'b, B: Backend> Trainer<'b, B> {
     pub fn new(backend: &'b B, model: Mamba2ForCausalLM<B>, checkpointing: Checkpointing) -> Self {
         let flat = model.layout().flat;
         let zeros = |flat| backend.buffer(flat, DType::F32);
-        let own = if model.zero1() { flat.shard(backend.group_size(Group::Dp)) } else { flat };
+        let own = flat.shard(model.part(backend).0);
         Self {
             backend,
             grads: zeros(flat),
@@ -83,19 +83,27 @@ impl<'b, B: Backend> Trainer<'b, B> {
         [self.model.masters(), &self.m, &self.v]
     }
 
-    /// Lets `write` replace [`Self::state`], and brings the model up to date.
+    /// Replaces [`Self::state`] by what `read` gives of each of the three: every parameter's values on this rank. Brings
+    /// the model up to date; all ranks call this together.
     ///
     /// # Errors
-    /// Those of `write`.
+    /// Those of `read`.
     pub fn replace_state<E>(
         &mut self,
-        write: impl FnOnce(&Layout, [&mut B::Buffer; 3]) -> Result<(), E>,
+        mut read: impl FnMut(usize, &Layout, &mut dyn FnMut(&Slot, &[f32])) -> Result<(), E>,
     ) -> Result<(), E> {
         let Self { backend, model, m, v, .. } = self;
         let layout = model.layout().clone();
-        let result = write(&layout, [model.masters_mut(), m, v]);
+        let (ranks, rank) = model.part(backend);
+        for (which, buffer) in [model.masters_mut(), m, v].into_iter().enumerate() {
+            read(which, &layout, &mut |slot, values| {
+                let (range, offset) = layout.within_part(slot, ranks, rank);
+                let here = Slot { row: slot.row, offset, shape: vec![range.len()] };
+                backend.write_slot(buffer, &here, &values[range]);
+            })?;
+        }
         model.refresh(backend);
-        result
+        Ok(())
     }
 
     /// Forward and adjoints of one batch; adds to loss and gradients. Reads nothing back.
@@ -127,11 +135,8 @@ impl<'b, B: Backend> Trainer<'b, B> {
                 None => backend.all_reduce_slot(grads, &model.layout().flat.whole(row), Group::Dp),
             }
         }
-        let part = if shard.is_some() {
-            model.layout().part(backend.group_size(Group::Dp), backend.group_rank(Group::Dp))
-        } else {
-            model.layout().part(1, 0)
-        };
+        let (ranks, rank) = model.part(*backend);
+        let part = model.layout().part(ranks, rank);
         let over: &[_] = if shard.is_some() { &[Group::Tp, Group::Dp] } else { &[Group::Tp] };
         let clipping = Clipping { scale: 1.0 / valid as f32, max_norm, uncounted: &part.uncounted, over };
         let summed = shard.as_ref().unwrap_or(grads);
