@@ -15,7 +15,8 @@ use std::path::{Path, PathBuf};
 use elapid_tensor::Slot;
 
 pub use manifest::{Data, FileInfo, LogicalTensor, Manifest, Mesh, Piece, Progress};
-pub(crate) use store::Lock;
+pub(crate) use piece::write;
+pub(crate) use store::{Lock, put, write_files};
 pub use store::Store;
 
 use crate::Error;
