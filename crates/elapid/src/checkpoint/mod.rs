@@ -16,8 +16,8 @@ use elapid_tensor::Slot;
 
 pub use manifest::{Data, FileInfo, LogicalTensor, Manifest, Mesh, Piece, Progress};
 pub(crate) use piece::write;
-pub(crate) use store::{Lock, put, write_files};
 pub use store::Store;
+pub(crate) use store::{Lock, put, write_files};
 
 use crate::Error;
 use crate::config::ModelConfig;

@@ -189,16 +189,17 @@ impl Store {
         let tag = self.tag.as_ref().map_or(String::new(), |tag| format!("-{tag}"));
         let name = format!("step-{step:08}{tag}");
         let content = |aside: &Path| write_files(aside, backend, config, layout, state, carried, progress);
-        let place = put(&self.dir, &name, content).and_then(|place| {
-            self.point_to(&name)?;
-            Ok(place)
-        })
-        .map_err(|error| {
-            let what = error.hint().map_or(String::new(), |hint| format!("{hint}; "));
-            error.with_hint(format!(
-                "{what}checkpoints written before are whole, --resume auto goes on from them"
-            ))
-        })?;
+        let place = put(&self.dir, &name, content)
+            .and_then(|place| {
+                self.point_to(&name)?;
+                Ok(place)
+            })
+            .map_err(|error| {
+                let what = error.hint().map_or(String::new(), |hint| format!("{hint}; "));
+                error.with_hint(format!(
+                    "{what}checkpoints written before are whole, --resume auto goes on from them"
+                ))
+            })?;
         self.prune(step)?;
         Ok(place)
     }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use super::print_line;
 use crate::Error;
 use crate::config::run::Dtype;
-use crate::train::{Largest, NonFinite, cpu};
+use crate::train::{Extents, NonFinite, cpu};
 
 /// Flags of `elapid replay`.
 #[derive(clap::Args)]
@@ -36,17 +36,21 @@ pub(super) fn run(args: &ReplayArgs) -> Result<(), Error> {
     }
     let report = diagnosis.report;
     print_line(&format!(
-        "step {} in {dtype:?}: loss {}  gradient norm {}",
+        "step {} in {dtype:?}: loss {:?}  gradient norm {:?}",
         found.step.step, report.loss, report.grad_norm
     ))?;
-    print_line("largest absolute   activation    cotangent     gradient")?;
-    let (outside, layers) = diagnosis.layers.split_last().expect("what stands outside is always there");
-    let line = |name: String, largest: &Largest| {
-        let Largest { activation, cotangent, gradient } = largest;
-        print_line(&format!("  {name:<14} {activation:>12.3e} {cotangent:>12.3e} {gradient:>12.3e}"))
+    let table = |row: [&dyn std::fmt::Display; 4]| {
+        let [name, activation, cotangent, gradient] = row;
+        print_line(&format!("  {name:<10} {activation:<28} {cotangent:<28} {gradient:<28}").trim_end())
     };
-    for (layer, largest) in layers.iter().enumerate() {
-        line(format!("layer {layer}"), largest)?;
+    print_line("largest absolute values:")?;
+    table([&"", &"activation", &"cotangent", &"gradient"])?;
+    let (outside, layers) = diagnosis.layers.split_last().expect("what stands outside is always there");
+    let line = |name: String, extents: &Extents| {
+        table([&name, &extents.activation, &extents.cotangent, &extents.gradient])
+    };
+    for (layer, extents) in layers.iter().enumerate() {
+        line(format!("layer {layer}"), extents)?;
     }
     line("outside".into(), outside)?;
     print_line(&diagnosis.to_string())

@@ -76,15 +76,18 @@ fn is<T: 'static>(arg: &Arg) -> bool {
     arg.get_value_parser().type_id() == TypeId::of::<T>()
 }
 
-/// The value as a word; what it must be where it is of another type than the flag's.
+/// The value as a word of the command line; what it must be where it is of another type than the flag's.
 fn plain(arg: &Arg, value: &Spanned<DeValue<'_>>) -> Result<String, String> {
     let integer = is::<u64>(arg) || is::<i64>(arg) || is::<usize>(arg);
     let float = is::<f64>(arg) || is::<f32>(arg);
     match value.get_ref() {
         DeValue::Boolean(value) if is::<bool>(arg) => Ok(value.to_string()),
         DeValue::Integer(value) if integer || float => i128::from_str_radix(value.as_str(), value.radix())
-            .map(|value| value.to_string())
-            .map_err(|cause| cause.to_string()),
+            .map_err(|cause| cause.to_string())
+            .and_then(|value| match value {
+                ..0 if is::<u64>(arg) || is::<usize>(arg) => Err("it must be 0 or more".into()),
+                value => Ok(value.to_string()),
+            }),
         DeValue::Float(value) if float => Ok(value.as_str().to_owned()),
         DeValue::String(value) if !integer && !float && !is::<bool>(arg) => Ok(value.to_string()),
         other => Err(format!(

@@ -404,11 +404,7 @@ impl TrainArgs {
             decay_steps: decay_steps.min(after_warmup),
             max_steps: self.max_steps,
         };
-        let args = Self {
-            min_lr: Some(min_lr),
-            output_dir: Some(output_dir.clone()),
-            ..self
-        };
+        let args = Self { min_lr: Some(min_lr), output_dir: Some(output_dir.clone()), ..self };
         Ok(Run { args, config, output_dir, checkpoint_dir, keep, schedule })
     }
 }

@@ -64,15 +64,45 @@ impl fmt::Display for Finding {
     }
 }
 
-/// The largest absolute values of a layer; NaN and inf are larger than anything.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Largest {
-    /// Of what its ops compute.
-    pub activation: f32,
-    /// Of what their adjoints give back.
-    pub cotangent: f32,
-    /// Of the gradients of its parameters, of the sum of token losses.
-    pub gradient: f32,
+/// How large values become.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Extent {
+    /// The largest absolute value of those that are finite.
+    pub largest: f32,
+    /// How many are not.
+    pub not_finite: u64,
+}
+
+impl Extent {
+    fn add(&mut self, values: &[f32]) {
+        for value in values {
+            if value.is_finite() {
+                self.largest = self.largest.max(value.abs());
+            } else {
+                self.not_finite += 1;
+            }
+        }
+    }
+}
+
+impl fmt::Display for Extent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.not_finite {
+            0 => f.pad(&format!("{:.3e}", self.largest)),
+            count => f.pad(&format!("{:.3e} ({count} not finite)", self.largest)),
+        }
+    }
+}
+
+/// The tensors of a layer, over all micro-steps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Extents {
+    /// What its ops compute.
+    pub activation: Extent,
+    /// What their adjoints give back.
+    pub cotangent: Extent,
+    /// The gradients of its parameters, of the sum of token losses.
+    pub gradient: Extent,
 }
 
 /// What a step came to, and how.
@@ -85,16 +115,12 @@ pub struct Diagnosis {
     /// Parameters that hold a value that is not finite.
     pub parameters: Vec<String>,
     /// By layer; the last is what stands outside of the layers: embedding, final norm, head.
-    pub layers: Vec<Largest>,
+    pub layers: Vec<Extents>,
 }
 
 impl Diagnosis {
     /// One object; numbers that are not finite are null.
     pub fn to_json(&self) -> Value {
-        let largest = |largest: &Largest| {
-            let Largest { activation, cotangent, gradient } = largest;
-            json!({ "activation": activation, "cotangent": cotangent, "gradient": gradient })
-        };
         let (outside, layers) = self.layers.split_last().expect("what stands outside is always there");
         json!({
             "loss": self.report.loss,
@@ -102,8 +128,8 @@ impl Diagnosis {
             "finite": self.report.finite,
             "first": self.first,
             "parameters": self.parameters,
-            "layers": layers.iter().map(largest).collect::<Vec<_>>(),
-            "outside": largest(outside),
+            "layers": layers,
+            "outside": outside,
         })
     }
 }
@@ -136,7 +162,7 @@ pub fn diagnose<B: Backend>(
 ) -> Diagnosis {
     let layout = trainer.model().layout().clone();
     let mut look = Look { names: names(&layout), first: None, layers: Vec::new() };
-    look.layers.resize(layout.flat.layers + 1, Largest::default());
+    look.layers.resize(layout.flat.layers + 1, Extents::default());
     let mut parameters = Vec::new();
     for (slot, name) in look.names.clone() {
         let values = trainer.model().parameter(backend, &slot);
@@ -178,7 +204,7 @@ fn names(layout: &Layout) -> Vec<(Slot, String)> {
 struct Look {
     names: Vec<(Slot, String)>,
     first: Option<Finding>,
-    layers: Vec<Largest>,
+    layers: Vec<Extents>,
 }
 
 impl Look {
@@ -191,15 +217,13 @@ impl Look {
     ) {
         let values = backend.values(seen.value);
         let outside = self.layers.len() - 1;
-        let largest = &mut self.layers[seen.site.layer.unwrap_or(outside)];
-        let (largest, tensor) = match seen.kind {
-            Kind::Output => (&mut largest.activation, "output"),
-            Kind::Cotangent => (&mut largest.cotangent, "cotangent"),
-            Kind::Gradient => (&mut largest.gradient, "gradient"),
+        let extents = &mut self.layers[seen.site.layer.unwrap_or(outside)];
+        let (extent, tensor) = match seen.kind {
+            Kind::Output => (&mut extents.activation, "output"),
+            Kind::Cotangent => (&mut extents.cotangent, "cotangent"),
+            Kind::Gradient => (&mut extents.gradient, "gradient"),
         };
-        *largest = values.iter().fold(*largest, |most, value| {
-            if value.is_nan() || value.abs() > most { value.abs() } else { most }
-        });
+        extent.add(&values);
         if self.first.is_some() {
             return;
         }

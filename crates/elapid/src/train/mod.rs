@@ -16,7 +16,7 @@ mod stop;
 mod trainer;
 
 pub use batch::{Batch, PAD_DOCUMENT};
-pub use diagnose::{Diagnosis, Finding, Largest, Recorded, diagnose};
+pub use diagnose::{Diagnosis, Extent, Extents, Finding, Recorded, diagnose};
 pub use evaluate::{Evaluation, evaluate, last_blocks};
 pub use nonfinite::{MicroStep, NonFinite, Step};
 pub use run::{Outcome, cpu, train};

@@ -169,13 +169,17 @@ fn to_safetensors(batches: &[Batch]) -> Result<Vec<u8>, safetensors::SafeTensorE
             tensors.push((format!("{name}.{micro}"), [batch.size, batch.length], bytes));
         }
     }
-    let views = tensors.iter().map(|(name, shape, bytes)| {
-        Ok((name, TensorView::new(Element::I32, shape.to_vec(), bytes)?))
-    });
+    let views = tensors
+        .iter()
+        .map(|(name, shape, bytes)| Ok((name, TensorView::new(Element::I32, shape.to_vec(), bytes)?)));
     serialize(views.collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?, None)
 }
 
-fn from_safetensors(bytes: &[u8], micro_steps: &[MicroStep], vocab_size: usize) -> Result<Vec<Batch>, String> {
+fn from_safetensors(
+    bytes: &[u8],
+    micro_steps: &[MicroStep],
+    vocab_size: usize,
+) -> Result<Vec<Batch>, String> {
     let file = SafeTensors::deserialize(bytes).map_err(|cause| cause.to_string())?;
     let read = |name: &str, micro: usize, shape: Option<&[usize]>| {
         let name = format!("{name}.{micro}");
@@ -197,7 +201,9 @@ fn from_safetensors(bytes: &[u8], micro_steps: &[MicroStep], vocab_size: usize) 
             return Err(format!("ids.{micro} has {size} rows of {length}, not those of {STEP}"));
         }
         if !ids.iter().all(token) || !labels.iter().all(|id| *id == IGNORE_LABEL || token(id)) {
-            return Err(format!("micro-step {micro} holds a token outside of the vocabulary of {vocab_size}"));
+            return Err(format!(
+                "micro-step {micro} holds a token outside of the vocabulary of {vocab_size}"
+            ));
         }
         Ok(Batch { size, length, ids, labels, documents, continued: rows.continued.clone() })
     };

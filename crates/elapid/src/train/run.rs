@@ -7,8 +7,8 @@ use elapid_cpu::{CpuBackend, CpuOptions};
 use elapid_tensor::{AdamW, Checkpointing, DType, State};
 use serde_json::json;
 
-use super::evaluate::HeldOut;
 use super::diagnose::{Recorded, diagnose};
+use super::evaluate::HeldOut;
 use super::folder::{Log, RunFolder};
 use super::memory::{self, Demand, Memory};
 use super::nonfinite::{self, NonFinite};
@@ -423,7 +423,7 @@ impl<'a> Session<'a> {
         report: StepReport,
     ) -> Error {
         let what = format!(
-            "step {step}: loss {} with gradient norm {} is not finite; the update was not applied",
+            "step {step}: loss {:?} with gradient norm {:?} is not finite; the update was not applied",
             report.loss, report.grad_norm
         );
         match self.diagnose(step, before) {
@@ -449,11 +449,12 @@ impl<'a> Session<'a> {
         };
         let carried = resume::carried(before.as_deref().unwrap_or_default());
         let diagnosis = diagnose(self.backend, &mut self.trainer, &recorded, before);
-        let place = NonFinite::write(self.folder.dir(), step, &self.run.args, &recorded, &diagnosis, |dir| {
-            let model = self.trainer.model();
-            let (state, position) = (self.trainer.state(), self.position(step - 1));
-            write_files(dir, self.backend, model.config(), model.layout(), state, &carried, position)
-        })?;
+        let place =
+            NonFinite::write(self.folder.dir(), step, &self.run.args, &recorded, &diagnosis, |dir| {
+                let model = self.trainer.model();
+                let (state, position) = (self.trainer.state(), self.position(step - 1));
+                write_files(dir, self.backend, model.config(), model.layout(), state, &carried, position)
+            })?;
         Ok((format!("{diagnosis}; it read {}", nonfinite::list(&recorded.samples)), place))
     }
 
