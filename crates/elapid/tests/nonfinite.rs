@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::fs;
 
 use common::{Room, TRAIN, failed_in_order};
@@ -220,7 +221,7 @@ fn total(norms: &Value) -> f64 {
     norms.as_object().unwrap().values().map(|norm| norm.as_f64().unwrap().powi(2)).sum::<f64>().sqrt()
 }
 
-fn weights(room: &Room, run: &str) -> Vec<(String, Vec<f32>)> {
+fn weights(room: &Room, run: &str) -> BTreeMap<String, Vec<f32>> {
     let bytes = fs::read(room.path(&format!("{run}/hf/model.safetensors"))).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let values = |data: &[u8]| data.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
@@ -240,7 +241,7 @@ fn norms_are_those_of_the_step_and_change_nothing() {
     room.ok(&format!("{line} --max-steps 2 --lr-schedule constant --output-dir plain"));
     assert_eq!(room.losses("plain"), room.losses("two"));
     let (before, after) = (weights(&room, "one"), weights(&room, "two"));
-    assert_eq!(after, weights(&room, "plain"));
+    assert!(after == weights(&room, "plain"), "the weights differ");
     assert!(!room.path("plain/norms.jsonl").exists());
 
     let norms = norms(&room, "two");
@@ -256,8 +257,8 @@ fn norms_are_those_of_the_step_and_change_nothing() {
     };
     assert_eq!(after.len(), norms[1]["updates"].as_object().unwrap().len());
     for (name, after) in &after {
-        let (_, before) = before.iter().find(|(other, _)| other == name).unwrap();
-        let change = after.iter().zip(before).map(|(after, before)| f64::from(*after) - f64::from(*before));
+        let change =
+            after.iter().zip(&before[name]).map(|(after, before)| f64::from(*after) - f64::from(*before));
         close(&norms[1]["updates"], norm(change), name);
         close(&norms[1]["parameters"], norm(after.iter().map(|x| f64::from(*x))), name);
     }
