@@ -212,6 +212,17 @@ fn replay_refuses_what_is_damaged() {
     room.refuses(&format!("replay {place}"), &["rank-00000.safetensors", "missing"]);
 }
 
+#[test]
+fn the_finding_is_told_where_the_folder_cannot_be_written() {
+    let room = Room::with_data();
+    fs::create_dir(room.path("run")).unwrap();
+    room.write("run/.nonfinite-step-00000002.partial", "in the way");
+    let said = failed_in_order(&room.run(&format!("{TRAIN} --lr 1e5 --output-dir run")));
+    assert!(said.contains("NaN in the output of mamba2 of layer 0"), "{said}");
+    assert!(said.contains("cannot be kept to be repeated: cannot remove run/.nonfinite"), "{said}");
+    assert!(!room.path("run/nonfinite-step-00000002").exists());
+}
+
 fn norms(room: &Room, run: &str) -> Vec<Value> {
     room.read(&format!("{run}/norms.jsonl")).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }

@@ -41,7 +41,7 @@ pub(super) fn run(args: &ReplayArgs) -> Result<(), Error> {
     ))?;
     let table = |row: [&dyn std::fmt::Display; 4]| {
         let [name, activation, cotangent, gradient] = row;
-        print_line(&format!("  {name:<10} {activation:<28} {cotangent:<28} {gradient:<28}").trim_end())
+        print_line(format!("  {name:<10} {activation:<28} {cotangent:<28} {gradient:<28}").trim_end())
     };
     print_line("largest absolute values:")?;
     table([&"", &"activation", &"cotangent", &"gradient"])?;

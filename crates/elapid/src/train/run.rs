@@ -383,7 +383,7 @@ impl<'a> Session<'a> {
         let report = self.trainer.update(&hyper, args.max_grad_norm, valid);
         if !report.finite {
             self.progress.finish();
-            return Err(self.not_finite(step, before, report));
+            return Err(self.not_finite(step, before, report)?);
         }
         if let Some(norms) = &mut self.norms {
             norms.after_update(step, self.backend, &self.trainer)?;
@@ -415,33 +415,16 @@ impl<'a> Session<'a> {
     }
 
     /// Runs the step that came to `report` again to find out why, from the states `before` it, and leaves all that
-    /// [`NonFinite`] needs to repeat it in the run folder.
+    /// it takes to repeat it in the run folder.
+    ///
+    /// # Errors
+    /// The batches cannot be read again.
     fn not_finite(
         &mut self,
         step: u64,
         before: Option<Vec<State<elapid_cpu::Tensor>>>,
         report: StepReport,
-    ) -> Error {
-        let what = format!(
-            "step {step}: loss {:?} with gradient norm {:?} is not finite; the update was not applied",
-            report.loss, report.grad_norm
-        );
-        match self.diagnose(step, before) {
-            Ok((why, place)) => Error::new(format!("{what}; {why}")).with_hint(format!(
-                "try a lower --lr, more --warmup-steps or --dtype float32; `elapid replay {}` repeats the step",
-                place.display()
-            )),
-            Err(error) => Error::new(format!("{what}; the step could not be looked into: {error}"))
-                .with_hint("try a lower --lr, more --warmup-steps or --dtype float32"),
-        }
-    }
-
-    /// What is to be said of a step that is not finite, and where it was put.
-    fn diagnose(
-        &mut self,
-        step: u64,
-        before: Option<Vec<State<elapid_cpu::Tensor>>>,
-    ) -> Result<(String, PathBuf), Error> {
+    ) -> Result<Error, Error> {
         let micro_steps = 0..self.run.args.grad_accum_usteps;
         let recorded = Recorded {
             batches: micro_steps.clone().map(|micro| self.batch(step, micro)).collect::<Result<_, _>>()?,
@@ -449,13 +432,23 @@ impl<'a> Session<'a> {
         };
         let carried = resume::carried(before.as_deref().unwrap_or_default());
         let diagnosis = diagnose(self.backend, &mut self.trainer, &recorded, before);
-        let place =
-            NonFinite::write(self.folder.dir(), step, &self.run.args, &recorded, &diagnosis, |dir| {
-                let model = self.trainer.model();
-                let (state, position) = (self.trainer.state(), self.position(step - 1));
-                write_files(dir, self.backend, model.config(), model.layout(), state, &carried, position)
-            })?;
-        Ok((format!("{diagnosis}; it read {}", nonfinite::list(&recorded.samples)), place))
+        let error = Error::new(format!(
+            "step {step}: loss {:?} with gradient norm {:?} is not finite; the update was not applied; {diagnosis}; it \
+             read {}",
+            report.loss,
+            report.grad_norm,
+            nonfinite::list(&recorded.samples)
+        ));
+        let place = NonFinite::write(self.folder.dir(), step, &self.run.args, &recorded, &diagnosis, |dir| {
+            let model = self.trainer.model();
+            let (state, position) = (self.trainer.state(), self.position(step - 1));
+            write_files(dir, self.backend, model.config(), model.layout(), state, &carried, position)
+        });
+        let repeat = match place {
+            Ok(place) => format!("`elapid replay {}` repeats the step", place.display()),
+            Err(cause) => format!("the step cannot be kept to be repeated: {cause}"),
+        };
+        Ok(error.with_hint(format!("try a lower --lr, more --warmup-steps or --dtype float32; {repeat}")))
     }
 
     fn log(&mut self, figures: Figures) -> Result<(), Error> {
