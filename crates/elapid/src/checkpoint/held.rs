@@ -77,7 +77,8 @@ fn rectangles(shape: &[usize], range: Range<usize>) -> Vec<Rectangle> {
         offset[0] = first;
         (offset, [&[last - first], inner].concat())
     });
-    let head = (first * stride > range.start).then(|| within(first - 1, stride - (first * stride - range.start)..stride));
+    let head = (first * stride > range.start)
+        .then(|| within(first - 1, stride - (first * stride - range.start)..stride));
     let tail = (range.end > last * stride).then(|| within(last, 0..range.end - last * stride));
     head.into_iter().flatten().chain(whole).chain(tail.into_iter().flatten()).collect()
 }
@@ -86,7 +87,10 @@ fn rectangles(shape: &[usize], range: Range<usize>) -> Vec<Rectangle> {
 fn meet(a: &Rectangle, b: &Rectangle) -> Option<Rectangle> {
     let axes = a.0.iter().zip(&a.1).zip(b.0.iter().zip(&b.1));
     let ranges = axes.map(|((a, a_len), (b, b_len))| (*a.max(b), (a + a_len).min(b + b_len)));
-    ranges.map(|(from, to)| (from < to).then(|| (from, to - from))).collect::<Option<Vec<_>>>().map(|x| x.into_iter().unzip())
+    ranges
+        .map(|(from, to)| (from < to).then(|| (from, to - from)))
+        .collect::<Option<Vec<_>>>()
+        .map(|x| x.into_iter().unzip())
 }
 
 /// A rectangle of a row-major tensor as runs of elements that lie together.
@@ -116,9 +120,14 @@ fn owned(cuts: &Cuts, layout: &Layout, range: Range<usize>) -> Vec<(Vec<usize>, 
     let mut found = Vec::new();
     for rectangle in rectangles(&cuts.shape(), range) {
         for block in cuts.blocks().filter(|block| layout.share.rank.is_multiple_of(block.copies)) {
-            let Some((start, extents)) = meet(&rectangle, &(block.local.clone(), block.shape)) else { continue };
+            let Some((start, extents)) = meet(&rectangle, &(block.local.clone(), block.shape)) else {
+                continue;
+            };
             let shifts = start.iter().zip(&block.local).zip(&block.logical);
-            found.push((shifts.map(|((start, local), logical)| start - local + logical).collect(), (start, extents)));
+            found.push((
+                shifts.map(|((start, local), logical)| start - local + logical).collect(),
+                (start, extents),
+            ));
         }
     }
     found
@@ -177,7 +186,13 @@ impl<'a, B: Backend> State<'a, B> {
         held.collect()
     }
 
-    fn of_carried(&self, backend: &B, tensor: String, values: &'a B::Tensor, cuts: &Cuts) -> Vec<Held<'a, B>> {
+    fn of_carried(
+        &self,
+        backend: &B,
+        tensor: String,
+        values: &'a B::Tensor,
+        cuts: &Cuts,
+    ) -> Vec<Held<'a, B>> {
         let local_shape = backend.shape(values);
         let (rows, dp) = (local_shape[0], backend.group_rank(Group::Dp));
         let mut logical = cuts.logical().to_vec();
@@ -209,10 +224,7 @@ pub(crate) fn carried_cuts_of(layout: &Layout, spec: &elapid_tensor::Mamba2Spec,
     let heads = [Segment { name: "h", units: spec.heads, width: 1 }];
     let conv = [rows, spec.conv_kernel - 1, spec.conv_channels()];
     let ssm = [rows, spec.heads, spec.head_dim, spec.state];
-    [
-        Cuts::along(&conv, 2, &conv_segments(spec), layout.share),
-        Cuts::along(&ssm, 1, &heads, layout.share),
-    ]
+    [Cuts::along(&conv, 2, &conv_segments(spec), layout.share), Cuts::along(&ssm, 1, &heads, layout.share)]
 }
 
 /// A carried state's name in a checkpoint.

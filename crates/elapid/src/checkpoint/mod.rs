@@ -18,8 +18,9 @@ use elapid_tensor::Slot;
 pub use held::State;
 pub(crate) use held::{carried_cuts_of, carried_name};
 pub use manifest::{Data, FileInfo, LogicalTensor, Manifest, Piece, Progress};
-pub(crate) use store::Lock;
+pub(crate) use piece::write;
 pub use store::Store;
+pub(crate) use store::{Lock, put, write_files};
 
 use crate::Error;
 use crate::config::ModelConfig;

@@ -114,6 +114,45 @@ impl Drop for Aside {
     }
 }
 
+/// Puts the folder `name` into `dir`: written aside by `content`, brought to disk, renamed. One of that name is
+/// replaced. All ranks call this together; the first one holds a [`Lock`] of `dir`.
+pub(crate) fn put(
+    rank: &Rank,
+    dir: &Path,
+    name: &str,
+    content: impl FnOnce(&Path) -> Result<(), Error>,
+) -> Result<PathBuf, Error> {
+    let (place, aside) = (dir.join(name), dir.join(format!(".{name}.partial")));
+    let mut made = None;
+    rank.from_first(|| {
+        if aside.exists() {
+            // A process was killed here.
+            fs::remove_dir_all(&aside).map_err(|cause| Error::io("remove", &aside, &cause))?;
+        }
+        fs::create_dir(&aside).map_err(|cause| Error::io("create", &aside, &cause))?;
+        made = Some(Aside(aside.clone()));
+        Ok(())
+    })?;
+    content(&aside)?;
+    rank.from_first(|| {
+        sync(&aside)?;
+        let _old = retire(dir, name)?;
+        fs::rename(&aside, &place).map_err(|cause| Error::io("write", &place, &cause))?;
+        sync(dir)
+    })?;
+    Ok(place)
+}
+
+/// Takes a folder out of sight; its files go when the answer is dropped. A kill in between leaves no half one.
+fn retire(dir: &Path, name: &str) -> Result<Option<Aside>, Error> {
+    let (place, retired) = (dir.join(name), dir.join(format!(".{name}.retired")));
+    match fs::rename(&place, &retired) {
+        Ok(()) => Ok(Some(Aside(retired))),
+        Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(cause) => Err(Error::io("remove", &place, &cause)),
+    }
+}
+
 impl Store {
     /// Locks the folder, which is made where it is missing, and removes what killed processes left unfinished there.
     ///
@@ -121,7 +160,7 @@ impl Store {
     /// The folder cannot be made or written, or another process has it.
     pub fn open(dir: &Path, tag: Option<String>, keep: Option<usize>) -> Result<Self, Error> {
         let lock = Lock::new(dir, "--checkpoint-dir")?;
-        let store = Self { _lock: Some(lock), ..Self::of_first_rank(dir, tag, keep) };
+        let store = Self { _lock: Some(lock), ..Self::of_first_rank(dir, tag, keep)? };
         for entry in fs::read_dir(dir).map_err(|cause| Error::io("read", dir, &cause))?.flatten() {
             if entry.file_name().to_string_lossy().starts_with(ASIDE) {
                 fs::remove_dir_all(entry.path()).map_err(|e| Error::io("remove", &entry.path(), &e))?;
@@ -131,8 +170,11 @@ impl Store {
     }
 
     /// The store that the first rank has opened, as the other ranks know it.
-    pub fn of_first_rank(dir: &Path, tag: Option<String>, keep: Option<usize>) -> Self {
-        Self { dir: dir.to_owned(), tag, keep, _lock: None }
+    ///
+    /// # Errors
+    /// None; as [`Self::open`].
+    pub fn of_first_rank(dir: &Path, tag: Option<String>, keep: Option<usize>) -> Result<Self, Error> {
+        Ok(Self { dir: dir.to_owned(), tag, keep, _lock: None })
     }
 
     /// Where it is.
@@ -164,57 +206,26 @@ impl Store {
         let step = progress.step;
         let tag = self.tag.as_ref().map_or(String::new(), |tag| format!("-{tag}"));
         let name = format!("step-{step:08}{tag}");
-        let place = self.dir.join(&name);
-        self.write(rank, &name, &place, backend, state, progress).map_err(|error| {
-            let what = error.hint().map_or(String::new(), |hint| format!("{hint}; "));
-            error.with_hint(format!(
-                "{what}checkpoints written before are whole, --resume auto goes on from them"
-            ))
-        })?;
-        Ok(place)
+        let content = |aside: &Path| write_files(aside, rank, backend, state, progress);
+        put(rank, &self.dir, &name, content)
+            .and_then(|place| {
+                rank.from_first(|| self.point_to(&name).and_then(|()| self.prune(step)))?;
+                Ok(place)
+            })
+            .map_err(|error| {
+                let what = error.hint().map_or(String::new(), |hint| format!("{hint}; "));
+                error.with_hint(format!(
+                    "{what}checkpoints written before are whole, --resume auto goes on from them"
+                ))
+            })
     }
 
-    fn write<B: Backend>(
-        &self,
-        rank: &Rank,
-        name: &str,
-        place: &Path,
-        backend: &B,
-        state: &State<'_, B>,
-        progress: Progress,
-    ) -> Result<(), Error> {
-        let aside = self.dir.join(format!(".{name}.partial"));
-        let mut made = None;
-        rank.from_first(|| {
-            fs::create_dir(&aside).map_err(|cause| Error::io("create", &aside, &cause))?;
-            made = Some(Aside(aside.clone()));
-            Ok(())
-        })?;
-        let pieces = rank.gather(write_pieces(&aside, rank, backend, state)?);
-        rank.from_first(|| {
-            let step = progress.step;
-            write_manifest(&aside, rank.mesh(), state.model.config(), progress, pieces)?;
-            sync(&aside)?;
-            let _old = self.retire(name)?;
-            fs::rename(&aside, place).map_err(|cause| Error::io("write", place, &cause))?;
-            sync(&self.dir)?;
-
-            let pointer = self.dir.join(format!(".{LATEST}.partial"));
-            write(&pointer, |out| writeln!(out, "{name}"))?;
-            fs::rename(&pointer, self.dir.join(LATEST)).map_err(|cause| Error::io("write", &pointer, &cause))?;
-            sync(&self.dir)?;
-            self.prune(step)
-        })
-    }
-
-    /// Takes a checkpoint out of sight; its files go when the answer is dropped. A kill in between leaves no half one.
-    fn retire(&self, name: &str) -> Result<Option<Aside>, Error> {
-        let (place, retired) = (self.dir.join(name), self.dir.join(format!(".{name}.retired")));
-        match fs::rename(&place, &retired) {
-            Ok(()) => Ok(Some(Aside(retired))),
-            Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(cause) => Err(Error::io("remove", &place, &cause)),
-        }
+    /// Makes `latest` name that checkpoint.
+    fn point_to(&self, name: &str) -> Result<(), Error> {
+        let pointer = self.dir.join(format!(".{LATEST}.partial"));
+        write(&pointer, |out| writeln!(out, "{name}"))?;
+        fs::rename(&pointer, self.dir.join(LATEST)).map_err(|cause| Error::io("write", &pointer, &cause))?;
+        sync(&self.dir)
     }
 
     /// Removes the oldest until so many are left, counting back from the one just written: what claims a later step was
@@ -223,7 +234,7 @@ impl Store {
         let Some(keep) = self.keep else { return Ok(()) };
         let names = list(&self.dir)?.into_iter().filter(|(step, _)| *step <= newest).collect::<Vec<_>>();
         for (_, name) in &names[..names.len().saturating_sub(keep.max(1))] {
-            self.retire(name)?;
+            retire(&self.dir, name)?;
         }
         Ok(())
     }
@@ -235,6 +246,18 @@ struct Pieces {
     file: Option<(String, FileInfo)>,
     /// (name, logical extents, block)
     blocks: Vec<(String, Vec<usize>, Piece)>,
+}
+
+/// Writes the files of a checkpoint into `dir`; all ranks call this together.
+pub(crate) fn write_files<B: Backend>(
+    dir: &Path,
+    rank: &Rank,
+    backend: &B,
+    state: &State<'_, B>,
+    progress: Progress,
+) -> Result<(), Error> {
+    let pieces = rank.gather(write_pieces(dir, rank, backend, state)?);
+    rank.from_first(|| write_manifest(dir, rank.mesh(), state.model.config(), progress, pieces))
 }
 
 fn write_pieces<B: Backend>(

@@ -14,6 +14,8 @@ use crate::Error;
 use crate::config::ModelConfig;
 use crate::memory::available;
 use crate::model::layout::Layout;
+use crate::model::shard::Share;
+use crate::parallel::Mesh;
 
 /// What the program holds apart from tensors on each thread: stack, and the packed operands of matrix products.
 const THREAD: u64 = 2 << 20;
@@ -33,16 +35,24 @@ pub struct Demand<'a> {
     pub dtype: DType,
     /// What layers keep.
     pub checkpointing: Checkpointing,
-    /// Worker threads.
+    /// Worker threads of a rank.
     pub threads: usize,
+    /// The ranks of the run.
+    pub mesh: Mesh,
+    /// How many of them are threads of this process.
+    pub ranks_here: usize,
+    /// Whether masters and moments are cut over the data-parallel ranks.
+    pub zero1: bool,
     /// B and L of the batches of an evaluation: a last, smaller batch has blocks of sizes of its own.
     pub evaluation: &'a [(usize, usize)],
+    /// Whether the masters before each update are kept, to compare.
+    pub log_norms: bool,
 }
 
 /// Predicted memory of a run at its peak, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Memory {
-    /// fp32 masters, and their bf16 copy where the model computes in bf16.
+    /// fp32 masters, their bf16 copy where the model computes in bf16, their fp32 copy where norms are logged.
     pub parameters: u64,
     /// fp32 sums over micro-steps.
     pub gradients: u64,
@@ -56,11 +66,32 @@ pub struct Memory {
     pub program: u64,
 }
 
+impl Demand<'_> {
+    /// That of the first rank; no other has more.
+    fn layout(&self) -> Layout {
+        Layout::sharded(self.config, Share { ranks: self.mesh.tp, rank: 0 }).dealt_to(self.mesh.dp)
+    }
+}
+
 impl Memory {
     /// The prediction for `demand`.
     pub fn predict(demand: &Demand<'_>) -> Self {
-        let elements = Layout::new(demand.config).flat.len() as u64;
-        let copy = if demand.dtype == DType::F32 { 0 } else { 2 };
+        let layout = demand.layout();
+        let elements = layout.flat.len() as u64;
+        let compute = if demand.dtype == DType::F32 { 4 } else { 2 };
+        let shards = if demand.zero1 { demand.mesh.dp as u64 } else { 1 };
+        // With shards the copy in compute dtype is there in any case, and of fp32 parameters an fp32 one.
+        let copy = match (shards, demand.dtype) {
+            (1, DType::F32) => 0,
+            (1, _) | (_, DType::F32) => compute * elements,
+            _ => {
+                let flat = layout.flat;
+                let decayed = flat.layers * layout.decayed.0 + layout.decayed.1;
+                compute * elements + 4 * (flat.len() - decayed) as u64
+            }
+        };
+        let ranks = demand.ranks_here as u64;
+        let before = if demand.log_norms { 4 } else { 0 };
         let mut play = Play::new(demand);
         let held = play.micro_step();
         play.micro_step();
@@ -72,12 +103,12 @@ impl Memory {
         }
         let within = |bytes: u128| u64::try_from(bytes).unwrap_or(u64::MAX).min(1 << 60);
         Self {
-            parameters: (4 + copy) * elements,
-            gradients: 4 * elements,
-            moments: 8 * elements,
-            activations: within(held),
-            transient: within(play.pool.peak - held),
-            program: status("VmRSS").unwrap_or(16 << 20) + THREAD * demand.threads as u64,
+            parameters: ranks * (4 * elements / shards + copy + before * elements),
+            gradients: ranks * (4 * elements + if shards > 1 { 4 * elements / shards } else { 0 }),
+            moments: ranks * (8 * elements / shards),
+            activations: within(held * u128::from(ranks)),
+            transient: within((play.pool.peak - held) * u128::from(ranks)),
+            program: status("VmRSS").unwrap_or(16 << 20) + THREAD * demand.threads as u64 * ranks,
         }
     }
 
@@ -232,7 +263,7 @@ const F32: u128 = 4;
 
 impl Play {
     fn new(demand: &Demand<'_>) -> Self {
-        let spec = demand.config.spec();
+        let spec = demand.layout().spec;
         let compute = if demand.dtype == DType::F32 { 4 } else { 2 };
         // The CPU scan's own limits: `MAX_CHUNK` and `HEAD_BLOCK` of its `mamba2`.
         let q = spec.chunk.min(128).min(demand.length).max(1);
@@ -249,7 +280,7 @@ impl Play {
             e: spec.inner() as u128,
             c: spec.conv_channels() as u128,
             h: spec.heads as u128,
-            v: demand.config.vocab_size as u128,
+            v: demand.config.vocab_size.div_ceil(demand.mesh.tp) as u128,
             proj: spec.projection() as u128,
             p: spec.head_dim as u128,
             n: spec.state as u128,
@@ -465,7 +496,19 @@ mod tests {
 
     fn demand(config: &ModelConfig) -> Demand<'_> {
         let checkpointing = Checkpointing::None;
-        Demand { config, batch: 3, length: 64, dtype: DType::F32, checkpointing, threads: 2, evaluation: &[] }
+        Demand {
+            config,
+            batch: 3,
+            length: 64,
+            dtype: DType::F32,
+            checkpointing,
+            threads: 2,
+            mesh: Mesh::SINGLE,
+            ranks_here: 1,
+            zero1: false,
+            evaluation: &[],
+            log_norms: false,
+        }
     }
 
     /// The table of docs/guide.md.

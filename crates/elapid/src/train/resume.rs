@@ -1,8 +1,9 @@
 //! Going on where a run stopped: which checkpoint, whether it fits, and what it puts back.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use elapid_tensor::{Backend, DType, Group, State};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::folder::RunFolder;
@@ -15,6 +16,7 @@ use crate::data::{Dataset, Order, Sampler};
 use crate::error::say;
 use crate::model::Mamba2ForCausalLM;
 use crate::model::shard::Cuts;
+use crate::parallel::Rank;
 
 /// Where a run begins.
 pub(super) enum Start {
@@ -26,8 +28,42 @@ pub(super) enum Start {
     Finished(Outcome),
 }
 
-/// What `--resume` says, with what the folders hold.
-pub(super) fn start(run: &Run, folder: &RunFolder, store: &Store) -> Result<Start, Error> {
+/// A [`Start`] as the first rank tells the others.
+#[derive(Serialize, Deserialize)]
+enum Found {
+    Fresh,
+    At(PathBuf),
+    Finished,
+}
+
+/// What `--resume` says, with what the folders hold. All ranks call this together; the first one, which has the run
+/// `folder`, looks.
+pub(super) fn start(
+    run: &Run,
+    rank: &Rank,
+    folder: Option<&RunFolder>,
+    store: &Store,
+) -> Result<Start, Error> {
+    let mut own = None;
+    let found = rank.from_first(|| {
+        let start = look(run, folder.expect("the first rank has the folder"), store)?;
+        let found = match &start {
+            Start::Fresh => Found::Fresh,
+            Start::From(checkpoint) => Found::At(checkpoint.dir().to_owned()),
+            Start::Finished(_) => Found::Finished,
+        };
+        own = Some(start);
+        Ok(found)
+    })?;
+    match (own, found) {
+        (Some(start), _) => Ok(start),
+        (None, Found::Fresh) => Ok(Start::Fresh),
+        (None, Found::At(dir)) => Ok(Start::From(Box::new(Checkpoint::open(&dir)?))),
+        (None, Found::Finished) => Ok(Start::Finished(Outcome::new(run.output_dir.join("hf")))),
+    }
+}
+
+fn look(run: &Run, folder: &RunFolder, store: &Store) -> Result<Start, Error> {
     match &run.args.resume {
         None => {
             folder.refuse_a_run()?;
@@ -83,6 +119,15 @@ pub(super) fn load_weights<B: Backend>(
             )
         })?,
     };
+    read_weights(&checkpoint, backend, model)
+}
+
+/// Replaces the parameters by those of `checkpoint`.
+pub(super) fn read_weights<B: Backend>(
+    checkpoint: &Checkpoint,
+    backend: &B,
+    model: &mut Mamba2ForCausalLM<B>,
+) -> Result<(), Error> {
     let layout = model.layout().clone();
     let [weights, ..] = PREFIXES;
     let masters = model.masters_mut();
@@ -151,10 +196,11 @@ pub(super) fn check(
     if old.samples != old.step * per_step {
         return fault(
             format!(
-                "it has read {} samples in {} steps, but --batch {} with --grad-accum-usteps {} makes {per_step} a step",
-                old.samples, old.step, sampler.batch, sampler.accum
+                "it has read {} samples in {} steps, but --batch {} with --grad-accum-usteps {} and --dp {} makes {per_step} a \
+                 step",
+                old.samples, old.step, sampler.batch, sampler.accum, sampler.dp
             ),
-            "the split may change, but not the product --batch × --grad-accum-usteps",
+            "the split may change, but not the product --batch × --grad-accum-usteps × --dp",
         );
     }
     if old.step > run.args.max_steps {
@@ -173,7 +219,8 @@ pub(super) fn check(
 
 /// The flags that have a part in the numbers: not where things go, nor how often.
 fn numeric(settings: &Value) -> Map<String, Value> {
-    const OTHERS: [&str; 9] = [
+    const OTHERS: [&str; 11] = [
+        "comm-timeout",
         "output-dir",
         "checkpoint-dir",
         "checkpoint-freq",
@@ -182,6 +229,7 @@ fn numeric(settings: &Value) -> Map<String, Value> {
         "save-last-step",
         "resume",
         "logging-interval",
+        "log-norms",
         "data-dir",
     ];
     let mut flags = settings.as_object().cloned().unwrap_or_default();
@@ -228,14 +276,14 @@ fn differences(old: &Map<String, Value>, new: &Map<String, Value>) -> Vec<String
         .collect()
 }
 
-/// Puts carried states back, of `rows` sequences on each rank.
-fn restore_carried<B: Backend>(
+/// Puts carried states back, of `rows` sequences on each rank. Before the first step there are none.
+pub(super) fn restore_carried<B: Backend>(
     checkpoint: &Checkpoint,
     backend: &B,
     trainer: &mut Trainer<'_, B>,
     rows: usize,
 ) -> Result<(), Error> {
-    if trainer.states().is_none() {
+    if trainer.states().is_none() || checkpoint.manifest().progress.step == 0 {
         return Ok(());
     }
     let (ranks, rank) = (backend.group_size(Group::Dp), backend.group_rank(Group::Dp));
