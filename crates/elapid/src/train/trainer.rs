@@ -109,8 +109,10 @@ impl<'b, B: Backend> Trainer<'b, B> {
         for (which, buffer) in [model.masters_mut(), m, v].into_iter().enumerate() {
             read(which, &layout, &mut |slot, values| {
                 let (range, offset) = layout.within_part(slot, ranks, rank);
-                let here = Slot { row: slot.row, offset, shape: vec![range.len()] };
-                backend.write_slot(buffer, &here, &values[range]);
+                if !range.is_empty() {
+                    let here = Slot { row: slot.row, offset, shape: vec![range.len()] };
+                    backend.write_slot(buffer, &here, &values[range]);
+                }
             })?;
         }
         model.refresh(backend);
