@@ -153,7 +153,7 @@ impl Case {
             loss = backend.add(&loss, &one);
         }
         model.sum_replicas(backend, &mut grads);
-        let uncounted = layout.uncounted();
+        let uncounted = layout.part(1, 0).uncounted;
         let clipping = Clipping { uncounted: &uncounted, over: &[Group::Tp], ..Clipping::alone(1.0, 0.0) };
         let norm = backend.values(&backend.clip(&grads, &loss, &clipping))[0];
         let whole =

@@ -16,7 +16,7 @@ use half::bf16;
 
 pub use threads::threads;
 
-use crate::memory::Plain;
+pub use crate::memory::Plain;
 use crate::tensor::{narrow, widen};
 
 /// How numbers of several ranks become one.
@@ -152,7 +152,7 @@ impl Abort {
 }
 
 /// The bytes of numbers, for collectives that only move them.
-pub(crate) fn bytes_mut<T: Plain>(data: &mut [T]) -> &mut [u8] {
+pub fn bytes_mut<T: Plain>(data: &mut [T]) -> &mut [u8] {
     // SAFETY: `Plain` numbers have no padding and no invalid bit pattern; u8 has no alignment.
     unsafe { std::slice::from_raw_parts_mut(data.as_mut_ptr().cast(), size_of_val(data)) }
 }

@@ -9,18 +9,10 @@ use serde_json::Value;
 
 use crate::Error;
 use crate::data::Order;
+use crate::parallel::Mesh;
 
 /// Version of the format that this build writes, and the only one so far.
 const VERSION: u32 = 1;
-
-/// How the ranks that wrote a checkpoint were arranged.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Mesh {
-    /// Data-parallel ranks.
-    pub dp: usize,
-    /// Tensor-parallel ranks.
-    pub tp: usize,
-}
 
 /// What tells one dataset from another.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -114,7 +106,7 @@ impl Manifest {
         files: BTreeMap<String, FileInfo>,
         tensors: BTreeMap<String, LogicalTensor>,
     ) -> Self {
-        Self { version: VERSION, mesh: Mesh { dp: 1, tp: 1 }, progress, files, tensors }
+        Self { version: VERSION, mesh: Mesh::SINGLE, progress, files, tensors }
     }
 
     /// JSON whose last field is the checksum of what stands before that field.

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use elapid_tensor::Slot;
 
-pub use manifest::{Data, FileInfo, LogicalTensor, Manifest, Mesh, Piece, Progress};
+pub use manifest::{Data, FileInfo, LogicalTensor, Manifest, Piece, Progress};
 pub(crate) use store::Lock;
 pub use store::Store;
 

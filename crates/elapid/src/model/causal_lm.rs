@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::rc::Rc;
 
-use elapid_tensor::{Backend, Checkpointing, DType, Group, Mamba2Weights, Slot, State, Tape, Var, Weight};
+use elapid_tensor::{
+    Backend, Checkpointing, DType, FlatShape, Group, Mamba2Weights, Row, Slot, State, Tape, Var, Weight,
+};
 
 use super::init::{Init, initialise};
 use super::layout::{Layout, ParamInfo, Replica};
@@ -23,9 +25,17 @@ pub struct Mamba2ForCausalLM<B: Backend> {
     layout: Layout,
     dtype: DType,
     masters: B::Buffer,
-    /// The bf16 copy; None where the model computes in fp32.
+    /// The copy in compute dtype; None where the masters are that.
     compute: Option<B::Buffer>,
+    zero1: Option<Zero1<B>>,
     sequence_parallel: bool,
+}
+
+/// What [`Mamba2ForCausalLM::with_zero1`] adds: the masters are this rank's shard of every row.
+struct Zero1<B: Backend> {
+    /// Whole rows' ends, from where weight decay ends: there lie the parameters that are fp32 even in a model that
+    /// computes in bf16. None where the compute copy is fp32 itself.
+    ends: Option<B::Buffer>,
 }
 
 /// Weights of one block.
@@ -59,15 +69,29 @@ impl Span {
     }
 }
 
+/// A rank's part of a row.
+fn shard_of(row: &Slot, ranks: usize, rank: usize) -> Slot {
+    let len = row.len() / ranks;
+    Slot { row: row.row, offset: rank * len, shape: vec![len] }
+}
+
 impl<B: Backend> Mamba2ForCausalLM<B> {
     /// A model of zeros, to be [loaded](Self::load): this rank's part of it, where the backend has tensor-parallel
     /// neighbours ([`check_ranks`](super::shard::check_ranks) says how many a model can have).
     pub fn empty(backend: &B, config: &ModelConfig, dtype: DType) -> Self {
         let share = Share { ranks: backend.group_size(Group::Tp), rank: backend.group_rank(Group::Tp) };
-        let layout = Layout::sharded(config, share);
+        let layout = Layout::sharded(config, share).dealt_to(backend.group_size(Group::Dp));
         let masters = backend.buffer(layout.flat, DType::F32);
         let compute = (dtype != DType::F32).then(|| backend.buffer(layout.flat, dtype));
-        Self { config: config.clone(), layout, dtype, masters, compute, sequence_parallel: false }
+        Self {
+            config: config.clone(),
+            layout,
+            dtype,
+            masters,
+            compute,
+            zero1: None,
+            sequence_parallel: false,
+        }
     }
 
     /// The same model with the residual stream cut along the sequence, between the tensor-parallel ranks
@@ -150,11 +174,63 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
         pretrained::save(dir, &self.config, &self.layout, disk, pretrained::MAX_SHARD_SIZE, source)
     }
 
-    /// Brings the compute copy up to date with the masters.
+    /// Brings the compute copy up to date with the masters; with ZeRO-1, from all data-parallel ranks, which call this
+    /// together.
     pub fn refresh(&mut self, backend: &B) {
-        if let Some(compute) = &mut self.compute {
-            backend.cast_buffer(&self.masters, compute);
+        let Some(compute) = &mut self.compute else { return };
+        let Some(Zero1 { ends }) = &mut self.zero1 else {
+            return backend.cast_buffer(&self.masters, compute);
+        };
+        for row in self.layout.flat.rows() {
+            backend.all_gather_row(&self.masters, row, compute, Group::Dp);
+            if let Some(ends) = ends {
+                backend.all_gather_row(&self.masters, row, ends, Group::Dp);
+            }
         }
+    }
+
+    /// The same model of which this rank keeps its shard of the masters only, one of as many as there are data-parallel
+    /// ranks, beside all parameters in compute dtype (ZeRO stage 1). A rank alone keeps everything.
+    pub fn with_zero1(mut self, backend: &B) -> Self {
+        let flat = self.layout.flat;
+        let (ranks, rank) = (backend.group_size(Group::Dp), backend.group_rank(Group::Dp));
+        if ranks == 1 {
+            return self;
+        }
+        let mut shard = backend.buffer(flat.shard(ranks), DType::F32);
+        for row in flat.rows() {
+            let whole = shard_of(&flat.whole(row), ranks, rank);
+            let values = self.parameter(backend, &whole);
+            backend.write_slot(&mut shard, &Slot { offset: 0, ..whole }, &values);
+        }
+        let whole = std::mem::replace(&mut self.masters, shard);
+        let ends = self.compute.is_some().then(|| {
+            let (row, shared) = self.layout.decayed;
+            let ends = FlatShape { row: flat.row - row, shared: flat.shared - shared, ..flat };
+            backend.buffer(ends, DType::F32)
+        });
+        self.compute.get_or_insert(whole);
+        self.zero1 = Some(Zero1 { ends });
+        self.refresh(backend);
+        self
+    }
+
+    /// The same model with whole masters on every rank; all data-parallel ranks call this together.
+    pub fn without_zero1(mut self, backend: &B) -> Self {
+        if self.zero1.take().is_some() {
+            let mut whole = backend.buffer(self.layout.flat, DType::F32);
+            for row in self.layout.flat.rows() {
+                backend.all_gather_row(&self.masters, row, &mut whole, Group::Dp);
+            }
+            self.masters = whole;
+            self.compute = self.compute.filter(|_| self.dtype != DType::F32);
+        }
+        self
+    }
+
+    /// Whether this rank keeps its shard of the masters only.
+    pub fn zero1(&self) -> bool {
+        self.zero1.is_some()
     }
 
     /// The configuration.
@@ -172,7 +248,7 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
         self.dtype
     }
 
-    /// The fp32 masters.
+    /// The fp32 masters: whole rows, or this rank's shards of them.
     pub fn masters(&self) -> &B::Buffer {
         &self.masters
     }
@@ -202,7 +278,16 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
     }
 
     fn fp32(&self, backend: &B, slot: Slot) -> Weight<B::Tensor> {
-        Weight { value: backend.view(&self.masters, &slot), slot }
+        let value = match &self.zero1 {
+            None => backend.view(&self.masters, &slot),
+            Some(Zero1 { ends: None }) => return self.weight(backend, slot),
+            Some(Zero1 { ends: Some(ends) }) => {
+                let (row, shared) = self.layout.decayed;
+                let start = if slot.row == Row::Shared { shared } else { row };
+                backend.view(ends, &Slot { offset: slot.offset - start, ..slot.clone() })
+            }
+        };
+        Weight { value, slot }
     }
 
     fn weight(&self, backend: &B, slot: Slot) -> Weight<B::Tensor> {

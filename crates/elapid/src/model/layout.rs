@@ -227,6 +227,15 @@ pub struct Replica {
     pub partial: bool,
 }
 
+/// What an update must know of its rows, or of equal parts of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Weight decay applies to the first elements of each row: (of a layer row, of the shared region).
+    pub decayed: (usize, usize),
+    /// Elements of the buffer that another rank counts in a norm, in order.
+    pub uncounted: Vec<Range<usize>>,
+}
+
 /// Where a layer's parameters lie.
 #[derive(Clone, Debug)]
 pub struct LayerSlots {
@@ -305,6 +314,37 @@ impl Layout {
         Self { flat, decayed, share, spec, layer, shared }
     }
 
+    /// The same layout with rows that can be dealt out evenly to `ranks`.
+    pub fn dealt_to(mut self, ranks: usize) -> Self {
+        let multiple = ROW_MULTIPLE * ranks;
+        self.flat.row = self.flat.row.next_multiple_of(multiple);
+        self.flat.shared = self.flat.shared.next_multiple_of(multiple);
+        self
+    }
+
+    /// What one of `ranks` equal parts of every row is to the update.
+    pub fn part(&self, ranks: usize, rank: usize) -> Part {
+        let flat = self.flat.shard(ranks);
+        // Elements of a row before `end` that lie in the part, and a range as the part counts it.
+        let before = |end: usize, len: usize| end.saturating_sub(rank * len).min(len);
+        let decayed = (before(self.decayed.0, flat.row), before(self.decayed.1, flat.shared));
+        let uncounted = self.flat.rows().flat_map(|row| {
+            let (len, start) = (flat.whole(row).len(), flat.start(row));
+            self.uncounted(row)
+                .map(move |range| start + before(range.start, len)..start + before(range.end, len))
+        });
+        Part { decayed, uncounted: uncounted.filter(|range| !range.is_empty()).collect() }
+    }
+
+    /// Ranges of a row that a tensor-parallel rank before this one holds, too: a norm over all ranks leaves them out
+    /// (trap T21).
+    fn uncounted(&self, row: Row) -> impl Iterator<Item = Range<usize>> {
+        let replicas = self.replicas(row, false).into_iter();
+        replicas
+            .filter(|replica| !self.share.rank.is_multiple_of(replica.copies))
+            .map(|replica| replica.range)
+    }
+
     fn row(&self, row: Row) -> &[Placed] {
         match row {
             Row::Shared => &self.shared,
@@ -344,18 +384,6 @@ impl Layout {
             }
         }
         joined
-    }
-
-    /// Elements of a flat buffer that a tensor-parallel rank before this one holds, too, in order: a norm over all ranks
-    /// leaves them out (trap T21).
-    pub fn uncounted(&self) -> Vec<Range<usize>> {
-        let here = |row| {
-            let start = self.flat.start(row);
-            let replicas = self.replicas(row, false).into_iter();
-            let others = replicas.filter(|replica| !self.share.rank.is_multiple_of(replica.copies));
-            others.map(move |replica| start + replica.range.start..start + replica.range.end)
-        };
-        self.flat.rows().flat_map(here).collect()
     }
 
     /// Every parameter of the model with its Hugging Face name, in memory order.

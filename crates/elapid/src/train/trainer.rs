@@ -1,6 +1,6 @@
 //! One optimizer step: micro-steps that accumulate gradients, and an update.
 
-use elapid_tensor::{AdamW, Backend, Checkpointing, Clipping, DType, State, Tape};
+use elapid_tensor::{AdamW, Backend, Checkpointing, Clipping, DType, Group, State, Tape};
 
 use super::Batch;
 use crate::model::{Layout, Mamba2ForCausalLM};
@@ -21,6 +21,8 @@ pub struct Trainer<'b, B: Backend> {
     backend: &'b B,
     model: Mamba2ForCausalLM<B>,
     grads: B::Buffer,
+    /// With ZeRO-1: this rank's shard of the sum of all ranks' gradients.
+    shard: Option<B::Buffer>,
     m: B::Buffer,
     v: B::Buffer,
     /// Sum of token losses since the last update; None before the first micro-step.
@@ -34,13 +36,15 @@ impl<'b, B: Backend> Trainer<'b, B> {
     /// Starts with zero gradients and moments.
     pub fn new(backend: &'b B, model: Mamba2ForCausalLM<B>, checkpointing: Checkpointing) -> Self {
         let flat = model.layout().flat;
-        let zeros = || backend.buffer(flat, DType::F32);
+        let zeros = |flat| backend.buffer(flat, DType::F32);
+        let own = if model.zero1() { flat.shard(backend.group_size(Group::Dp)) } else { flat };
         Self {
             backend,
+            grads: zeros(flat),
+            shard: model.zero1().then(|| zeros(own)),
+            m: zeros(own),
+            v: zeros(own),
             model,
-            grads: zeros(),
-            m: zeros(),
-            v: zeros(),
             loss: None,
             checkpointing,
             states: None,
@@ -106,18 +110,33 @@ impl<'b, B: Backend> Trainer<'b, B> {
         });
     }
 
-    /// Scales the gradients by 1 / `valid`, the number of labels since the last update, clips them to `max_norm`
-    /// (≤ 0: not at all) and applies AdamW. Where loss or gradient is not finite nothing changes and the gradients
-    /// stay for inspection.
+    /// Sums the gradients over the ranks, scales them by 1 / `valid`, the number of all ranks' labels since the last
+    /// update, clips them to `max_norm` (≤ 0: not at all) and applies AdamW. Where loss or gradient is not finite
+    /// nothing changes and the gradients stay for inspection, summed. All ranks call this together and report the same.
     ///
     /// # Panics
     /// Without a micro-step since the last update.
     pub fn update(&mut self, hyper: &AdamW, max_norm: f32, valid: usize) -> StepReport {
-        let Self { backend, model, grads, m, v, .. } = self;
+        let Self { backend, model, grads, shard, m, v, .. } = self;
         let loss = self.loss.take().expect("an update follows a micro-step");
-        let clip = backend.clip(grads, &loss, &Clipping::alone(1.0 / valid as f32, max_norm));
-        let decayed = model.layout().decayed;
-        backend.adamw(hyper, decayed, &clip, grads, model.masters_mut(), m, v);
+        let loss = backend.all_reduce(&loss, Group::Dp);
+        model.sum_replicas(backend, grads);
+        for row in model.layout().flat.rows() {
+            match shard {
+                Some(shard) => backend.reduce_scatter_row(grads, row, shard, Group::Dp),
+                None => backend.all_reduce_slot(grads, &model.layout().flat.whole(row), Group::Dp),
+            }
+        }
+        let part = if shard.is_some() {
+            model.layout().part(backend.group_size(Group::Dp), backend.group_rank(Group::Dp))
+        } else {
+            model.layout().part(1, 0)
+        };
+        let over: &[_] = if shard.is_some() { &[Group::Tp, Group::Dp] } else { &[Group::Tp] };
+        let clipping = Clipping { scale: 1.0 / valid as f32, max_norm, uncounted: &part.uncounted, over };
+        let summed = shard.as_ref().unwrap_or(grads);
+        let clip = backend.clip(summed, &loss, &clipping);
+        backend.adamw(hyper, part.decayed, &clip, summed, model.masters_mut(), m, v);
         model.refresh(backend);
         // The step is enqueued; only now does the host look.
         let outcome = backend.values(&clip);
