@@ -263,16 +263,14 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
         backend.values(&backend.view(&self.masters, slot))
     }
 
-    /// Completes gradients of which each tensor-parallel rank has a part: those of weights that several ranks hold, but
-    /// use for heads, or with sequence parallelism for positions, of their own (trap T12). Due once, after the last
-    /// micro-step; all ranks call this together.
-    pub fn sum_replicas(&self, backend: &B, grads: &mut B::Buffer) {
-        for row in self.layout.flat.rows() {
-            for Replica { range, copies, partial } in self.layout.replicas(row, self.sequence_parallel) {
-                if partial {
-                    let slot = Slot { row, offset: range.start, shape: vec![range.len()] };
-                    backend.sum_slot_over_neighbours(grads, &slot, copies);
-                }
+    /// Completes the gradients of a row of which each tensor-parallel rank has a part: those of weights that several
+    /// ranks hold, but use for heads, or with sequence parallelism for positions, of their own (trap T12). Due once,
+    /// after the last micro-step; all ranks call this together.
+    pub fn sum_replicas(&self, backend: &B, grads: &mut B::Buffer, row: Row) {
+        for Replica { range, copies, partial } in self.layout.replicas(row, self.sequence_parallel) {
+            if partial {
+                let slot = Slot { row, offset: range.start, shape: vec![range.len()] };
+                backend.sum_slot_over_neighbours(grads, &slot, copies);
             }
         }
     }

@@ -120,8 +120,8 @@ impl<'b, B: Backend> Trainer<'b, B> {
         let Self { backend, model, grads, shard, m, v, .. } = self;
         let loss = self.loss.take().expect("an update follows a micro-step");
         let loss = backend.all_reduce(&loss, Group::Dp);
-        model.sum_replicas(backend, grads);
         for row in model.layout().flat.rows() {
+            model.sum_replicas(backend, grads, row);
             match shard {
                 Some(shard) => backend.reduce_scatter_row(grads, row, shard, Group::Dp),
                 None => backend.all_reduce_slot(grads, &model.layout().flat.whole(row), Group::Dp),

@@ -1,5 +1,5 @@
-//! Several ranks that share the samples of a step against one rank that reads them all: the same losses, gradients,
-//! norms and parameters.
+//! A mesh of ranks against one rank with the same weights and the same samples: losses, norms and parameters over
+//! several updates.
 #![allow(missing_docs)]
 
 use std::time::Duration;
@@ -8,17 +8,20 @@ use elapid::config::ModelConfig;
 use elapid::data::Sample;
 use elapid::model::Mamba2ForCausalLM;
 use elapid::model::init::Init;
+use elapid::model::shard::gather;
 use elapid::parallel::{Launch, Mesh, Rank, launch};
 use elapid::train::{Batch, StepReport, Trainer};
 use elapid_cpu::CpuBackend;
-use elapid_tensor::{AdamW, Backend, Checkpointing, DType};
+use elapid_tensor::{AdamW, Checkpointing, DType};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// One case: a model, and how the samples of a step are shared out.
+/// One case: a model, and how it and the samples of a step are shared out.
 #[derive(Clone, Copy, Debug)]
 struct Case {
     dp: usize,
+    tp: usize,
+    sequence_parallel: bool,
     zero1: bool,
     accum: usize,
     tied: bool,
@@ -60,12 +63,12 @@ impl Case {
         (0..2 * self.dp).map(sample).collect()
     }
 
-    /// Runs all steps on one rank of `mesh`; what each came to, the gradients of the last step before its update, and the
-    /// parameters after it.
+    /// Runs all steps on one rank; what each came to, and all parameters after the last.
     fn run(&self, rank: &Rank) -> (Vec<StepReport>, Vec<f32>) {
         let backend = rank.cpu().unwrap();
         let model =
             Mamba2ForCausalLM::new(&backend, &self.config(), self.dtype, Init::StateSpaces, self.seed);
+        let model = model.with_sequence_parallel(self.sequence_parallel);
         let model = if self.zero1 { model.with_zero1(&backend) } else { model };
         let mut trainer = Trainer::new(&backend, model, Checkpointing::None);
         let share = 2 * self.dp / rank.mesh().dp;
@@ -88,7 +91,8 @@ impl Case {
 }
 
 fn parameters(backend: &CpuBackend, model: &Mamba2ForCausalLM<CpuBackend>) -> Vec<f32> {
-    model.layout().iter().flat_map(|(_, slot, _)| model.parameter(backend, &slot)).collect()
+    let layout = model.layout();
+    layout.iter().flat_map(|(_, slot, info)| gather(backend, model.masters(), layout, &slot, info)).collect()
 }
 
 /// Largest difference, in units of the largest number.
@@ -99,11 +103,13 @@ fn apart(a: &[f32], b: &[f32]) -> f64 {
 }
 
 #[test]
-fn ranks_that_share_the_samples_are_as_one() {
+fn t21_a_mesh_is_as_one_rank() {
     let mut rng = ChaCha8Rng::seed_from_u64(11);
-    for seed in 0..24 {
+    for seed in 0..40 {
         let case = Case {
-            dp: [2, 3, 4][rng.random_range(0..3)],
+            dp: rng.random_range(1..5),
+            tp: [1, 1, 2, 4][rng.random_range(0..4)],
+            sequence_parallel: rng.random(),
             zero1: rng.random_bool(0.6),
             accum: rng.random_range(1..4),
             tied: rng.random(),
@@ -112,13 +118,12 @@ fn ranks_that_share_the_samples_are_as_one() {
             seed,
         };
         let (want, want_parameters) = case.run(&Rank::single(Some(1)));
-        let mesh = Mesh { dp: case.dp, tp: 1 };
+        let mesh = Mesh { dp: case.dp, tp: case.tp };
         let start = Launch { mesh, threads: Some(1), timeout: Duration::from_secs(60) };
         let ranks = launch(&start, |rank| Ok(case.run(rank))).unwrap();
-        let (close, params_close) = match case.dtype {
-            DType::F32 => (1e-5, 2e-4),
-            _ => (2e-3, 2e-2),
-        };
+        // Between tensor-parallel ranks partial sums are rounded to bf16.
+        let rounded = case.tp > 1 && case.dtype == DType::Bf16;
+        let (close, params_close) = if rounded { (0.1, 0.02) } else { (1e-5, 2e-4) };
         let (mut worst, mut worst_parameters) = (0.0f64, 0.0f64);
         for (reports, parameters) in &ranks {
             // Not only close: all ranks have the same bits.
