@@ -11,7 +11,7 @@ use serde_json::json;
 
 use super::evaluate::HeldOut;
 use super::folder::RunFolder;
-use super::memory::{self, Demand, Memory};
+use super::memory::{self, Demand, Memory, Shares};
 use super::progress::{Figures, Progress};
 use super::resume::{self, Start};
 use super::stop::{self, Graceful};
@@ -114,6 +114,7 @@ pub fn train(run: &Run) -> Result<Outcome, Error> {
     let backend = cpu(run.args.threads)?;
     let memory = Memory::predict(&Demand {
         config: &run.config,
+        shares: Shares::SINGLE,
         batch: run.args.batch,
         length: data.seq_len(),
         dtype: run.args.dtype.compute(),
