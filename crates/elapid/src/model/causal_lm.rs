@@ -234,6 +234,14 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
         self.zero1.is_some()
     }
 
+    /// Which part of every row the masters are: one of so many, and which.
+    pub fn part(&self, backend: &B) -> (usize, usize) {
+        match self.zero1 {
+            Some(_) => (backend.group_size(Group::Dp), backend.group_rank(Group::Dp)),
+            None => (1, 0),
+        }
+    }
+
     /// The configuration.
     pub fn config(&self) -> &ModelConfig {
         &self.config

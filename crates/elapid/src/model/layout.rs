@@ -322,6 +322,16 @@ impl Layout {
         self
     }
 
+    /// The elements of `slot` that lie in one of `ranks` equal parts of its row, and where in that part the first of them
+    /// is.
+    pub fn within_part(&self, slot: &Slot, ranks: usize, rank: usize) -> (Range<usize>, usize) {
+        let len = self.flat.whole(slot.row).len() / ranks;
+        let within = |end: usize| end.clamp(slot.offset, slot.offset + slot.len()) - slot.offset;
+        let range = within(rank * len)..within((rank + 1) * len);
+        let at = (slot.offset + range.start).saturating_sub(rank * len);
+        (range, at)
+    }
+
     /// What one of `ranks` equal parts of every row is to the update.
     pub fn part(&self, ranks: usize, rank: usize) -> Part {
         let flat = self.flat.shard(ranks);

@@ -98,6 +98,18 @@ pub struct Block {
 }
 
 impl Cuts {
+    /// A tensor of extents `logical` cut along `axis` by segment.
+    pub(crate) fn along(logical: &[usize], axis: usize, segments: &[Segment], share: Share) -> Self {
+        let cuts = of_segments(segments, share);
+        let len = cuts.iter().map(|cut| cut.local + cut.len).fold(0, usize::max);
+        Self { logical: logical.to_vec(), axis, len, cuts }
+    }
+
+    /// Extents of the whole tensor.
+    pub(crate) fn logical(&self) -> &[usize] {
+        &self.logical
+    }
+
     pub(super) fn new(info: &ParamInfo, share: Share) -> Self {
         let Share { ranks, rank } = share;
         let (axis, len, cuts) = match &info.shard {

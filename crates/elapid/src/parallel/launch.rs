@@ -34,12 +34,19 @@ pub struct Rank {
     groups: Groups,
     /// Worker threads.
     threads: Option<usize>,
+    ranks_here: usize,
 }
 
 impl Rank {
     /// A rank alone.
     pub fn single(threads: Option<usize>) -> Self {
-        Self { mesh: Mesh::SINGLE, world: Arc::new(Single), groups: Groups::default(), threads }
+        Self {
+            mesh: Mesh::SINGLE,
+            world: Arc::new(Single),
+            groups: Groups::default(),
+            threads,
+            ranks_here: 1,
+        }
     }
 
     /// The arrangement of all ranks.
@@ -55,6 +62,11 @@ impl Rank {
     /// Whether this is the rank that speaks, and writes what there is one of.
     pub fn is_first(&self) -> bool {
         self.number() == 0
+    }
+
+    /// How many ranks share this process's memory.
+    pub fn ranks_here(&self) -> usize {
+        self.ranks_here
     }
 
     /// This rank's place among those that share the samples.
@@ -134,6 +146,39 @@ impl Rank {
     pub fn barrier(&self) {
         self.world.barrier();
     }
+}
+
+/// Programs that start ranks, by the variable of the rank that they set.
+const STARTERS: [(&str, &str); 4] = [
+    ("OMPI_COMM_WORLD_RANK", "mpirun"),
+    ("PMI_RANK", "mpirun"),
+    ("PMIX_RANK", "mpirun"),
+    ("SLURM_PROCID", "srun"),
+];
+
+/// Number of ranks that a launcher has started as processes; None where this process makes its ranks itself.
+///
+/// # Errors
+/// A launcher that this build cannot work with.
+pub fn world_size() -> Result<Option<usize>, Error> {
+    let started_by = STARTERS.iter().find(|(variable, _)| std::env::var_os(variable).is_some());
+    if let Some((variable, starter)) = started_by {
+        return mpi_world_size(variable, starter);
+    }
+    if ["RANK", "WORLD_SIZE", "LOCAL_RANK"].iter().all(|name| std::env::var_os(name).is_some()) {
+        return Err(Error::new(
+            "RANK, WORLD_SIZE and LOCAL_RANK are set, as torchrun does, which cannot start elapid",
+        )
+        .with_hint(
+            "on one machine call elapid itself with --tp and --dp; on several start it with mpirun or srun",
+        ));
+    }
+    Ok(None)
+}
+
+fn mpi_world_size(variable: &str, starter: &str) -> Result<Option<usize>, Error> {
+    Err(Error::new(format!("{variable} is set, as {starter} does, but this elapid was built without MPI"))
+        .with_hint("build it with `cargo build --release --features mpi` (docs/distributed.md), or call it without a launcher"))
 }
 
 fn json<T: Serialize>(value: &T) -> Vec<u8> {
@@ -235,7 +280,7 @@ fn ranks(mesh: Mesh, each: Option<usize>, timeout: Duration, abort: &Abort) -> V
     let rank = |(number, world): (usize, Arc<dyn Communicator>)| {
         let (row, column) = mesh.place(number);
         let groups = Groups { tp: tp[row][column].clone(), dp: dp[column][row].clone() };
-        Rank { mesh, world, groups, threads: each }
+        Rank { mesh, world, groups, threads: each, ranks_here: mesh.size() }
     };
     world.into_iter().enumerate().map(rank).collect()
 }

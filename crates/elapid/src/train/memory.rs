@@ -24,37 +24,12 @@ const THREAD: u64 = 2 << 20;
 /// Beyond this share of the memory that is free a run is warned of, or refused, by what the prediction may be off.
 const MARGIN: f64 = 0.1;
 
-/// How a run is shared out to ranks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shares {
-    /// The ranks.
-    pub mesh: Mesh,
-    /// Optimizer state is shared out over the data-parallel ranks.
-    pub zero1: bool,
-    /// The residual stream is cut along the sequence.
-    pub sequence_parallel: bool,
-    /// Ranks that are threads of this process, which then holds what all of them hold.
-    pub here: usize,
-}
-
-impl Shares {
-    /// One rank.
-    pub const SINGLE: Self = Self { mesh: Mesh::SINGLE, zero1: false, sequence_parallel: false, here: 1 };
-
-    /// The layout of the first rank, whose parts are as long as any other's.
-    fn layout(self, config: &ModelConfig) -> Layout {
-        Layout::sharded(config, Share { ranks: self.mesh.tp, rank: 0 }).dealt_to(self.mesh.dp)
-    }
-}
-
 /// The run that is about to start.
 #[derive(Clone, Copy, Debug)]
 pub struct Demand<'a> {
     /// The model.
     pub config: &'a ModelConfig,
-    /// How it is shared out.
-    pub shares: Shares,
-    /// B of a micro-step, on one rank.
+    /// B of a micro-step.
     pub batch: usize,
     /// L.
     pub length: usize,
@@ -64,14 +39,24 @@ pub struct Demand<'a> {
     pub checkpointing: Checkpointing,
     /// Worker threads of a rank.
     pub threads: usize,
+    /// The ranks of the run.
+    pub mesh: Mesh,
+    /// How many of them are threads of this process.
+    pub ranks_here: usize,
+    /// Whether masters and moments are cut over the data-parallel ranks.
+    pub zero1: bool,
+    /// Whether the residual stream is cut along the sequence, over the tensor-parallel ranks.
+    pub sequence_parallel: bool,
     /// B and L of the batches of an evaluation: a last, smaller batch has blocks of sizes of its own.
     pub evaluation: &'a [(usize, usize)],
+    /// Whether the masters before each update are kept, to compare.
+    pub log_norms: bool,
 }
 
-/// Predicted memory of a run at its peak, in bytes: of all ranks in this process.
+/// Predicted memory of a run at its peak, in bytes: of all its ranks in this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Memory {
-    /// fp32 masters, and their bf16 copy where the model computes in bf16.
+    /// fp32 masters, their bf16 copy where the model computes in bf16, their fp32 copy where norms are logged.
     pub parameters: u64,
     /// fp32 sums over micro-steps.
     pub gradients: u64,
@@ -85,25 +70,39 @@ pub struct Memory {
     pub program: u64,
 }
 
+impl Demand<'_> {
+    /// That of the first rank; no other has more.
+    fn layout(&self) -> Layout {
+        Layout::sharded(self.config, Share { ranks: self.mesh.tp, rank: 0 }).dealt_to(self.mesh.dp)
+    }
+}
+
 impl Memory {
-    /// The prediction for `demand`. With n the elements of a rank's flat buffers, of which m are not decayed: parameters
-    /// take 4·n bytes, and 2·n more where the model computes in bf16; gradients 4·n; moments 8·n. With ZeRO-1 the fp32
-    /// masters and the moments take 12·n / dp, beside 4·n of parameters in fp32, or 2·n in bf16 and 4·m in fp32, and the
-    /// shard of summed gradients 4·n / dp.
+    /// The prediction for `demand`. With n the elements of a rank's flat buffers, of which m are not decayed, and dp
+    /// data-parallel ranks, in bytes:
+    ///
+    /// | | fp32 | bf16 | ZeRO-1, fp32 | ZeRO-1, bf16 |
+    /// |---|---|---|---|---|
+    /// | parameters | 4·n | 6·n | 4·n + 4·n/dp | 2·n + 4·m + 4·n/dp |
+    /// | gradients | 4·n | 4·n | 4·n + 4·n/dp | 4·n + 4·n/dp |
+    /// | moments | 8·n | 8·n | 8·n/dp | 8·n/dp |
     pub fn predict(demand: &Demand<'_>) -> Self {
-        let Shares { mesh, zero1, here, .. } = demand.shares;
-        let layout = demand.shares.layout(demand.config);
-        let flat = layout.flat;
-        let n = flat.len() as u64;
-        let ends = (flat.layers * (flat.row - layout.decayed.0) + flat.shared - layout.decayed.1) as u64;
-        let fp32 = demand.dtype == DType::F32;
-        let dp = mesh.dp as u64;
-        let (parameters, gradients, moments) = match zero1 && dp > 1 {
-            false => (if fp32 { 4 * n } else { 6 * n }, 4 * n, 8 * n),
-            true => {
-                (4 * n / dp + if fp32 { 4 * n } else { 2 * n + 4 * ends }, 4 * n + 4 * n / dp, 8 * n / dp)
+        let layout = demand.layout();
+        let elements = layout.flat.len() as u64;
+        let compute = if demand.dtype == DType::F32 { 4 } else { 2 };
+        let shards = if demand.zero1 { demand.mesh.dp as u64 } else { 1 };
+        // With shards the copy in compute dtype is there in any case, and of fp32 parameters an fp32 one.
+        let copy = match (shards, demand.dtype) {
+            (1, DType::F32) => 0,
+            (1, _) | (_, DType::F32) => compute * elements,
+            _ => {
+                let flat = layout.flat;
+                let decayed = flat.layers * layout.decayed.0 + layout.decayed.1;
+                compute * elements + 4 * (flat.len() - decayed) as u64
             }
         };
+        let ranks = demand.ranks_here as u64;
+        let before = if demand.log_norms { 4 } else { 0 };
         let mut play = Play::new(demand);
         let held = play.micro_step();
         play.micro_step();
@@ -113,15 +112,14 @@ impl Memory {
             evaluation.inference();
             std::mem::swap(&mut evaluation.pool, &mut play.pool);
         }
-        let here = here as u64;
-        let within = |bytes: u128| u64::try_from(bytes * u128::from(here)).unwrap_or(u64::MAX).min(1 << 60);
+        let within = |bytes: u128| u64::try_from(bytes).unwrap_or(u64::MAX).min(1 << 60);
         Self {
-            parameters: here * parameters,
-            gradients: here * gradients,
-            moments: here * moments,
-            activations: within(held),
-            transient: within(play.pool.peak - held),
-            program: status("VmRSS").unwrap_or(16 << 20) + here * THREAD * demand.threads as u64,
+            parameters: ranks * (4 * elements / shards + copy + before * elements),
+            gradients: ranks * (4 * elements + if shards > 1 { 4 * elements / shards } else { 0 }),
+            moments: ranks * (8 * elements / shards),
+            activations: within(held * u128::from(ranks)),
+            transient: within((play.pool.peak - held) * u128::from(ranks)),
+            program: status("VmRSS").unwrap_or(16 << 20) + THREAD * demand.threads as u64 * ranks,
         }
     }
 
@@ -207,16 +205,19 @@ mod tests {
 
     fn demand(config: &ModelConfig) -> Demand<'_> {
         let checkpointing = Checkpointing::None;
-        let shares = Shares::SINGLE;
         Demand {
             config,
-            shares,
             batch: 3,
             length: 64,
             dtype: DType::F32,
             checkpointing,
             threads: 2,
+            mesh: Mesh::SINGLE,
+            ranks_here: 1,
+            zero1: false,
+            sequence_parallel: false,
             evaluation: &[],
+            log_norms: false,
         }
     }
 
@@ -276,8 +277,8 @@ mod tests {
     fn ranks_share_the_memory() {
         let config = ModelConfig { num_heads: 8, n_groups: 4, ..ModelConfig::preset("tiny").unwrap() };
         let on = |dp, tp, zero1, sequence_parallel, dtype| {
-            let shares = Shares { mesh: Mesh { dp, tp }, zero1, sequence_parallel, here: 1 };
-            Memory::predict(&Demand { shares, dtype, ..demand(&config) })
+            let mesh = Mesh { dp, tp };
+            Memory::predict(&Demand { mesh, zero1, sequence_parallel, dtype, ..demand(&config) })
         };
         let one = on(1, 1, false, false, DType::F32);
         let four = on(1, 4, false, false, DType::F32);
@@ -292,8 +293,8 @@ mod tests {
             let ends = zero1.parameters - (copy + 1) * n;
             assert!(if dtype == DType::F32 { ends == 0 } else { ends > 0 && ends < n / 4 }, "{ends} of {n}");
         }
-        let shares = Shares { here: 4, mesh: Mesh { dp: 1, tp: 4 }, ..Shares::SINGLE };
-        let here = Memory::predict(&Demand { shares, ..demand(&config) });
+        let mesh = Mesh { dp: 1, tp: 4 };
+        let here = Memory::predict(&Demand { mesh, ranks_here: 4, ..demand(&config) });
         assert_eq!((here.moments, here.activations), (4 * four.moments, 4 * four.activations));
     }
 

@@ -1,6 +1,6 @@
 //! One optimizer step: micro-steps that accumulate gradients, and an update.
 
-use elapid_tensor::{AdamW, Backend, Checkpointing, Clipping, DType, Group, State, Tape};
+use elapid_tensor::{AdamW, Backend, Checkpointing, Clipping, DType, Group, Slot, State, Tape, Watch};
 
 use super::Batch;
 use crate::model::{Layout, Mamba2ForCausalLM};
@@ -14,6 +14,17 @@ pub struct StepReport {
     pub grad_norm: f64,
     /// False: loss or gradient was not finite, and nothing was updated.
     pub finite: bool,
+}
+
+impl StepReport {
+    fn read<B: Backend>(backend: &B, loss: &B::Tensor, clip: &B::Tensor, valid: usize) -> Self {
+        let outcome = backend.values(clip);
+        Self {
+            loss: f64::from(backend.values(loss)[0]) / valid as f64,
+            grad_norm: f64::from(outcome[0]),
+            finite: outcome[2] != 0.0,
+        }
+    }
 }
 
 /// A model in training: parameters, accumulated gradients, AdamW's moments.
@@ -37,7 +48,7 @@ impl<'b, B: Backend> Trainer<'b, B> {
     pub fn new(backend: &'b B, model: Mamba2ForCausalLM<B>, checkpointing: Checkpointing) -> Self {
         let flat = model.layout().flat;
         let zeros = |flat| backend.buffer(flat, DType::F32);
-        let own = if model.zero1() { flat.shard(backend.group_size(Group::Dp)) } else { flat };
+        let own = flat.shard(model.part(backend).0);
         Self {
             backend,
             grads: zeros(flat),
@@ -83,25 +94,45 @@ impl<'b, B: Backend> Trainer<'b, B> {
         [self.model.masters(), &self.m, &self.v]
     }
 
-    /// Lets `write` replace [`Self::state`], and brings the model up to date.
+    /// Replaces [`Self::state`] by what `read` gives of each of the three: every parameter's values on this rank. Brings
+    /// the model up to date; all ranks call this together.
     ///
     /// # Errors
-    /// Those of `write`.
+    /// Those of `read`.
     pub fn replace_state<E>(
         &mut self,
-        write: impl FnOnce(&Layout, [&mut B::Buffer; 3]) -> Result<(), E>,
+        mut read: impl FnMut(usize, &Layout, &mut dyn FnMut(&Slot, &[f32])) -> Result<(), E>,
     ) -> Result<(), E> {
         let Self { backend, model, m, v, .. } = self;
         let layout = model.layout().clone();
-        let result = write(&layout, [model.masters_mut(), m, v]);
+        let (ranks, rank) = model.part(backend);
+        for (which, buffer) in [model.masters_mut(), m, v].into_iter().enumerate() {
+            read(which, &layout, &mut |slot, values| {
+                let (range, offset) = layout.within_part(slot, ranks, rank);
+                let here = Slot { row: slot.row, offset, shape: vec![range.len()] };
+                backend.write_slot(buffer, &here, &values[range]);
+            })?;
+        }
         model.refresh(backend);
-        result
+        Ok(())
+    }
+
+    /// Forgets the micro-steps since the last update; `states` are the carried ones before them.
+    pub fn restart(&mut self, states: Option<Vec<State<B::Tensor>>>) {
+        self.backend.zero_buffer(&mut self.grads);
+        self.loss = None;
+        self.states = states;
     }
 
     /// Forward and adjoints of one batch; adds to loss and gradients. Reads nothing back.
     pub fn micro_step(&mut self, batch: &Batch) {
+        self.watched_micro_step(batch, None);
+    }
+
+    /// [`Self::micro_step`], each of its tensors shown to `watch`.
+    pub fn watched_micro_step(&mut self, batch: &Batch, watch: Option<&Watch<'_, B::Tensor>>) {
         let backend = self.backend;
-        let mut tape = Tape::training(backend, &mut self.grads);
+        let mut tape = Tape::training(backend, &mut self.grads).watched(watch);
         let loss = batch.loss(&mut tape, &self.model, self.states.as_mut(), self.checkpointing);
         tape.backward(&[], &[]);
         self.loss = Some(match self.loss.take() {
@@ -127,11 +158,8 @@ impl<'b, B: Backend> Trainer<'b, B> {
                 None => backend.all_reduce_slot(grads, &model.layout().flat.whole(row), Group::Dp),
             }
         }
-        let part = if shard.is_some() {
-            model.layout().part(backend.group_size(Group::Dp), backend.group_rank(Group::Dp))
-        } else {
-            model.layout().part(1, 0)
-        };
+        let (ranks, rank) = model.part(*backend);
+        let part = model.layout().part(ranks, rank);
         let over: &[_] = if shard.is_some() { &[Group::Tp, Group::Dp] } else { &[Group::Tp] };
         let clipping = Clipping { scale: 1.0 / valid as f32, max_norm, uncounted: &part.uncounted, over };
         let summed = shard.as_ref().unwrap_or(grads);
@@ -139,13 +167,21 @@ impl<'b, B: Backend> Trainer<'b, B> {
         backend.adamw(hyper, part.decayed, &clip, summed, model.masters_mut(), m, v);
         model.refresh(backend);
         // The step is enqueued; only now does the host look.
-        let outcome = backend.values(&clip);
-        let finite = outcome[2] != 0.0;
-        if finite {
+        let report = StepReport::read(*backend, &loss, &clip, valid);
+        if report.finite {
             backend.zero_buffer(grads);
         }
-        let loss = f64::from(backend.values(&loss)[0]) / valid as f64;
-        StepReport { loss, grad_norm: f64::from(outcome[0]), finite }
+        report
+    }
+
+    /// What [`Self::update`] would report; nothing is updated.
+    ///
+    /// # Panics
+    /// Without a micro-step since the last update.
+    pub fn report(&self, valid: usize) -> StepReport {
+        let loss = self.loss.as_ref().expect("a report follows a micro-step");
+        let clip = self.backend.clip(&self.grads, loss, &Clipping::alone(1.0 / valid as f32, 0.0));
+        StepReport::read(self.backend, loss, &clip, valid)
     }
 
     /// Gives the model back.

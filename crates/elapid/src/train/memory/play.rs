@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use elapid_tensor::{Checkpointing, DType};
 
-use super::{Demand, Shares};
+use super::Demand;
 
 /// Free blocks beyond this are returned to the system when none of them fits: `MAX_IDLE_LINES` of the backend.
 const MAX_IDLE: u128 = 1 << 30;
@@ -86,9 +86,9 @@ const F32: u128 = 4;
 
 impl Play {
     pub(super) fn new(demand: &Demand<'_>) -> Self {
-        let Shares { mesh, sequence_parallel, .. } = demand.shares;
-        let spec = demand.shares.layout(demand.config).spec;
-        let sequence_parallel = sequence_parallel && mesh.tp > 1;
+        let mesh = demand.mesh;
+        let spec = demand.layout().spec;
+        let sequence_parallel = demand.sequence_parallel && mesh.tp > 1;
         let part = demand.length.div_ceil(mesh.tp);
         let compute = if demand.dtype == DType::F32 { 4 } else { 2 };
         // The CPU scan's own limits: `MAX_CHUNK` and `HEAD_BLOCK` of its `mamba2`.
