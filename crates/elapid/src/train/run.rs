@@ -136,6 +136,7 @@ fn train_on(run: &Run, rank: &Rank) -> Result<Outcome, Error> {
         mesh: run.mesh,
         ranks_here: rank.ranks_here(),
         zero1: run.args.use_zero_1,
+        sequence_parallel: run.args.sequence_parallel_enabled,
         evaluation: &held_out.as_ref().map_or_else(Vec::new, HeldOut::shapes),
         log_norms: run.args.log_norms,
     });
