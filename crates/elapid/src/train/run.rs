@@ -416,7 +416,11 @@ impl<'a> Session<'a> {
         let (mut valid, mut tokens) = (0, 0);
         for micro in 0..args.grad_accum_usteps {
             let batch = self.batch(step, micro)?;
-            self.trainer.micro_step(&batch);
+            if micro + 1 < args.grad_accum_usteps {
+                self.trainer.micro_step(&batch);
+            } else {
+                self.trainer.last_micro_step(&batch);
+            }
             valid += batch.valid();
             tokens += batch.tokens();
         }
