@@ -117,9 +117,10 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
     /// A model from a Hugging Face folder.
     ///
     /// # Errors
-    /// When files are missing, damaged, or do not fit each other.
+    /// When files are missing, damaged, or do not fit each other; when the model cannot be cut over so many ranks.
     pub fn from_pretrained(backend: &B, dir: &Path, dtype: DType) -> Result<Self, Error> {
         let config = ModelConfig::load(dir)?;
+        shard::check_ranks(&config, backend.group_size(Group::Tp))?;
         let bytes = if dtype == DType::F32 { 4.0 } else { 6.0 };
         memory::check(
             Layout::new(&config).parameter_count() as f64 * bytes,

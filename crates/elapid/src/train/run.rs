@@ -136,6 +136,7 @@ fn train_on(run: &Run, rank: &Rank) -> Result<Outcome, Error> {
         mesh: run.mesh,
         ranks_here: rank.ranks_here(),
         zero1: run.args.use_zero_1,
+        sequence_parallel: run.args.sequence_parallel_enabled,
         evaluation: &held_out.as_ref().map_or_else(Vec::new, HeldOut::shapes),
         log_norms: run.args.log_norms,
     });
@@ -415,7 +416,11 @@ impl<'a> Session<'a> {
         let (mut valid, mut tokens) = (0, 0);
         for micro in 0..args.grad_accum_usteps {
             let batch = self.batch(step, micro)?;
-            self.trainer.micro_step(&batch);
+            if micro + 1 < args.grad_accum_usteps {
+                self.trainer.micro_step(&batch);
+            } else {
+                self.trainer.last_micro_step(&batch);
+            }
             valid += batch.valid();
             tokens += batch.tokens();
         }
