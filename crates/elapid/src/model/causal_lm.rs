@@ -9,7 +9,7 @@ use elapid_tensor::{
 };
 
 use super::init::{Init, initialise};
-use super::layout::{Layout, ParamInfo, Replica};
+use super::layout::{Layout, Replica};
 use super::pretrained::{self, FileDType};
 use super::shard::{self, Share};
 use crate::Error;
