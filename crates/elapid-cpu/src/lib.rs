@@ -4,6 +4,7 @@
 //! (see [`Isa`]).
 
 pub mod comm;
+mod courier;
 mod embedding;
 mod head;
 mod isa;
@@ -18,7 +19,7 @@ mod ranks;
 mod tensor;
 mod update;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use elapid_tensor::{
     AdamW, Backend, Clipping, DType, FlatShape, Group, Mamba2Grads, Mamba2Inputs, Mamba2Output, Mamba2Sinks,
@@ -30,6 +31,8 @@ pub use isa::Isa;
 pub use tensor::{Buffer, Tensor};
 
 use comm::{Communicator, FloatsMut, Groups, Reduce};
+use courier::Courier;
+pub use courier::Pending;
 use memory::Pool;
 use parallel::{ROWS, Workers};
 
@@ -73,6 +76,7 @@ pub struct CpuBackend {
     isa: Isa,
     pool: Arc<Pool>,
     groups: Groups,
+    courier: OnceLock<Courier>,
 }
 
 impl CpuBackend {
@@ -88,7 +92,13 @@ impl CpuBackend {
         let cores = || std::thread::available_parallelism().map_or(1, usize::from);
         let threads = options.threads.unwrap_or_else(cores).max(1);
         let workers = Workers::new(threads).map_err(CpuError::Threads)?;
-        Ok(Self { workers, isa, pool: Pool::new(options.poison), groups: options.groups.clone() })
+        Ok(Self {
+            workers,
+            isa,
+            pool: Pool::new(options.poison),
+            groups: options.groups.clone(),
+            courier: OnceLock::new(),
+        })
     }
 
     /// Number of worker threads.
@@ -240,6 +250,7 @@ impl CpuBackend {
 impl Backend for CpuBackend {
     type Tensor = Tensor;
     type Buffer = Buffer;
+    type Pending = Pending;
 
     fn tensor(&self, values: &[f32], shape: &[usize], dtype: DType) -> Tensor {
         assert_eq!(values.len(), shape.iter().product::<usize>());
@@ -475,6 +486,14 @@ impl Backend for CpuBackend {
 
     fn reduce_scatter_row(&self, whole: &mut Buffer, row: Row, shard: &mut Buffer, group: Group) {
         ranks::reduce_scatter_row(self, whole, row, shard, group);
+    }
+
+    fn start_sum(&self, buffer: &Buffer, row: Row, scatter: bool, group: Group) -> Pending {
+        self.courier.get_or_init(Courier::new).start(self, buffer, row, scatter, group)
+    }
+
+    fn finish_sum(&self, pending: Pending, to: &mut Buffer) {
+        pending.finish(to);
     }
 
     fn all_gather_row(&self, shard: &Buffer, row: Row, whole: &mut Buffer, group: Group) {

@@ -233,6 +233,8 @@ pub trait Backend: Sized + Sync + 'static {
     type Tensor: Clone + Send + Sync + 'static;
     /// A flat buffer of [`FlatShape`]: parameters, gradients or moments.
     type Buffer: Send + Sync;
+    /// A row on its way between the ranks.
+    type Pending: Send;
 
     // --- host and device ---
 
@@ -408,6 +410,13 @@ pub trait Backend: Sized + Sync + 'static {
     /// Replaces a row of `shard` by this rank's part of Σ of that row of `whole` over the ranks. The rows of `whole`
     /// are as many times longer as there are ranks. What the row of `whole` holds afterwards is not specified.
     fn reduce_scatter_row(&self, whole: &mut Self::Buffer, row: Row, shard: &mut Self::Buffer, group: Group);
+
+    /// Begins to sum a row of `buffer` over the ranks while this one goes on computing. `scatter`: only this rank's part
+    /// of the sum is wanted. Until [`Backend::finish_sum`] the rank uses `group` for nothing but further rows.
+    fn start_sum(&self, buffer: &Self::Buffer, row: Row, scatter: bool, group: Group) -> Self::Pending;
+
+    /// Waits for the sum and replaces by it the row of `to`: a buffer of the same extents, or of this rank's parts.
+    fn finish_sum(&self, pending: Self::Pending, to: &mut Self::Buffer);
 
     /// Replaces a row of `whole` by the ranks' rows of `shard`, rounded to the dtype of `whole`. The rows of `whole` may
     /// be shorter than all ranks' together: then they hold the last elements, in fp32.

@@ -6,7 +6,7 @@
 //! one that is wrong.
 
 use crate::backend::{Backend, DType, Group, Mamba2Inputs, Mamba2Spec, Mamba2Weights, Sink, State};
-use crate::flat::Slot;
+use crate::flat::{Row, Slot};
 
 /// A parameter: its value in compute dtype and the place of its gradient.
 #[derive(Clone, Debug)]
@@ -87,7 +87,11 @@ struct Backprop<'g, B: Backend> {
     grads: &'g mut B::Buffer,
     cotangents: Vec<Option<B::Tensor>>,
     watch: Option<&'g Watch<'g, B::Tensor>>,
+    done: Option<&'g mut RowDone<'g, B>>,
 }
+
+/// Told of each layer's row of gradients once nothing will be added to it any more.
+pub type RowDone<'a, B> = dyn FnMut(&B, &mut <B as Backend>::Buffer, Row) + 'a;
 
 impl<B: Backend> Backprop<'_, B> {
     fn take(&mut self, id: usize) -> Option<B::Tensor> {
@@ -129,6 +133,7 @@ pub struct Tape<'a, B: Backend> {
     adjoints: Vec<Adjoint<'a, B>>,
     vars: usize,
     watch: Option<&'a Watch<'a, B::Tensor>>,
+    done: Option<&'a mut RowDone<'a, B>>,
     /// The layer that is running.
     layer: Option<usize>,
 }
@@ -145,7 +150,7 @@ pub type LayerBody<'a, B> = dyn for<'t> Fn(
 impl<'a, B: Backend> Tape<'a, B> {
     /// A tape that computes and remembers nothing.
     pub fn inference(backend: &'a B) -> Self {
-        Self { backend, grads: None, adjoints: Vec::new(), vars: 0, watch: None, layer: None }
+        Self { backend, grads: None, adjoints: Vec::new(), vars: 0, watch: None, done: None, layer: None }
     }
 
     /// A tape whose [`Tape::backward`] adds parameter gradients to `grads`.
@@ -157,6 +162,11 @@ impl<'a, B: Backend> Tape<'a, B> {
     /// computed stays the same; reading it back takes its time.
     pub fn watched(self, watch: Option<&'a Watch<'a, B::Tensor>>) -> Self {
         Self { watch, ..self }
+    }
+
+    /// Tells `done` of every layer whose gradients are complete, as [`Tape::backward`] comes past it.
+    pub fn telling(self, done: Option<&'a mut RowDone<'a, B>>) -> Self {
+        Self { done, ..self }
     }
 
     /// The device this tape runs on.
@@ -439,6 +449,13 @@ impl<'a, B: Backend> Tape<'a, B> {
     ) -> Var<B::Tensor> {
         for layer in 0..n {
             self.layer = Some(layer);
+            if self.done.is_some() {
+                self.adjoints.push(Box::new(move |pass| {
+                    if let Some(done) = &mut pass.done {
+                        done(pass.backend, pass.grads, Row::Layer(layer));
+                    }
+                }));
+            }
             let before = states.as_ref().and_then(|s| s.get(layer)).cloned();
             let (out, after) = if self.grads.is_some() && checkpointing == Checkpointing::Block {
                 self.layer_run_again(layer, x, before, &body)
@@ -495,7 +512,13 @@ impl<'a, B: Backend> Tape<'a, B> {
         wanted: &[&Var<B::Tensor>],
     ) -> Vec<Option<B::Tensor>> {
         let grads = self.grads.expect("backward needs a training tape");
-        let mut pass = Backprop { backend: self.backend, grads, cotangents: Vec::new(), watch: self.watch };
+        let mut pass = Backprop {
+            backend: self.backend,
+            grads,
+            cotangents: Vec::new(),
+            watch: self.watch,
+            done: self.done,
+        };
         pass.cotangents.resize_with(self.vars, || None);
         for (var, cotangent) in seeds {
             pass.give(var.id, cotangent.clone());

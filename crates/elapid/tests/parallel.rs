@@ -63,7 +63,7 @@ impl Case {
             hidden_size: num_heads * head_dim / 2,
             expand: 2,
             state_size: rng.random_range(1..6),
-            num_hidden_layers: rng.random_range(1..4),
+            num_hidden_layers: rng.random_range(1..7),
             vocab_size: rng.random_range(5..40),
             conv_kernel: rng.random_range(1..5),
             chunk_size: *[2, 4, 16].choose(rng).unwrap(),
@@ -176,7 +176,12 @@ impl Case {
             let mut valid = 0;
             for micro_step in 0..self.micro_steps {
                 let batch = self.batch(micro_step, rank);
-                trainer.micro_step(&batch);
+                // Where an update follows, half of the cases send their gradients ahead of it.
+                if micro_step + 1 < self.micro_steps || self.seed % 2 == 0 {
+                    trainer.micro_step(&batch);
+                } else {
+                    trainer.last_micro_step(&batch);
+                }
                 valid += batch.valid();
             }
             // An eps that keeps the update a smooth function of the gradient.

@@ -106,7 +106,7 @@ fn carried_states_go_from_mesh_to_mesh() {
 #[test]
 fn what_ranks_cannot_do_is_refused() {
     let room = Room::with_data();
-    let train = format!("{FOUR} --max-steps 1");
+    let train = format!("{FOUR} --max-steps 2");
     room.refuses(&format!("{train} --tp 3"), &["--tp is 3", "n_groups = 2", "1, 2, 4"]);
     room.refuses(&format!("{train} --tp 0"), &["--tp is 0"]);
     room.refuses(&format!("{train} --dp 0"), &["--dp is 0"]);
@@ -123,7 +123,7 @@ fn what_ranks_cannot_do_is_refused() {
 #[test]
 fn launchers_that_cannot_help_are_named() {
     let room = Room::with_data();
-    let line: Vec<_> = FOUR.split_whitespace().chain(["--max-steps", "1"]).collect();
+    let line: Vec<_> = FOUR.split_whitespace().chain(["--max-steps", "2"]).collect();
     let output =
         room.command(&line).env("RANK", "0").env("WORLD_SIZE", "2").env("LOCAL_RANK", "0").output().unwrap();
     assert!(failed_in_order(&output).contains("mpirun or srun"));

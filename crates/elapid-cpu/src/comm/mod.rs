@@ -7,6 +7,8 @@
 //! others leave by unwinding with a [`CommFailure`], which says why, and which the function that started the ranks
 //! catches.
 
+#[cfg(feature = "mpi")]
+pub mod mpi;
 mod threads;
 
 use std::ops::Range;

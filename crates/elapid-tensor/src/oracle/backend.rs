@@ -116,6 +116,7 @@ fn state(spec: &Mamba2Spec, batch: usize, state: State<Vec<f64>>) -> State<Oracl
 impl Backend for OracleBackend {
     type Tensor = OracleTensor;
     type Buffer = OracleBuffer;
+    type Pending = (Row, OracleBuffer);
 
     fn tensor(&self, values: &[f32], shape: &[usize], dtype: DType) -> OracleTensor {
         make(values.iter().copied().map(f64::from).collect(), shape, dtype)
@@ -347,6 +348,14 @@ impl Backend for OracleBackend {
 
     fn reduce_scatter_row(&self, whole: &mut OracleBuffer, row: Row, shard: &mut OracleBuffer, _: Group) {
         copy_end(whole, row, shard);
+    }
+
+    fn start_sum(&self, buffer: &OracleBuffer, row: Row, _: bool, _: Group) -> (Row, OracleBuffer) {
+        (row, buffer.clone())
+    }
+
+    fn finish_sum(&self, (row, sum): (Row, OracleBuffer), to: &mut OracleBuffer) {
+        copy_end(&sum, row, to);
     }
 
     fn all_gather_row(&self, shard: &OracleBuffer, row: Row, whole: &mut OracleBuffer, _: Group) {

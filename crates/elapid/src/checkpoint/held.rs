@@ -163,7 +163,7 @@ impl<'a, B: Backend> State<'a, B> {
         let (parts, part) = self.model.part(backend);
         let (range, at) = layout.within_part(slot, parts, part);
         // Where all data-parallel ranks hold the same, the first one writes.
-        if parts == 1 && backend.group_rank(Group::Dp) > 0 {
+        if range.is_empty() || parts == 1 && backend.group_rank(Group::Dp) > 0 {
             return Vec::new();
         }
         let start = range.start;

@@ -17,6 +17,7 @@ use clap::{ArgAction, CommandFactory, FromArgMatches, Parser, Subcommand};
 use crate::Error;
 use crate::config::file::words;
 use crate::error::{quiet, say};
+use crate::parallel;
 
 /// Trains Mamba-2 language models: text in, a Hugging Face compatible model out.
 #[derive(Parser)]
@@ -68,13 +69,17 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Generate(args) => generate::run(&args),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => {
+            parallel::finish();
+            ExitCode::SUCCESS
+        }
         Err(error) => fail(&error),
     }
 }
 
 /// Says what is wrong.
 fn fail(error: &Error) -> ExitCode {
+    parallel::let_the_first_speak();
     let what = if error.signal().is_some() { "stopped" } else { "error" };
     say(format_args!("{what}: {error}"));
     if let Some(hint) = error.hint() {

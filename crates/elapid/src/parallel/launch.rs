@@ -176,6 +176,12 @@ pub fn world_size() -> Result<Option<usize>, Error> {
     Ok(None)
 }
 
+#[cfg(feature = "mpi")]
+fn mpi_world_size(_: &str, _: &str) -> Result<Option<usize>, Error> {
+    Ok(Some(mpi::world()?.size()))
+}
+
+#[cfg(not(feature = "mpi"))]
 fn mpi_world_size(variable: &str, starter: &str) -> Result<Option<usize>, Error> {
     Err(Error::new(format!("{variable} is set, as {starter} does, but this elapid was built without MPI"))
         .with_hint("build it with `cargo build --release --features mpi` (docs/distributed.md), or call it without a launcher"))
@@ -199,6 +205,10 @@ pub fn launch<T: Send>(
     f: impl Fn(&Rank) -> Result<T, Error> + Sync,
 ) -> Result<Vec<T>, Error> {
     let Launch { mesh, timeout, .. } = *launch;
+    #[cfg(feature = "mpi")]
+    if let Some(world) = mpi::started() {
+        return mpi::launch(world, launch, f);
+    }
     if mesh.size() == 1 {
         return f(&Rank::single(launch.threads)).map(|value| vec![value]);
     }
@@ -283,6 +293,83 @@ fn ranks(mesh: Mesh, each: Option<usize>, timeout: Duration, abort: &Abort) -> V
         Rank { mesh, world, groups, threads: each, ranks_here: mesh.size() }
     };
     world.into_iter().enumerate().map(rank).collect()
+}
+
+/// Ends what a launcher has started, after the last rank has come here with its work done.
+pub fn finish() {
+    #[cfg(feature = "mpi")]
+    if let Some(world) = mpi::started() {
+        world.finish();
+    }
+}
+
+/// Before a process that is not the first rank ends with an error: the first one may be about to say the same, and a
+/// launcher ends all ranks when one ends.
+pub fn let_the_first_speak() {
+    if error::quiet() {
+        std::thread::sleep(Duration::from_secs(3));
+    }
+}
+
+/// This process as a rank among those that mpirun or srun has started.
+#[cfg(feature = "mpi")]
+mod mpi {
+    use std::sync::Mutex;
+
+    use elapid_cpu::comm::mpi::World;
+
+    use super::*;
+    use crate::error::say;
+
+    static WORLD: Mutex<Option<World>> = Mutex::new(None);
+
+    /// The world, where it was looked for.
+    pub(super) fn started() -> Option<World> {
+        WORLD.lock().expect("no panic inside the lock").clone()
+    }
+
+    pub(super) fn world() -> Result<World, Error> {
+        let mut world = WORLD.lock().expect("no panic inside the lock");
+        if let Some(world) = &*world {
+            return Ok(world.clone());
+        }
+        let started = World::start(|failure| {
+            error::set_quiet(false);
+            let error = comm_error(failure);
+            say(format_args!("error: {error}"));
+            say(format_args!("hint: {}", error.hint().unwrap_or_default()));
+        })
+        .map_err(|cause| {
+            Error::new(format!("MPI does not start: {cause}")).with_hint("check the MPI installation")
+        })?;
+        error::set_quiet(started.rank() > 0);
+        Ok(world.insert(started).clone())
+    }
+
+    pub(super) fn launch<T>(
+        world: World,
+        launch: &Launch,
+        f: impl Fn(&Rank) -> Result<T, Error>,
+    ) -> Result<Vec<T>, Error> {
+        let Launch { mesh, threads, timeout } = *launch;
+        let number = world.rank();
+        let (row, column) = mesh.place(number);
+        let groups = Groups {
+            tp: world.split(row, mesh.tp_group(number), timeout),
+            dp: world.split(column, mesh.dp_group(number), timeout),
+        };
+        let rank = Rank { mesh, world: world.all(timeout), groups, threads, ranks_here: 1 };
+        match f(&rank) {
+            Err(error) if !rank.is_first() && error.signal().is_none() => {
+                let_the_first_speak();
+                error::set_quiet(false);
+                say(format_args!("error: rank {number}: {error}"));
+                say(format_args!("hint: {}", error.hint().unwrap_or_default()));
+                world.abort()
+            }
+            end => end.map(|value| vec![value]),
+        }
+    }
 }
 
 #[cfg(test)]

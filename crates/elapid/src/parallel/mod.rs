@@ -3,5 +3,5 @@
 mod launch;
 mod mesh;
 
-pub use launch::{Launch, Rank, launch, world_size};
+pub use launch::{Launch, Rank, finish, launch, let_the_first_speak, world_size};
 pub use mesh::{MAX_RANKS, Mesh};

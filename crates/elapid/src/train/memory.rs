@@ -11,6 +11,7 @@ use std::fmt;
 
 use elapid_tensor::{Checkpointing, DType};
 
+use super::trainer::UNDER_WAY;
 use crate::Error;
 use crate::config::ModelConfig;
 use crate::memory::available;
@@ -101,6 +102,9 @@ impl Memory {
                 compute * elements + 4 * (flat.len() - decayed) as u64
             }
         };
+        // Copies of the rows that travel while the backward pass goes on.
+        let sending =
+            if demand.mesh.dp > 1 { UNDER_WAY.min(layout.flat.layers) * layout.flat.row } else { 0 } as u64;
         let ranks = demand.ranks_here as u64;
         let before = if demand.log_norms { 4 } else { 0 };
         let mut play = Play::new(demand);
@@ -115,7 +119,8 @@ impl Memory {
         let within = |bytes: u128| u64::try_from(bytes).unwrap_or(u64::MAX).min(1 << 60);
         Self {
             parameters: ranks * (4 * elements / shards + copy + before * elements),
-            gradients: ranks * (4 * elements + if shards > 1 { 4 * elements / shards } else { 0 }),
+            gradients: ranks
+                * (4 * (elements + sending) + if shards > 1 { 4 * elements / shards } else { 0 }),
             moments: ranks * (8 * elements / shards),
             activations: within(held * u128::from(ranks)),
             transient: within((play.pool.peak - held) * u128::from(ranks)),

@@ -21,7 +21,7 @@ use crate::Error;
 use crate::checkpoint::{Checkpoint, Progress as Position, State as Held, Store, write_files};
 use crate::config::ModelConfig;
 use crate::config::TokenIds;
-use crate::config::run::{ActivationCheckpointing, Dtype, Run, check_threads};
+use crate::config::run::{ActivationCheckpointing, Dtype, Run, TrainArgs, check_threads};
 use crate::data::{Dataset, Order, Sampler, Tokenizer};
 use crate::error::say;
 use crate::model::Mamba2ForCausalLM;
@@ -109,6 +109,10 @@ pub fn train(run: &Run) -> Result<Outcome, Error> {
 
 /// What one rank does of it.
 fn train_on(run: &Run, rank: &Rank) -> Result<Outcome, Error> {
+    // Where ranks are processes each has resolved its folders by itself; those of the first one count.
+    let dirs = rank.from_first(|| Ok((run.output_dir.clone(), run.checkpoint_dir.clone())))?;
+    let args = TrainArgs { output_dir: Some(dirs.0.clone()), ..run.args.clone() };
+    let run = &Run { args, output_dir: dirs.0, checkpoint_dir: dirs.1, ..run.clone() };
     let settings = run.to_toml()?;
     let data = open_data(run)?;
     let tokenizer = open_tokenizer(run, &data)?;
@@ -412,7 +416,11 @@ impl<'a> Session<'a> {
         let (mut valid, mut tokens) = (0, 0);
         for micro in 0..args.grad_accum_usteps {
             let batch = self.batch(step, micro)?;
-            self.trainer.micro_step(&batch);
+            if micro + 1 < args.grad_accum_usteps {
+                self.trainer.micro_step(&batch);
+            } else {
+                self.trainer.last_micro_step(&batch);
+            }
             valid += batch.valid();
             tokens += batch.tokens();
         }

@@ -1,6 +1,8 @@
 //! One optimizer step: micro-steps that accumulate gradients, and an update.
 
-use elapid_tensor::{AdamW, Backend, Checkpointing, Clipping, DType, Group, Slot, State, Tape, Watch};
+use std::collections::VecDeque;
+
+use elapid_tensor::{AdamW, Backend, Checkpointing, Clipping, DType, Group, Row, Slot, State, Tape, Watch};
 
 use super::Batch;
 use crate::model::{Layout, Mamba2ForCausalLM};
@@ -27,6 +29,9 @@ impl StepReport {
     }
 }
 
+/// So many rows travel at once: each is a copy.
+pub(super) const UNDER_WAY: usize = 4;
+
 /// A model in training: parameters, accumulated gradients, AdamW's moments.
 pub struct Trainer<'b, B: Backend> {
     backend: &'b B,
@@ -34,6 +39,9 @@ pub struct Trainer<'b, B: Backend> {
     grads: B::Buffer,
     /// With ZeRO-1: this rank's shard of the sum of all ranks' gradients.
     shard: Option<B::Buffer>,
+    /// Layers' rows of gradients whose sum over the ranks has begun, and those of them that are on their way.
+    begun: Vec<Row>,
+    under_way: VecDeque<B::Pending>,
     m: B::Buffer,
     v: B::Buffer,
     /// Sum of token losses since the last update; None before the first micro-step.
@@ -52,6 +60,8 @@ impl<'b, B: Backend> Trainer<'b, B> {
         Self {
             backend,
             grads: zeros(flat),
+            begun: Vec::new(),
+            under_way: VecDeque::new(),
             shard: model.zero1().then(|| zeros(own)),
             m: zeros(own),
             v: zeros(own),
@@ -109,8 +119,10 @@ impl<'b, B: Backend> Trainer<'b, B> {
         for (which, buffer) in [model.masters_mut(), m, v].into_iter().enumerate() {
             read(which, &layout, &mut |slot, values| {
                 let (range, offset) = layout.within_part(slot, ranks, rank);
-                let here = Slot { row: slot.row, offset, shape: vec![range.len()] };
-                backend.write_slot(buffer, &here, &values[range]);
+                if !range.is_empty() {
+                    let here = Slot { row: slot.row, offset, shape: vec![range.len()] };
+                    backend.write_slot(buffer, &here, &values[range]);
+                }
             })?;
         }
         model.refresh(backend);
@@ -131,9 +143,30 @@ impl<'b, B: Backend> Trainer<'b, B> {
 
     /// [`Self::micro_step`], each of its tensors shown to `watch`.
     pub fn watched_micro_step(&mut self, batch: &Batch, watch: Option<&Watch<'_, B::Tensor>>) {
-        let backend = self.backend;
-        let mut tape = Tape::training(backend, &mut self.grads).watched(watch);
-        let loss = batch.loss(&mut tape, &self.model, self.states.as_mut(), self.checkpointing);
+        self.run_micro_step(batch, watch, false);
+    }
+
+    /// [`Self::micro_step`] where an update follows. Each layer's gradients travel to the other data-parallel ranks as
+    /// soon as they are complete, while the adjoints of the layers below run.
+    pub fn last_micro_step(&mut self, batch: &Batch) {
+        self.run_micro_step(batch, None, self.backend.group_size(Group::Dp) > 1);
+    }
+
+    fn run_micro_step(&mut self, batch: &Batch, watch: Option<&Watch<'_, B::Tensor>>, send: bool) {
+        let Self { backend, model, grads, shard, begun, under_way, .. } = self;
+        let (backend, scatter) = (*backend, shard.is_some());
+        let mut done = |backend: &B, grads: &mut B::Buffer, row| {
+            model.sum_replicas(backend, grads, row);
+            if under_way.len() == UNDER_WAY
+                && let Some(first) = under_way.pop_front()
+            {
+                backend.finish_sum(first, shard.as_mut().unwrap_or(grads));
+            }
+            under_way.push_back(backend.start_sum(grads, row, scatter, Group::Dp));
+            begun.push(row);
+        };
+        let mut tape = Tape::training(backend, grads).watched(watch).telling(send.then_some(&mut done));
+        let loss = batch.loss(&mut tape, model, self.states.as_mut(), self.checkpointing);
         tape.backward(&[], &[]);
         self.loss = Some(match self.loss.take() {
             None => loss,
@@ -148,10 +181,13 @@ impl<'b, B: Backend> Trainer<'b, B> {
     /// # Panics
     /// Without a micro-step since the last update.
     pub fn update(&mut self, hyper: &AdamW, max_norm: f32, valid: usize) -> StepReport {
-        let Self { backend, model, grads, shard, m, v, .. } = self;
+        let Self { backend, model, grads, shard, begun, under_way, m, v, .. } = self;
         let loss = self.loss.take().expect("an update follows a micro-step");
+        for pending in under_way.drain(..) {
+            backend.finish_sum(pending, shard.as_mut().unwrap_or(grads));
+        }
         let loss = backend.all_reduce(&loss, Group::Dp);
-        for row in model.layout().flat.rows() {
+        for row in model.layout().flat.rows().filter(|row| !begun.contains(row)) {
             model.sum_replicas(backend, grads, row);
             match shard {
                 Some(shard) => backend.reduce_scatter_row(grads, row, shard, Group::Dp),
@@ -166,6 +202,7 @@ impl<'b, B: Backend> Trainer<'b, B> {
         let clip = backend.clip(summed, &loss, &clipping);
         backend.adamw(hyper, part.decayed, &clip, summed, model.masters_mut(), m, v);
         model.refresh(backend);
+        begun.clear();
         // The step is enqueued; only now does the host look.
         let report = StepReport::read(*backend, &loss, &clip, valid);
         if report.finite {
