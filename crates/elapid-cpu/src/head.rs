@@ -178,7 +178,8 @@ impl Part {
             return 0.0;
         }
         if adjoint {
-            let scale = if self.max == whole.max { 1.0 } else { math::exp(self.max - whole.max) } / whole.sum;
+            let shrink = if self.max == whole.max { 1.0 } else { math::exp(self.max - whole.max) };
+            let scale = shrink / whole.sum;
             row.iter_mut().for_each(|x| *x *= scale);
             if let Some(place) = place {
                 row[place] -= 1.0;

@@ -9,7 +9,7 @@ use elapid_tensor::{
 };
 
 use super::init::{Init, initialise};
-use super::layout::{Layout, ParamInfo, Replica};
+use super::layout::{Layout, Replica};
 use super::pretrained::{self, FileDType};
 use super::shard::{self, Share};
 use crate::Error;
@@ -152,23 +152,24 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
     pub fn save_pretrained(&self, backend: &B, dir: &Path, disk: FileDType) -> Result<(), Error> {
         let places: BTreeMap<_, _> =
             self.layout.iter().map(|(name, slot, info)| (name, (slot, info))).collect();
-        let gather = |(slot, info): &(Slot, &ParamInfo)| {
-            shard::gather(backend, &self.masters, &self.layout, slot, info)
-        };
         let Share { ranks, rank } = self.layout.share;
         if rank > 0 {
-            places.values().for_each(|place| drop(gather(place)));
+            // In the order in which the first rank asks.
+            for (slot, _) in places.values() {
+                shard::gather_parts(backend, &self.masters, slot, |_, _| ());
+            }
             return Ok(());
         }
         let mut gathered = (String::new(), Vec::new());
         let source = |name: &str, first: usize, count: usize| {
-            let place = &places[name];
+            let (slot, info) = &places[name];
             if ranks == 1 {
-                let offset = place.0.offset + first;
-                return self.parameter(backend, &Slot { row: place.0.row, offset, shape: vec![count] });
+                let offset = slot.offset + first;
+                return self.parameter(backend, &Slot { row: slot.row, offset, shape: vec![count] });
             }
             if gathered.0 != name {
-                gathered = (name.to_owned(), gather(place));
+                let whole = shard::gather(backend, &self.masters, &self.layout, slot, info);
+                gathered = (name.to_owned(), whole);
             }
             gathered.1[first..first + count].to_vec()
         };

@@ -163,10 +163,14 @@ impl Cuts {
         Cow::Owned(part)
     }
 
-    /// Puts this rank's part into the logical tensor `values`.
-    pub fn put(&self, part: &[f32], values: &mut [f32]) {
+    /// Puts the elements of this rank's part from `first` on into the logical tensor `values`.
+    pub fn put(&self, first: usize, part: &[f32], values: &mut [f32]) {
         for (logical, local) in self.stretches() {
-            values[logical].copy_from_slice(&part[local]);
+            let (from, to) = (local.start.max(first), local.end.min(first + part.len()));
+            if from < to {
+                let at = logical.start + from - local.start;
+                values[at..at + to - from].copy_from_slice(&part[from - first..to - first]);
+            }
         }
     }
 
@@ -219,6 +223,9 @@ fn of_segments(segments: &[Segment], Share { ranks, rank }: Share) -> Vec<Cut> {
     cuts
 }
 
+/// Elements of a rank's part that are gathered at a time.
+const STRETCH: usize = 1 << 20;
+
 /// The values of one parameter of `buffer` from all tensor-parallel ranks, which call this together; `slot` and `info`
 /// are of `layout`. Row-major, fp32, on the host.
 pub fn gather<B: Backend>(
@@ -228,16 +235,29 @@ pub fn gather<B: Backend>(
     slot: &Slot,
     info: &ParamInfo,
 ) -> Vec<f32> {
-    // Parts have one shape on all ranks, so they lie one after the other.
-    let parts = backend.values(&backend.all_gather(&backend.view(buffer, slot), 0, Group::Tp));
-    if layout.share.ranks == 1 {
-        return parts;
-    }
     let mut whole = vec![0.0; info.elements()];
-    for (share, part) in Share::all(layout.share.ranks).zip(parts.chunks_exact(slot.len())) {
-        info.cuts(share).put(part, &mut whole);
-    }
+    let ranks = layout.share.ranks;
+    gather_parts(backend, buffer, slot, |first, parts| {
+        for (share, part) in Share::all(ranks).zip(parts.chunks_exact(parts.len() / ranks)) {
+            info.cuts(share).put(first, part, &mut whole);
+        }
+    });
     whole
+}
+
+/// Hands the elements of all ranks' parts of a parameter to `sink`, a stretch at a time: (first element in each part, the
+/// ranks' stretches one after the other).
+pub(super) fn gather_parts<B: Backend>(
+    backend: &B,
+    buffer: &B::Buffer,
+    slot: &Slot,
+    mut sink: impl FnMut(usize, &[f32]),
+) {
+    for first in (0..slot.len()).step_by(STRETCH) {
+        let shape = vec![STRETCH.min(slot.len() - first)];
+        let part = backend.view(buffer, &Slot { row: slot.row, offset: slot.offset + first, shape });
+        sink(first, &backend.values(&backend.all_gather(&part, 0, Group::Tp)));
+    }
 }
 
 #[cfg(test)]
@@ -290,7 +310,9 @@ mod tests {
                         let cuts = info.cuts(share);
                         let part = cuts.slice(&values);
                         assert_eq!(part.len(), cuts.shape().iter().product::<usize>(), "{name}");
-                        cuts.put(&part, &mut whole);
+                        let (head, tail) = part.split_at(part.len() / 3);
+                        cuts.put(0, head, &mut whole);
+                        cuts.put(head.len(), tail, &mut whole);
                         for block in cuts.blocks() {
                             let size: usize = block.shape.iter().product();
                             owned += if share.rank.is_multiple_of(block.copies) { size } else { 0 };

@@ -73,7 +73,7 @@ pub struct Memory {
 
 impl Demand<'_> {
     /// That of the first rank; no other has more.
-    fn layout(&self) -> Layout {
+    pub(super) fn layout(&self) -> Layout {
         Layout::sharded(self.config, Share { ranks: self.mesh.tp, rank: 0 }).dealt_to(self.mesh.dp)
     }
 }
