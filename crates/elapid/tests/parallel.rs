@@ -63,7 +63,7 @@ impl Case {
             hidden_size: num_heads * head_dim / 2,
             expand: 2,
             state_size: rng.random_range(1..6),
-            num_hidden_layers: rng.random_range(1..7),
+            num_hidden_layers: rng.random_range(1..4),
             vocab_size: rng.random_range(5..40),
             conv_kernel: rng.random_range(1..5),
             chunk_size: *[2, 4, 16].choose(rng).unwrap(),

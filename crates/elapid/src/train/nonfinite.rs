@@ -106,7 +106,7 @@ impl NonFinite {
         })
     }
 
-    /// Reads what [`Self::write`] has written.
+    /// Reads the folder that a run has left.
     ///
     /// # Errors
     /// Something is missing or damaged.

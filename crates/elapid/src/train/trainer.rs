@@ -30,7 +30,7 @@ impl StepReport {
 }
 
 /// So many rows travel at once: each is a copy.
-pub(super) const UNDER_WAY: usize = 4;
+pub(super) const UNDER_WAY: usize = 2;
 
 /// A model in training: parameters, accumulated gradients, AdamW's moments.
 pub struct Trainer<'b, B: Backend> {
@@ -39,9 +39,8 @@ pub struct Trainer<'b, B: Backend> {
     grads: B::Buffer,
     /// With ZeRO-1: this rank's shard of the sum of all ranks' gradients.
     shard: Option<B::Buffer>,
-    /// Layers' rows of gradients whose sum over the ranks has begun, and those of them that are on their way.
-    begun: Vec<Row>,
-    under_way: VecDeque<B::Pending>,
+    /// Rows of gradients that have been summed over the ranks already.
+    summed: Vec<Row>,
     m: B::Buffer,
     v: B::Buffer,
     /// Sum of token losses since the last update; None before the first micro-step.
@@ -60,8 +59,7 @@ impl<'b, B: Backend> Trainer<'b, B> {
         Self {
             backend,
             grads: zeros(flat),
-            begun: Vec::new(),
-            under_way: VecDeque::new(),
+            summed: Vec::new(),
             shard: model.zero1().then(|| zeros(own)),
             m: zeros(own),
             v: zeros(own),
@@ -153,8 +151,9 @@ impl<'b, B: Backend> Trainer<'b, B> {
     }
 
     fn run_micro_step(&mut self, batch: &Batch, watch: Option<&Watch<'_, B::Tensor>>, send: bool) {
-        let Self { backend, model, grads, shard, begun, under_way, .. } = self;
+        let Self { backend, model, grads, shard, summed, .. } = self;
         let (backend, scatter) = (*backend, shard.is_some());
+        let mut under_way = VecDeque::new();
         let mut done = |backend: &B, grads: &mut B::Buffer, row| {
             model.sum_replicas(backend, grads, row);
             if under_way.len() == UNDER_WAY
@@ -163,11 +162,14 @@ impl<'b, B: Backend> Trainer<'b, B> {
                 backend.finish_sum(first, shard.as_mut().unwrap_or(grads));
             }
             under_way.push_back(backend.start_sum(grads, row, scatter, Group::Dp));
-            begun.push(row);
+            summed.push(row);
         };
         let mut tape = Tape::training(backend, grads).watched(watch).telling(send.then_some(&mut done));
         let loss = batch.loss(&mut tape, model, self.states.as_mut(), self.checkpointing);
         tape.backward(&[], &[]);
+        for pending in under_way {
+            backend.finish_sum(pending, shard.as_mut().unwrap_or(grads));
+        }
         self.loss = Some(match self.loss.take() {
             None => loss,
             Some(sum) => backend.add(&sum, &loss),
@@ -181,13 +183,10 @@ impl<'b, B: Backend> Trainer<'b, B> {
     /// # Panics
     /// Without a micro-step since the last update.
     pub fn update(&mut self, hyper: &AdamW, max_norm: f32, valid: usize) -> StepReport {
-        let Self { backend, model, grads, shard, begun, under_way, m, v, .. } = self;
+        let Self { backend, model, grads, shard, summed, m, v, .. } = self;
         let loss = self.loss.take().expect("an update follows a micro-step");
-        for pending in under_way.drain(..) {
-            backend.finish_sum(pending, shard.as_mut().unwrap_or(grads));
-        }
         let loss = backend.all_reduce(&loss, Group::Dp);
-        for row in model.layout().flat.rows().filter(|row| !begun.contains(row)) {
+        for row in model.layout().flat.rows().filter(|row| !summed.contains(row)) {
             model.sum_replicas(backend, grads, row);
             match shard {
                 Some(shard) => backend.reduce_scatter_row(grads, row, shard, Group::Dp),
@@ -198,11 +197,11 @@ impl<'b, B: Backend> Trainer<'b, B> {
         let part = model.layout().part(ranks, rank);
         let over: &[_] = if shard.is_some() { &[Group::Tp, Group::Dp] } else { &[Group::Tp] };
         let clipping = Clipping { scale: 1.0 / valid as f32, max_norm, uncounted: &part.uncounted, over };
-        let summed = shard.as_ref().unwrap_or(grads);
-        let clip = backend.clip(summed, &loss, &clipping);
-        backend.adamw(hyper, part.decayed, &clip, summed, model.masters_mut(), m, v);
+        let total = shard.as_ref().unwrap_or(grads);
+        let clip = backend.clip(total, &loss, &clipping);
+        backend.adamw(hyper, part.decayed, &clip, total, model.masters_mut(), m, v);
         model.refresh(backend);
-        begun.clear();
+        summed.clear();
         // The step is enqueued; only now does the host look.
         let report = StepReport::read(*backend, &loss, &clip, valid);
         if report.finite {
