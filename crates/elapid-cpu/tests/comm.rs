@@ -249,7 +249,7 @@ fn a_norm_counts_every_element_once() {
         let clipping = Clipping { scale: 0.5, max_norm: 1.0, uncounted, over: &[Group::Tp] };
         let loss = backend.tensor(&[1.0], &[], DType::F32);
         let got = backend.values(&backend.clip(&grads, &loss, &clipping));
-        let norm = ((2.0 * 100_016.0 - 300.0) as f64).sqrt() as f32;
+        let norm = (2.0 * 100_016.0 - 300.0f64).sqrt() as f32;
         assert_eq!(got, [norm, 0.5 * (1.0 / (norm + 1e-6)), 1.0]);
 
         // A number that is not finite on one rank is known on all.

@@ -211,3 +211,90 @@ fn a_common_error_is_said_once() {
     assert_eq!(said.matches("error: ").count(), 1, "{said}");
     assert!(begun.elapsed() < Duration::from_secs(20));
 }
+
+/// Two network namespaces with a cable between them: two hosts, as far as MPI can tell. They go when this is dropped.
+struct Hosts {
+    names: [String; 2],
+}
+
+impl Hosts {
+    /// None where this user or this system cannot make them.
+    fn new() -> Option<Self> {
+        let hosts = Self { names: ["a", "b"].map(|end| format!("el{}{end}", std::process::id())) };
+        let [a, b] = &hosts.names;
+        let ip = |line: String| {
+            let output = Command::new("ip").args(line.split_whitespace()).output();
+            output.is_ok_and(|output| output.status.success())
+        };
+        let up = |name: &str, address: &str| {
+            ip(format!("-n {name} addr add {address}/24 dev {name}"))
+                && ip(format!("-n {name} link set {name} up"))
+                && ip(format!("-n {name} link set lo up"))
+        };
+        let made = ip(format!("netns add {a}"))
+            && ip(format!("netns add {b}"))
+            && ip(format!("link add {a} netns {a} type veth peer name {b} netns {b}"))
+            && up(a, "10.77.0.1")
+            && up(b, "10.77.0.2");
+        made.then_some(hosts)
+    }
+
+    /// A command on the first host, under a host name of its own.
+    fn command(&self, line: &str) -> Command {
+        let mut command = Command::new("ip");
+        let script = format!("hostname {0}; exec {line}", self.names[0]);
+        command.args(["netns", "exec", &self.names[0], "unshare", "--uts", "sh", "-c", &script]);
+        command
+    }
+
+    /// Bytes that the first host has sent to the second.
+    fn sent(&self) -> u64 {
+        let file = format!("cat /sys/class/net/{}/statistics/tx_bytes", self.names[0]);
+        let output = self.command(&file).output().unwrap();
+        String::from_utf8(output.stdout).unwrap().trim().parse().unwrap()
+    }
+}
+
+impl Drop for Hosts {
+    fn drop(&mut self) {
+        for name in &self.names {
+            let _ = Command::new("ip").args(["netns", "del", name]).output();
+        }
+    }
+}
+
+#[test]
+fn two_hosts_train_as_one_rank() {
+    let Some(hosts) = Hosts::new() else {
+        return println!("left out: network namespaces need root and `ip`");
+    };
+    let room = Room::with_data();
+    // How mpirun starts its daemon on the other host; ssh in real life.
+    let agent = room.path("agent.sh");
+    let other = &hosts.names[1];
+    let script = format!(
+        "#!/bin/sh\nshift\nexec ip netns exec {other} unshare --uts sh -c \"hostname {other}; $*\"\n"
+    );
+    room.write("agent.sh", &script);
+    assert!(Command::new("chmod").arg("+x").arg(&agent).status().unwrap().success());
+    let mesh = "--batch 2 --tp 2 --dp 2 --use-zero-1";
+    let line = format!(
+        "mpirun --allow-run-as-root --host 10.77.0.1:2,10.77.0.2:2 -n 4 --bind-to none --mca plm_rsh_agent {} \
+         --mca btl tcp,self --mca btl_tcp_if_include 10.77.0.0/24 --mca oob_tcp_if_include 10.77.0.0/24 {} {TRAIN} \
+         {mesh} --output-dir hosts",
+        agent.display(),
+        env!("CARGO_BIN_EXE_elapid")
+    );
+    let before = hosts.sent();
+    done(&hosts.command(&line).current_dir(room.0.path()).output().unwrap());
+    assert!(hosts.sent() - before > 100_000, "nothing went over the cable");
+
+    room.ok(&format!("{TRAIN} {mesh} --output-dir threads"));
+    assert_eq!(room.losses("hosts"), room.losses("threads"));
+    let file = |run: &str| std::fs::read(room.path(&format!("{run}/hf/model.safetensors"))).unwrap();
+    assert!(file("hosts") == file("threads"));
+    room.ok(&format!("{TRAIN} --batch 4 --output-dir one"));
+    for (got, want) in room.losses("hosts").iter().zip(room.losses("one")) {
+        assert!((got / want - 1.0).abs() < 2e-5, "{got} for {want}");
+    }
+}

@@ -177,7 +177,7 @@ impl Case {
             for micro_step in 0..self.micro_steps {
                 let batch = self.batch(micro_step, rank);
                 // Where an update follows, half of the cases send their gradients ahead of it.
-                if micro_step + 1 < self.micro_steps || self.seed % 2 == 0 {
+                if micro_step + 1 < self.micro_steps || self.seed.is_multiple_of(2) {
                     trainer.micro_step(&batch);
                 } else {
                     trainer.last_micro_step(&batch);

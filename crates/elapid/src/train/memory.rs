@@ -87,6 +87,9 @@ impl Memory {
     /// | parameters | 4·n | 6·n | 4·n + 4·n/dp | 2·n + 4·m + 4·n/dp |
     /// | gradients | 4·n | 4·n | 4·n + 4·n/dp | 4·n + 4·n/dp |
     /// | moments | 8·n | 8·n | 8·n/dp | 8·n/dp |
+    ///
+    /// and with several data-parallel ranks copies of two layers' gradients, which travel while the backward pass goes
+    /// on.
     pub fn predict(demand: &Demand<'_>) -> Self {
         let layout = demand.layout();
         let elements = layout.flat.len() as u64;
