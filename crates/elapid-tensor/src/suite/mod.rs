@@ -8,7 +8,7 @@
 //! Where the contract leaves a choice, the suite reads it so:
 //!
 //! - Weight and bias of `linear`, of the convolution, the table of `embedding` and the weight of `head_loss` come in
-//!   the dtype of the activations; norm weights, `dt_bias`, `a_log`, `d`, states and their cotangents are fp32.
+//!   the dtype of the activations, that of `add_bias` also in bf16 beside fp32; norm weights, `dt_bias`, `a_log`, `d`, states and their cotangents are fp32.
 //! - The conv state after the last position is an exact copy of inputs, those of the last document only, with
 //!   zeros where that is shorter than K − 1.
 //! - Δt passes its gradient at the ends of `dt_limit` as well, as `torch.clamp` does.

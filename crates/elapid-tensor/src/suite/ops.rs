@@ -110,11 +110,11 @@ pub fn linear<B: Backend>(backend: &B) -> Vec<Report> {
 /// [`Backend::add_bias`] and its adjoint.
 pub fn add_bias<B: Backend>(backend: &B) -> Vec<Report> {
     let mut reports = Vec::new();
-    for dtype in [F32, Bf16] {
+    for (dtype, kind) in [(F32, F32), (F32, Bf16), (Bf16, Bf16)] {
         for [b, l, o] in [[1, 1, 1], [2, 5, 33], [2, 63, 257]] {
-            let mut check = Check::new(backend, "add_bias", format!("B{b} L{l} O{o} {dtype:?}"));
+            let mut check = Check::new(backend, "add_bias", format!("B{b} L{l} O{o} {dtype:?} + {kind:?}"));
             let shape = [b, l, o];
-            let (x, bias) = (check.random(&shape, dtype, 1.0), check.random_parameter(&[o], dtype, 1.0));
+            let (x, bias) = (check.random(&shape, dtype, 1.0), check.random_parameter(&[o], kind, 1.0));
             let want: Vec<f64> = x.host.iter().zip(bias.host.iter().cycle()).map(|(x, b)| x + b).collect();
             let y = backend.add_bias(&x.device, &bias.device);
             check.compare("y", &y, &want, &shape, dtype, rounded_once(dtype));

@@ -370,11 +370,12 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
                 let (y, after) =
                     tape.mamba2(&spec, &projected, documents.as_ref(), before.as_ref(), &block.mixer); // [B, L, E]
                 let out = tape.linear(&y, &block.out_proj, None); // [B, L, D]
-                let mut out = span.leave(tape, &out);
+                let out = span.leave(tape, &out);
+                let mut out = tape.add(&x, &out);
                 if let Some(bias) = &block.out_proj_bias {
                     out = tape.add_bias(&out, bias);
                 }
-                (tape.add(&x, &out), State { conv: after.conv.value, ssm: after.ssm.value })
+                (out, State { conv: after.conv.value, ssm: after.ssm.value })
             }),
         );
         let x = tape.rms_norm(&x, &self.fp32(backend, shared.norm_f), eps, compute);
