@@ -297,7 +297,9 @@ mod tests {
         for (dtype, copy) in [(DType::F32, 4), (DType::Bf16, 2)] {
             let (whole, zero1) = (on(4, 1, false, false, dtype), on(4, 1, true, false, dtype));
             let n = whole.moments / 8;
-            assert_eq!((zero1.moments, zero1.gradients), (2 * n, 5 * n));
+            // Beside them, rows on their way to the other ranks, in either case.
+            assert_eq!((zero1.moments, zero1.gradients), (2 * n, whole.gradients + n));
+            assert!(whole.gradients > 4 * n);
             let ends = zero1.parameters - (copy + 1) * n;
             assert!(if dtype == DType::F32 { ends == 0 } else { ends > 0 && ends < n / 4 }, "{ends} of {n}");
         }
