@@ -160,7 +160,12 @@ fn ctrl_c_in_export_completes_it_and_a_second_does_no_harm() {
         }
         let output = child.wait_with_output().unwrap();
         if signals == 1 {
-            assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+            assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
+            assert!(
+                stderr(&output).contains("after the last step, the model is whole"),
+                "{}",
+                stderr(&output)
+            );
             assert!(run.join("finished.json").exists());
         } else {
             assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));

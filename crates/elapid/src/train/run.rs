@@ -311,6 +311,9 @@ impl<'a> Session<'a> {
         self.progress.finish();
         self.export()?;
         self.folder.finish(args.max_steps, &self.outcome)?;
+        if let Some(signal) = signals.caught() {
+            return Err(stop::after_export(signal, &self.outcome.model_dir));
+        }
         self.outcome.peak_memory = memory::peak_resident();
         Ok(self.outcome)
     }
