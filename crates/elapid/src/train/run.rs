@@ -1,8 +1,10 @@
 //! `elapid train`: set up, step, export.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
+use std::sync::Mutex;
 use std::time::Instant;
 
 use elapid_cpu::{CpuBackend, CpuOptions};
@@ -93,6 +95,13 @@ pub fn cpu(threads: Option<usize>) -> Result<CpuBackend, Error> {
     })
 }
 
+/// FLOP/s of this machine, measured once in a process for each number of threads.
+fn peak(backend: &CpuBackend) -> f64 {
+    static MEASURED: Mutex<BTreeMap<usize, f64>> = Mutex::new(BTreeMap::new());
+    let mut measured = MEASURED.lock().expect("measuring does not panic");
+    *measured.entry(backend.threads()).or_insert_with(|| backend.measure_peak())
+}
+
 /// Trains as `run` says, from step 1 or from a checkpoint, and leaves `metrics.jsonl`, `run.toml` and the model in `hf/` in
 /// the run folder.
 ///
@@ -135,7 +144,7 @@ pub fn train(run: &Run) -> Result<Outcome, Error> {
         }
     };
     let model = build_model(run, &data, &backend, from.is_some())?;
-    let peak = backend.measure_peak();
+    let peak = peak(&backend);
     start::print(run, &data, held_out.as_ref(), &model, &backend, peak, &memory);
     let settings = toml::to_string(&run.args).map_err(|cause| Error::new(format!("run.toml: {cause}")))?;
     folder.write("run.toml", &settings)?;
