@@ -53,7 +53,7 @@ fn after(milliseconds: u64) -> bool {
 #[test]
 fn signals_in_every_phase_leave_what_can_be_gone_on_from() {
     let dir = place();
-    dataset(&dir.path().join("held-out"), 3, 150);
+    dataset(&dir.path().join("held-out"), 3, 150, false);
     // A vocabulary large enough that every phase takes a while.
     let flags = "--max-steps 4 --grad-accum-usteps 4 --shuffle --vocab-size 100000 --eval-data-dir held-out --eval-freq 2 \
                  --checkpoint-freq 2 --save-last-step";

@@ -11,10 +11,11 @@ use serde_json::Value;
 
 pub(crate) const VOCAB: u32 = 64;
 
-/// Writes a dataset of random blocks of 16 tokens.
-pub(crate) fn dataset(dir: &Path, seed: u32, blocks: u64) {
-    let mut writer = DatasetWriter::create(dir, 16, false).unwrap();
+/// Writes a dataset of random blocks of 16 tokens, with `documents` that begin inside and between blocks.
+pub(crate) fn dataset(dir: &Path, seed: u32, blocks: u64, documents: bool) {
+    let mut writer = DatasetWriter::create(dir, 16, documents).unwrap();
     let mut x = seed;
+    let mut document = 0;
     for _ in 0..blocks {
         let ids: Vec<u32> = (0..16)
             .map(|_| {
@@ -22,7 +23,14 @@ pub(crate) fn dataset(dir: &Path, seed: u32, blocks: u64) {
                 (x >> 16) % VOCAB
             })
             .collect();
-        writer.push(&ids, None).unwrap();
+        let begins = |(place, id): (usize, &u32)| *id < 5 || place == 0 && id.is_multiple_of(2);
+        let of_tokens: Vec<i32> = (ids.iter().enumerate())
+            .map(|token| {
+                document += i32::from(begins(token));
+                document
+            })
+            .collect();
+        writer.push(&ids, documents.then_some(&of_tokens)).unwrap();
     }
     let card = Card {
         tokenizer: "none".into(),
@@ -30,7 +38,7 @@ pub(crate) fn dataset(dir: &Path, seed: u32, blocks: u64) {
         eos_id: None,
         seq_len: 16,
         append_eos: false,
-        document_ids: false,
+        document_ids: documents,
         documents: 1,
         tokens: blocks * 16,
         dropped_tokens: 0,
@@ -43,8 +51,8 @@ pub(crate) fn dataset(dir: &Path, seed: u32, blocks: u64) {
 /// A folder with `data`, `other` (another dataset of the same extents) and `model.json`.
 pub(crate) fn place() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
-    dataset(&dir.path().join("data"), 1, 37);
-    dataset(&dir.path().join("other"), 2, 37);
+    dataset(&dir.path().join("data"), 1, 37, false);
+    dataset(&dir.path().join("other"), 2, 37, false);
     let config = serde_json::json!({
         "model_type": "mamba2", "num_heads": 4, "head_dim": 16, "hidden_size": 32, "expand": 2, "state_size": 8,
         "n_groups": 2, "num_hidden_layers": 2, "vocab_size": VOCAB, "chunk_size": 8, "tie_word_embeddings": true,
