@@ -265,17 +265,17 @@ mod tests {
             norm: NormGroup::PerGroup,
             norm_eps: 1e-5,
         };
-        let (batch, chunks) = (64, 64);
+        let (batch, chunks) = (128, 64);
         let len = chunks * MAX_CHUNK;
         let dims = Dims::of(&spec, batch, len);
         let at = |b: u128, chunk: u128, head: u128| ((b * 64 + chunk) * 64 + head) * 128 * 128;
-        assert!(at(63, 63, 63) > 1 << 32);
-        for (b, chunk, head) in [(0, 0, 0), (31, 63, 63), (32, 0, 0), (63, 63, 63)] {
+        assert!(at(127, 63, 63) > 1 << 32);
+        for (b, chunk, head) in [(0, 0, 0), (31, 63, 63), (32, 0, 0), (127, 63, 63)] {
             assert_eq!(dims.state_at(b, chunk, head) as u128, at(b as u128, chunk as u128, head as u128));
         }
         let last = dims.unit(dims.units() - 1);
-        assert_eq!((last.b, last.chunk, last.row, last.n), (63, 63, len - MAX_CHUNK, MAX_CHUNK));
+        assert_eq!((last.b, last.chunk, last.row, last.n), (127, 63, len - MAX_CHUNK, MAX_CHUNK));
         assert_eq!((last.group, last.heads), (7, 56..64));
-        assert_eq!(dims.rows() as u128 * dims.proj as u128, 64 * 8192 * (2 * 8192 + 2 * 8 * 128 + 64));
+        assert_eq!(dims.rows() as u128 * dims.proj as u128, 128 * 8192 * (2 * 8192 + 2 * 8 * 128 + 64));
     }
 }

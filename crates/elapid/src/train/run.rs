@@ -149,10 +149,12 @@ pub fn train(run: &Run) -> Result<Outcome, Error> {
     let settings = toml::to_string(&run.args).map_err(|cause| Error::new(format!("run.toml: {cause}")))?;
     folder.write("run.toml", &settings)?;
     let held_out = held_out.as_ref();
+    // Before the metrics are there: who sees them may count on a signal being heard.
+    let signals = Graceful::new()?;
     let mut session =
         Session::new(run, &data, held_out, &folder, &store, &backend, model, tokenizer, from.as_ref(), peak)?;
     session.outcome.predicted_memory = memory.total();
-    session.train()
+    session.train(&signals)
 }
 
 /// Opens the dataset and checks it against the model.
@@ -301,9 +303,8 @@ impl<'a> Session<'a> {
         })
     }
 
-    fn train(mut self) -> Result<Outcome, Error> {
+    fn train(mut self, signals: &Graceful) -> Result<Outcome, Error> {
         let args = &self.run.args;
-        let signals = Graceful::new()?;
         for step in self.done + 1..=args.max_steps {
             self.step(step)?;
             let signal = signals.caught();
