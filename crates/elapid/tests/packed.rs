@@ -386,7 +386,8 @@ fn chained<B: Backend>(
     let mut loss = 0.0;
     for (x, piece) in stream.iter().zip(pieces) {
         let hidden = tape.rms_norm(x, &norm_f, eps, DType::F32);
-        loss += backend.values(&tape.head_loss(&hidden, &embedding, &cut(&batch.labels, piece)))[0];
+        let sum = tape.head_loss(&hidden, &embedding, &cut(&batch.labels, piece), config.vocab_size);
+        loss += backend.values(&sum)[0];
     }
     tape.backward(&[], &[]);
     loss

@@ -263,6 +263,7 @@ mod tests {
             chunk: 128,
             dt_limit: (0.0, f32::INFINITY),
             norm: NormGroup::PerGroup,
+            norm_ranks: 1,
             norm_eps: 1e-5,
         };
         let (batch, chunks) = (128, 64);
