@@ -4,6 +4,7 @@ mod causal_lm;
 pub mod init;
 pub mod layout;
 pub mod pretrained;
+pub(crate) mod weights;
 
 pub use causal_lm::Mamba2ForCausalLM;
 pub use layout::{LayerSlots, Layout, ParamInfo, Role, Segment, Shard, SharedSlots};
