@@ -1,5 +1,7 @@
 //! The subcommands, one file each.
 
+mod convert;
+mod diff;
 mod eval;
 mod generate;
 mod quickstart;
@@ -37,6 +39,10 @@ enum Command {
     Eval(eval::EvalArgs),
     /// Continue a prompt
     Generate(generate::GenerateArgs),
+    /// Models of other programs, in and out
+    Convert(convert::ConvertArgs),
+    /// Compare two models of any formats; exit code 0: equal, 1: different, 2: one cannot be read
+    Diff(diff::DiffArgs),
 }
 
 /// Runs the command line `args`, program name first. Errors go to stderr as `error:` and `hint:`.
@@ -56,18 +62,27 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Train(args) => train::run(*args),
         Command::Eval(args) => eval::run(&args),
         Command::Generate(args) => generate::run(&args),
+        Command::Convert(args) => convert::run(args),
+        Command::Diff(args) => match diff::run(&args) {
+            Ok(true) => Ok(()),
+            Ok(false) => return ExitCode::FAILURE,
+            Err(error) => return failed(&error, ExitCode::from(2)),
+        },
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            let what = if error.signal().is_some() { "stopped" } else { "error" };
-            say(format_args!("{what}: {error}"));
-            if let Some(hint) = error.hint() {
-                say(format_args!("hint: {hint}"));
-            }
-            error.signal().map_or(ExitCode::FAILURE, |signal| ExitCode::from(128 + signal as u8))
-        }
+        Err(error) => failed(&error, ExitCode::FAILURE),
     }
+}
+
+/// Says what went wrong; `code` is the exit code unless a signal asked for it.
+fn failed(error: &Error, code: ExitCode) -> ExitCode {
+    let what = if error.signal().is_some() { "stopped" } else { "error" };
+    say(format_args!("{what}: {error}"));
+    if let Some(hint) = error.hint() {
+        say(format_args!("hint: {hint}"));
+    }
+    error.signal().map_or(code, |signal| ExitCode::from(128 + signal as u8))
 }
 
 /// `--flag_name=value` → `--flag-name=value`: the spelling of the system that this one replaces.

@@ -7,6 +7,7 @@
 mod json;
 mod presets;
 pub mod run;
+mod state_spaces;
 
 use elapid_tensor::{Mamba2Spec, NormGroup};
 use serde::{Deserialize, Serialize};

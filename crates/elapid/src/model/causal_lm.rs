@@ -1,5 +1,6 @@
 //! The language model, written once, forward only, for every device.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::rc::Rc;
 
@@ -89,7 +90,11 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
     /// # Errors
     /// When the folder cannot be written.
     pub fn save_pretrained(&self, backend: &B, dir: &Path, disk: FileDType) -> Result<(), Error> {
-        let source = |slot: &Slot| self.parameter(backend, slot);
+        let places: BTreeMap<_, _> = self.layout.iter().map(|(name, slot, _)| (name, slot)).collect();
+        let source = |name: &str, first: usize, count: usize| {
+            let Slot { row, offset, .. } = places[name];
+            self.parameter(backend, &Slot { row, offset: offset + first, shape: vec![count] })
+        };
         pretrained::save(dir, &self.config, &self.layout, disk, pretrained::MAX_SHARD_SIZE, source)
     }
 

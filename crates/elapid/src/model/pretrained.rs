@@ -113,9 +113,10 @@ fn is_file_name(name: &str) -> bool {
 
 /// Writes a model folder that transformers reads: `config.json`, `generation_config.json` and `model.safetensors`, or,
 /// for tensors of more than `max_shard` bytes (as a rule [`MAX_SHARD_SIZE`]), `model-00001-of-0000n.safetensors` and
-/// so on with `model.safetensors.index.json`. All weights are written in `dtype`; a tied head is not written. `source`
-/// gives the fp32 values of a stretch of a parameter, as a slot of one axis; a few MiB are in memory at a time. Files of
-/// these names are replaced, and only by whole ones; weight files of another division are removed afterwards.
+/// so on with `model.safetensors.index.json`. All weights are written in `dtype`; a tied head is not written.
+/// `source(name, first, count)` gives fp32 values of a stretch of a parameter, which are asked for in alphabetical order of
+/// names and from first to last; a few MiB are in memory at a time. Files of these names are replaced, and only by whole
+/// ones; weight files of another division are removed afterwards.
 ///
 /// Warns on stderr where transformers would compute something else ([`export_warning`]).
 ///
@@ -127,23 +128,25 @@ pub fn save(
     layout: &Layout,
     dtype: FileDType,
     max_shard: u64,
-    source: impl Fn(&Slot) -> Vec<f32>,
+    mut source: impl FnMut(&str, usize, usize) -> Vec<f32>,
 ) -> Result<(), Error> {
-    let tensors = layout.iter().map(|(name, slot, _)| (name, slot)).collect();
-    save_tensors(dir, config, tensors, dtype, max_shard, &|slot| Ok(source(slot)))
+    let tensors = layout.iter().map(|(name, _, info)| (name, info.shape.clone())).collect();
+    save_tensors(dir, config, tensors, dtype, max_shard, &mut |name, first, count| {
+        Ok(source(name, first, count))
+    })
 }
 
-/// The fp32 values of a stretch of a parameter, given as a slot of one axis.
-pub(crate) type Values<'a> = dyn Fn(&Slot) -> Result<Vec<f32>, Error> + 'a;
+/// Gives the fp32 values of a stretch of a tensor: (name, first element, number of elements).
+pub(crate) type Values<'a> = dyn FnMut(&str, usize, usize) -> Result<Vec<f32>, Error> + 'a;
 
-/// As [`save`], of `tensors` by the names that they are to have.
+/// As [`save`], of `tensors` of these names and extents.
 pub(crate) fn save_tensors(
     dir: &Path,
     config: &ModelConfig,
-    tensors: BTreeMap<String, Slot>,
+    tensors: BTreeMap<String, Vec<usize>>,
     dtype: FileDType,
     max_shard: u64,
-    source: &Values<'_>,
+    source: &mut Values<'_>,
 ) -> Result<(), Error> {
     if let Some(warning) = export_warning(config) {
         say(format_args!("warning: {warning}"));
@@ -164,7 +167,7 @@ pub(crate) fn save_tensors(
         Aside::text(dir, CONFIG, &config.to_json())?,
         Aside::text(dir, "generation_config.json", &format!("{generation:#}\n"))?,
     ];
-    let parameters: usize = tensors.values().map(Slot::len).sum();
+    let parameters: usize = tensors.values().map(|shape| elements(shape)).sum();
     let shards = shards(tensors, dtype, max_shard);
     let mut names = BTreeSet::new();
     let mut weight_map = BTreeMap::new();
@@ -197,18 +200,26 @@ pub(crate) fn save_tensors(
 
 /// The tensors of each weight file, in alphabetical order: a file is begun where the next tensor would make the one
 /// before larger than `max_shard` bytes.
-fn shards(tensors: BTreeMap<String, Slot>, dtype: FileDType, max_shard: u64) -> Vec<Vec<(String, Slot)>> {
+fn shards(
+    tensors: BTreeMap<String, Vec<usize>>,
+    dtype: FileDType,
+    max_shard: u64,
+) -> Vec<Vec<(String, Vec<usize>)>> {
     let (mut shards, mut size) = (vec![Vec::new()], 0);
-    for (name, slot) in tensors {
-        let bytes = slot.len() as u64 * dtype.size() as u64;
+    for (name, shape) in tensors {
+        let bytes = elements(&shape) as u64 * dtype.size() as u64;
         if size + bytes > max_shard && size > 0 {
             shards.push(Vec::new());
             size = 0;
         }
         size += bytes;
-        shards.last_mut().expect("never empty").push((name, slot));
+        shards.last_mut().expect("never empty").push((name, shape));
     }
     shards
+}
+
+fn elements(shape: &[usize]) -> usize {
+    shape.iter().product()
 }
 
 /// Removes weight files of an earlier save that was divided otherwise: a reader could take them for these.
@@ -303,19 +314,16 @@ impl Drop for Aside {
 /// as u64, JSON header padded with blanks to a multiple of 8, data. Format: the safetensors README.
 pub(crate) fn write_tensors(
     out: &mut Out,
-    tensors: &[(String, Slot)],
+    tensors: &[(String, Vec<usize>)],
     dtype: FileDType,
-    source: &Values<'_>,
+    source: &mut Values<'_>,
 ) -> Written {
     let mut end = 0;
-    let entries = tensors.iter().map(|(name, slot)| {
+    let entries = tensors.iter().map(|(name, shape)| {
         let start = end;
-        end += slot.len() * dtype.size();
-        let info = TensorInfo {
-            dtype: dtype.to_safetensors(),
-            shape: slot.shape.clone(),
-            data_offsets: (start, end),
-        };
+        end += elements(shape) * dtype.size();
+        let info =
+            TensorInfo { dtype: dtype.to_safetensors(), shape: shape.clone(), data_offsets: (start, end) };
         (name.clone(), info)
     });
     let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
@@ -328,8 +336,8 @@ pub(crate) fn write_tensors(
     let blanks = header.len().next_multiple_of(8) - header.len();
     out.write_all(&((header.len() + blanks) as u64).to_le_bytes())?;
     write!(out, "{header}{:blanks$}", "")?;
-    for (name, slot) in tensors {
-        write_values(out, name, slot, dtype, source)?;
+    for (name, shape) in tensors {
+        write_values(out, name, shape, dtype, source)?;
     }
     Ok(())
 }
@@ -338,17 +346,16 @@ pub(crate) fn write_tensors(
 pub(crate) fn write_values(
     out: &mut impl Write,
     name: &str,
-    slot: &Slot,
+    shape: &[usize],
     dtype: FileDType,
-    source: &Values<'_>,
+    source: &mut Values<'_>,
 ) -> Written {
-    for first in (0..slot.len()).step_by(PIECE) {
-        let stretch = vec![PIECE.min(slot.len() - first)];
-        let values = source(&Slot { row: slot.row, offset: slot.offset + first, shape: stretch })
-            .map_err(WriteError::Value)?;
+    let len = elements(shape);
+    for first in (0..len).step_by(PIECE) {
+        let values = source(name, first, PIECE.min(len - first)).map_err(WriteError::Value)?;
         let bytes = dtype.encode(&values);
         // Looked at after rounding: a finite value may lie beyond what fp16 holds.
-        check_finite(name, &slot.shape, first, &dtype.decode(&bytes)).map_err(|error| {
+        check_finite(name, shape, first, &dtype.decode(&bytes)).map_err(|error| {
             let fits = !values.iter().all(|value| value.is_finite());
             let hint = format!("a weight does not fit {}; save as float32 or bfloat16", dtype.name());
             WriteError::Value(if fits { error } else { error.with_hint(hint) })
