@@ -188,8 +188,9 @@ impl ModelConfig {
                 layer[name] = value.clone();
             }
         }
-        let fits =
-            |multiple: &&Value| multiple.as_u64().is_some_and(|m| m > 0 && self.vocab_size as u64 % m == 0);
+        let fits = |multiple: &&Value| {
+            multiple.as_u64().is_some_and(|m| m > 0 && (self.vocab_size as u64).is_multiple_of(m))
+        };
         let multiple = self.extra.get("pad_vocab_size_multiple").filter(fits).cloned().unwrap_or(json!(1));
         let fused = self.extra.get("fused_add_norm").cloned().unwrap_or(json!(true));
         for (name, value) in [

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::open::{self, Dimensions};
 use crate::Error;
-use crate::model::weights::{PIECE, Stored, Weights, for_each_stretch};
+use crate::model::weights::{EMBEDDING, HEAD, PIECE, Stored, Weights, for_each_stretch};
 
 /// What was found.
 #[derive(Clone, Debug, Serialize)]
@@ -59,7 +59,16 @@ fn open_any(path: &Path, dimensions: &Dimensions) -> Result<Weights, Error> {
     }
     let format = open::detect(path)?;
     let dimensions = if format == super::Format::NeuronTp { dimensions } else { &Dimensions::default() };
-    Ok(open::open(format, path, dimensions)?.weights)
+    let model = open::open(format, path, dimensions)?;
+    let mut weights = model.weights;
+    // T14: a tied head is the embedding by another name.
+    if model.config.tie_word_embeddings {
+        let pair = [HEAD, EMBEDDING].map(|name| weights.0.get(name).map(|tensor| &**tensor));
+        if compare_tensors(HEAD, pair)?.equal {
+            weights.0.remove(HEAD);
+        }
+    }
+    Ok(weights)
 }
 
 fn compare_tensors(name: &str, pair: [Option<&dyn Stored>; 2]) -> Result<TensorComparison, Error> {

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use crate::Error;
 use crate::error::say;
-use crate::model::weights::{Joined, PIECE, Stored, View, Weights, for_each_stretch};
+use crate::model::weights::{HEAD, Joined, PIECE, Stored, View, Weights, for_each_stretch};
 use crate::model::{Layout, ParamInfo, Role, Segment, Shard};
 
 /// The three parts of a split in_proj: ending of their names and number of segments of `[z|x|B|C|dt]`.
@@ -33,9 +33,13 @@ pub(super) fn split<'a>(name: &str, segments: &'a [Segment]) -> Vec<(String, &'a
 /// share.
 pub(super) fn join(layout: &Layout, mut ranks: Vec<BTreeMap<String, View>>) -> Result<Weights, Error> {
     let mut weights = Weights::default();
+    // Such a layout cannot fit, and may be endless.
+    if layout.flat.layers > ranks[0].len() {
+        return Ok(ranks.swap_remove(0).into());
+    }
     let embedding = layout.iter().find(|(_, _, info)| info.role == Role::Embedding);
     // A tied head is no parameter, but may be there.
-    let head = embedding.map(|(_, _, info)| ("lm_head.weight".to_owned(), info));
+    let head = embedding.map(|(_, _, info)| (HEAD.to_owned(), info));
     for (name, info) in layout.iter().map(|(name, _, info)| (name, info)).chain(head) {
         let segments = segments(info);
         let whole = vec![(name.clone(), &segments[..])];

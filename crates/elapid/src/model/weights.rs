@@ -18,10 +18,10 @@ use crate::Error;
 
 /// Elements that are in memory at a time while a tensor is gone through.
 pub(crate) const PIECE: usize = 1 << 20;
-pub(super) const EMBEDDING: &str = "backbone.embeddings.weight";
+pub(crate) const EMBEDDING: &str = "backbone.embeddings.weight";
 /// What state-spaces calls [`EMBEDDING`]; transformers reads it too.
 pub(super) const EMBEDDING_ALIAS: &str = "backbone.embedding.weight";
-pub(super) const HEAD: &str = "lm_head.weight";
+pub(crate) const HEAD: &str = "lm_head.weight";
 
 /// Element type of weights on disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -336,6 +336,14 @@ impl Weights {
     /// Tensors missing, unexpected or of another shape; a `lm_head.weight` that differs from the embedding it is tied
     /// to.
     pub(crate) fn fit(mut self, place: &Path, config: &str, layout: &Layout) -> Result<Self, Error> {
+        // Else the names of what is missing could be millions.
+        if layout.flat.layers > self.0.len() {
+            let (place, layers, tensors) = (place.display(), layout.flat.layers, self.0.len());
+            return Err(Error::new(format!(
+                "the weights in {place} do not fit {config}: it makes {layers} layers, but there are {tensors} tensors"
+            ))
+            .with_hint(format!("{config} and weights belong to different models; copy both from the same place")));
+        }
         let tied_head = if layout.shared().head.is_none() { self.0.remove(HEAD) } else { None };
         check_names(place, config, layout, &self.0)?;
         let check_shape = |name: &str, tensor: &dyn Stored, shape: &[usize]| {

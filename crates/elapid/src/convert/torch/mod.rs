@@ -128,7 +128,10 @@ fn open_file(path: &Path) -> Result<Vec<(String, View)>, Error> {
             &tensor.shape,
             &tensor.strides,
         )
-        .map_err(|what| damaged(&format!("holds {name}, which {what}")))?;
+        .map_err(|what| {
+            fault(&format!("holds {name}, which {what}"))
+                .with_hint("every element needs a place of its own in the file; save tensor.contiguous(), or copy the file again")
+        })?;
         views.push((name, view));
     }
     Ok(views)
