@@ -44,7 +44,7 @@ static ALLOCATOR: Watched = Watched;
 
 /// The files that are damaged have some tens of KB; a reader works in pieces of 4 MiB.
 const LARGEST_ALLOWED: usize = 64 << 20;
-const ROUNDS: usize = 1500;
+const ROUNDS: usize = 100;
 
 fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)

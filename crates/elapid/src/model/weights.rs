@@ -119,9 +119,17 @@ impl Source {
         Ok(Arc::new(Self { path: path.to_owned(), file, len }))
     }
 
-    /// The bytes from `start` on. Only what is looked at is read, and only while the map lives does it count as memory
+    /// The bytes from `start` on, refused where they go beyond the end of the file. Only what is looked at is read, and only while the map lives does it count as memory
     /// of this process.
     pub(crate) fn map(&self, start: u64, len: usize) -> Result<Mmap, Error> {
+        if start.checked_add(len as u64).is_none_or(|end| end > self.len) {
+            let path = self.path.display();
+            return Err(Error::new(format!(
+                "{path} has {} bytes, too few for what it says of itself",
+                self.len
+            ))
+            .with_hint("the file is cut off or damaged; copy it again"));
+        }
         // SAFETY: the map is read-only and short-lived. Elapid itself replaces model files by renaming, which leaves a
         // mapped file as it was; a foreign program that shrinks it meanwhile ends this process, as with any map.
         unsafe { MmapOptions::new().offset(start).len(len).map(&self.file) }
