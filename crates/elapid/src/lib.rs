@@ -9,6 +9,7 @@ pub mod error;
 pub mod generate;
 mod memory;
 pub mod model;
+pub mod parallel;
 pub mod train;
 
 pub use error::Error;

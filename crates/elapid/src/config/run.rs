@@ -4,16 +4,18 @@ use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 use elapid_tensor::NormGroup;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{ModelConfig, PRESETS};
 use crate::Error;
 use crate::error::say;
 use crate::model::init::Init;
+use crate::model::shard::check_ranks;
+use crate::parallel::{self, Mesh};
 use crate::train::schedule::{Schedule, Shape};
 
 /// Compute dtype.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
     /// fp32 throughout.
@@ -50,7 +52,7 @@ impl From<InitScheme> for Init {
 }
 
 /// What layers keep for their adjoint.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum ActivationCheckpointing {
     /// What each op saves: fastest.
@@ -128,12 +130,12 @@ pub struct TrainArgs {
     #[arg(long)]
     pub carry_state: bool,
     /// Seed of initial values and shuffling
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
     pub seed: u64,
     /// Compute dtype
     #[arg(long, value_enum, default_value = "float32")]
     pub dtype: Dtype,
-    /// Sequences in a micro-step
+    /// Sequences in a micro-step of a rank
     #[arg(long, default_value_t = 1)]
     pub batch: usize,
     /// Micro-steps in an optimizer step
@@ -172,6 +174,21 @@ pub struct TrainArgs {
     /// Clip gradients to this global norm; 0 does not clip
     #[arg(long, default_value_t = 1.0)]
     pub max_grad_norm: f32,
+    /// Ranks that share the model's tensors
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub tp: usize,
+    /// Ranks that share the samples of a step [default: as many as were started, by --tp]
+    #[arg(long, value_name = "N")]
+    pub dp: Option<usize>,
+    /// Cut masters, moments and the update over the data-parallel ranks
+    #[arg(long = "use-zero-1")]
+    pub use_zero_1: bool,
+    /// Cut what lies between the blocks over the tensor-parallel ranks, along the sequence
+    #[arg(long)]
+    pub sequence_parallel_enabled: bool,
+    /// How long a rank waits for the others
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pub comm_timeout: u64,
     /// What layers keep for the backward pass
     #[arg(long, value_enum, default_value = "none")]
     pub activation_checkpointing: ActivationCheckpointing,
@@ -208,6 +225,9 @@ pub struct TrainArgs {
     /// Steps between log lines where there is no terminal
     #[arg(long, value_name = "N", default_value_t = 10)]
     pub logging_interval: u64,
+    /// Write the norm of every gradient, update and parameter to norms.jsonl, step by step
+    #[arg(long)]
+    pub log_norms: bool,
     /// Run folder [default: runs/MODEL, or the first free runs/MODEL-N]
     #[arg(long, value_name = "DIR")]
     pub output_dir: Option<PathBuf>,
@@ -245,6 +265,21 @@ pub struct Run {
     pub keep: Option<usize>,
     /// The learning rate by step.
     pub schedule: Schedule,
+    /// The ranks.
+    pub mesh: Mesh,
+}
+
+impl Run {
+    /// The flags as TOML, which `--config` takes.
+    ///
+    /// # Errors
+    /// A value that TOML cannot hold.
+    pub fn to_toml(&self) -> Result<String, Error> {
+        toml::to_string(&self.args).map_err(|cause| {
+            Error::new(format!("the settings cannot be written as TOML: {cause}"))
+                .with_hint("numbers must be below 2^63, and paths UTF-8")
+        })
+    }
 }
 
 impl TrainArgs {
@@ -290,13 +325,23 @@ impl TrainArgs {
         at_least_one("--max-steps", self.max_steps)?;
         at_least_one("--logging-interval", self.logging_interval)?;
         check_threads("--threads", self.threads.unwrap_or(1))?;
-        let samples = [self.batch as u64, self.grad_accum_usteps as u64]
+        at_least_one("--comm-timeout", self.comm_timeout)?;
+        let mesh = Mesh::new(self.tp, self.dp, parallel::world_size()?)?;
+        check_ranks(&config, self.tp)?;
+        if self.log_norms && mesh.size() > 1 {
+            return Err(Error::new(format!(
+                "--log-norms needs a single rank, and there are {}",
+                mesh.size()
+            ))
+            .with_hint("leave it out, or give neither --tp nor --dp"));
+        }
+        let samples = [self.batch as u64, self.grad_accum_usteps as u64, mesh.dp as u64]
             .into_iter()
             .try_fold(self.max_steps, |product, factor| product.checked_mul(factor));
         if samples.is_none_or(|samples| samples > MAX_SAMPLES) {
             return Err(Error::new(format!(
-                "--max-steps {} × --grad-accum-usteps {} × --batch {} are too many samples",
-                self.max_steps, self.grad_accum_usteps, self.batch
+                "--max-steps {} × --grad-accum-usteps {} × --batch {} × --dp {} are too many samples",
+                self.max_steps, self.grad_accum_usteps, self.batch, mesh.dp
             ))
             .with_hint(format!("no run reads more than {MAX_SAMPLES}; look for a digit too many")));
         }
@@ -388,13 +433,8 @@ impl TrainArgs {
             decay_steps: decay_steps.min(after_warmup),
             max_steps: self.max_steps,
         };
-        let args = Self {
-            min_lr: Some(min_lr),
-            output_dir: Some(output_dir.clone()),
-            checkpoint_dir: Some(checkpoint_dir.clone()),
-            ..self
-        };
-        Ok(Run { args, config, output_dir, checkpoint_dir, keep, schedule })
+        let args = Self { min_lr: Some(min_lr), output_dir: Some(output_dir.clone()), ..self };
+        Ok(Run { args, config, output_dir, checkpoint_dir, keep, schedule, mesh })
     }
 }
 

@@ -25,7 +25,8 @@ pub(crate) const WEIGHTS: &str = "model.safetensors";
 pub(crate) const PICKLE: &str = "pytorch_model.bin";
 /// Most bytes of tensors in one file, unless a single one has more: transformers' `max_shard_size`.
 pub const MAX_SHARD_SIZE: u64 = 5_000_000_000;
-/// Reads the weights of the model folder `dir` into `sink`, one tensor at a time, row-major, as fp32.
+/// Reads the weights of the model folder `dir` into `sink`, one tensor at a time, row-major, as fp32: of each tensor the
+/// part that `layout` says is this rank's.
 ///
 /// The folder holds `model.safetensors` or, where that is absent, the pieces that `model.safetensors.index.json`
 /// names. Nothing reaches `sink` before all names, shapes and element types are found right.
@@ -35,12 +36,12 @@ pub const MAX_SHARD_SIZE: u64 = 5_000_000_000;
 /// fp16; a `lm_head.weight` that differs from the embedding it is tied to; a value that is not finite.
 pub fn load_weights(dir: &Path, layout: &Layout, mut sink: impl FnMut(&Slot, &[f32])) -> Result<(), Error> {
     let weights = open(dir)?.fit(dir, CONFIG, layout)?;
-    for (name, slot, _) in layout.iter() {
+    for (name, slot, info) in layout.iter() {
         let tensor = &weights.0[&name];
-        let mut values = vec![0.0; slot.len()];
+        let mut values = vec![0.0; info.elements()];
         tensor.read(0, &mut values)?;
-        check_finite(&name, &slot.shape, 0, &values).map_err(|error| error.at(tensor.path().display()))?;
-        sink(&slot, &values);
+        check_finite(&name, &info.shape, 0, &values).map_err(|error| error.at(tensor.path().display()))?;
+        sink(&slot, &info.cuts(layout.share).slice(&values));
     }
     Ok(())
 }

@@ -364,12 +364,12 @@ impl Weights {
                     "{config} and weights belong to different models; copy both from the same place"
                 )))
         };
-        for (name, slot, _) in layout.iter() {
-            check_shape(&name, &*self.0[&name], &slot.shape)?;
+        for (name, _, info) in layout.iter() {
+            check_shape(&name, &*self.0[&name], &info.shape)?;
         }
         if let Some(head) = tied_head {
-            check_shape(HEAD, &*head, &layout.shared().embedding.shape)?;
             let embedding = &self.0[EMBEDDING];
+            check_shape(HEAD, &*head, embedding.shape())?;
             let mut expected = vec![0.0; PIECE.min(head.len())];
             for_each_stretch(&*head, |first, values| {
                 let expected = &mut expected[..values.len()];
