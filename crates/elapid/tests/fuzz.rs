@@ -126,7 +126,7 @@ static TURN: Mutex<()> = Mutex::new(());
 fn fuzz(
     of: &Path,
     file: &str,
-    repair: fn(&mut Vec<u8>),
+    repair: fn(Vec<u8>) -> Vec<u8>,
     reader: impl Fn(&Path) -> bool + std::panic::RefUnwindSafe,
 ) {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
@@ -143,7 +143,7 @@ fn fuzz(
         let mut rng = SmallRng::seed_from_u64(rounds as u64);
         let mut bytes = damage(&whole, &mut rng);
         if rounds % 2 == 1 {
-            repair(&mut bytes);
+            bytes = repair(bytes);
         }
         fs::write(&path, &bytes).unwrap();
         LARGEST.store(0, Ordering::Relaxed);
@@ -157,7 +157,9 @@ fn fuzz(
     println!("{file} of {}: {rounds} files, {read} read, at most {largest} bytes at once", of.display());
 }
 
-fn nothing(_: &mut Vec<u8>) {}
+fn nothing(bytes: Vec<u8>) -> Vec<u8> {
+    bytes
+}
 
 fn same(path: &Path) -> bool {
     compare(path, path, &Dimensions::default()).is_ok()
@@ -187,9 +189,9 @@ fn to_hf(from: Format, dir: &Path) -> bool {
 }
 
 /// Writes the checksums of all files of a zip archive anew, where it still is one.
-fn repair_zip(bytes: &mut Vec<u8>) {
+fn repair_zip(mut bytes: Vec<u8>) -> Vec<u8> {
     let entries: Vec<(usize, usize)> = {
-        let Ok(mut archive) = zip::ZipArchive::new(std::io::Cursor::new(&bytes[..])) else { return };
+        let Ok(mut archive) = zip::ZipArchive::new(std::io::Cursor::new(&bytes[..])) else { return bytes };
         let files = archive.len();
         let entry = |index| {
             let file = archive.by_index_raw(index).ok()?;
@@ -206,13 +208,17 @@ fn repair_zip(bytes: &mut Vec<u8>) {
             place.copy_from_slice(&(crc as u32).to_le_bytes());
         }
     }
+    bytes
 }
 
 /// The manifest's own checksum.
-fn repair_manifest(bytes: &mut Vec<u8>) {
-    let Ok(text) = std::str::from_utf8(bytes) else { return };
-    let Some((body, _)) = text.rsplit_once(",\n  \"crc32\": \"") else { return };
-    *bytes = format!("{body},\n  \"crc32\": \"{:08x}\"\n}}\n", crc32fast::hash(body.as_bytes())).into_bytes();
+fn repair_manifest(bytes: Vec<u8>) -> Vec<u8> {
+    const SEAL: &str = ",\n  \"crc32\": \"";
+    let body = std::str::from_utf8(&bytes).ok().and_then(|text| text.rsplit_once(SEAL)).map(|(body, _)| body);
+    match body {
+        Some(body) => format!("{body}{SEAL}{:08x}\"\n}}\n", crc32fast::hash(body.as_bytes())).into_bytes(),
+        None => bytes,
+    }
 }
 
 #[test]
