@@ -190,7 +190,7 @@ fn to_hf(from: Format, dir: &Path) -> bool {
 
 /// Writes the checksums of all files of a zip archive anew, where it still is one.
 fn repair_zip(mut bytes: Vec<u8>) -> Vec<u8> {
-    let entries: Vec<(usize, usize)> = {
+    let entries: Vec<(usize, u32)> = {
         let Ok(mut archive) = zip::ZipArchive::new(std::io::Cursor::new(&bytes[..])) else { return bytes };
         let files = archive.len();
         let entry = |index| {
@@ -199,13 +199,13 @@ fn repair_zip(mut bytes: Vec<u8>) -> Vec<u8> {
             let len = usize::try_from(file.size()).ok()?;
             let central = file.central_header_start() as usize;
             let crc = bytes.get(start..start.checked_add(len)?).map(crc32fast::hash)?;
-            Some((central + 16, crc as usize))
+            Some((central + 16, crc))
         };
         (0..files).filter_map(entry).collect()
     };
     for (at, crc) in entries {
         if let Some(place) = bytes.get_mut(at..at + 4) {
-            place.copy_from_slice(&(crc as u32).to_le_bytes());
+            place.copy_from_slice(&crc.to_le_bytes());
         }
     }
     bytes
