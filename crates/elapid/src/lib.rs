@@ -3,6 +3,7 @@
 pub mod checkpoint;
 pub mod commands;
 pub mod config;
+pub mod convert;
 pub mod data;
 pub mod error;
 pub mod generate;
