@@ -13,6 +13,7 @@ mod matmul;
 mod memory;
 mod norm;
 mod parallel;
+mod peaks;
 mod tensor;
 mod update;
 
@@ -24,7 +25,8 @@ use elapid_tensor::{
 };
 use half::bf16;
 
-pub use isa::Isa;
+pub use isa::{Isa, features};
+pub use peaks::Peaks;
 pub use tensor::{Buffer, Tensor};
 
 use memory::Pool;
