@@ -1,8 +1,12 @@
 //! The subcommands, one file each.
 
+mod bench;
+mod doctor;
 mod eval;
 mod generate;
+mod inspect;
 mod quickstart;
+mod show;
 mod tokenize;
 mod train;
 
@@ -37,6 +41,12 @@ enum Command {
     Eval(eval::EvalArgs),
     /// Continue a prompt
     Generate(generate::GenerateArgs),
+    /// Say what a model, dataset, checkpoint or run holds
+    Inspect(inspect::InspectArgs),
+    /// Speed of kernels, training and generation beside this machine's limits
+    Bench(bench::BenchArgs),
+    /// Say what this machine can do, and check every kernel on it
+    Doctor(doctor::DoctorArgs),
 }
 
 /// Runs the command line `args`, program name first. Errors go to stderr as `error:` and `hint:`.
@@ -56,6 +66,9 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Train(args) => train::run(*args),
         Command::Eval(args) => eval::run(&args),
         Command::Generate(args) => generate::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Bench(args) => bench::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -105,8 +105,77 @@ impl FileDType {
 pub fn load_weights(dir: &Path, layout: &Layout, mut sink: impl FnMut(&Slot, &[f32])) -> Result<(), Error> {
     let files = weight_files(dir)?;
     let maps = files.iter().map(|path| map(path)).collect::<Result<Vec<_>, _>>()?;
+    let found = tensors(&files, &maps)?;
+    let (found, tied_head) = check_tensors(dir, layout, found)?;
+    if let Some(head) = tied_head
+        && head.values(HEAD)? != found[EMBEDDING].values(EMBEDDING)?
+    {
+        return Err(Error::new(format!(
+            "{HEAD} in {} differs from {EMBEDDING}, to which config.json ties it",
+            head.path.display()
+        ))
+        .with_hint(
+            "set \"tie_word_embeddings\": false in config.json to keep both, or remove lm_head.weight",
+        ));
+    }
+    for (name, slot, _) in layout.iter() {
+        sink(&slot, &found[&name].values(&name)?);
+    }
+    Ok(())
+}
+
+/// A weight file as it lies on disk.
+#[derive(Clone, Debug)]
+pub struct WeightFile {
+    /// Its path.
+    pub path: PathBuf,
+    /// Its size.
+    pub bytes: u64,
+    /// Tensors in it.
+    pub tensors: usize,
+    /// Their element types.
+    pub dtypes: BTreeSet<String>,
+}
+
+/// Whether the folder holds weights, of whatever kind.
+///
+/// # Errors
+/// It cannot be read.
+pub fn has_weights(dir: &Path) -> Result<bool, Error> {
+    let entries = fs::read_dir(dir).map_err(|cause| Error::io("read", dir, &cause))?;
+    let names = entries.flatten().map(|entry| entry.file_name());
+    Ok(names
+        .filter_map(|name| name.into_string().ok())
+        .any(|name| [".safetensors", INDEX, ".bin"].iter().any(|ending| name.ends_with(ending))))
+}
+
+/// The weight files of the model folder `dir`; of their tensors names, shapes and element types are checked as in
+/// [`load_weights`], but no value is read.
+///
+/// # Errors
+/// As [`load_weights`], as far as that goes.
+pub fn inspect(dir: &Path, layout: &Layout) -> Result<Vec<WeightFile>, Error> {
+    let files = weight_files(dir)?;
+    let maps = files.iter().map(|path| map(path)).collect::<Result<Vec<_>, _>>()?;
+    let found = tensors(&files, &maps)?;
+    let all: Vec<_> = found.values().map(|tensor| (tensor.path, tensor.view.dtype().to_string())).collect();
+    check_tensors(dir, layout, found)?;
+    let file = |(path, map): (&PathBuf, &Mmap)| {
+        let inside = all.iter().filter(|(of, _)| of == path);
+        WeightFile {
+            path: path.clone(),
+            bytes: map.len() as u64,
+            tensors: inside.clone().count(),
+            dtypes: inside.map(|(_, dtype)| dtype.clone()).collect(),
+        }
+    };
+    Ok(files.iter().zip(&maps).map(file).collect())
+}
+
+/// All tensors of the files, by name; the embedding under one name.
+fn tensors<'a>(files: &'a [PathBuf], maps: &'a [Mmap]) -> Result<BTreeMap<String, Found<'a>>, Error> {
     let mut found = BTreeMap::new();
-    for (path, map) in files.iter().zip(&maps) {
+    for (path, map) in files.iter().zip(maps) {
         let tensors = SafeTensors::deserialize(map).map_err(|cause| damaged(path, &cause))?;
         for (name, view) in tensors.tensors() {
             if let Some(Found { path: other, .. }) = found.insert(name.clone(), Found { path, view }) {
@@ -124,28 +193,7 @@ pub fn load_weights(dir: &Path, layout: &Layout, mut sink: impl FnMut(&Slot, &[f
     {
         found.insert(EMBEDDING.into(), embedding);
     }
-    let tied_head = if layout.shared().head.is_none() { found.remove(HEAD) } else { None };
-
-    check_names(dir, layout, &found)?;
-    for (name, slot, _) in layout.iter() {
-        found[&name].check(&name, &slot.shape)?;
-    }
-    if let Some(head) = tied_head {
-        head.check(HEAD, &layout.shared().embedding.shape)?;
-        if head.values(HEAD)? != found[EMBEDDING].values(EMBEDDING)? {
-            return Err(Error::new(format!(
-                "{HEAD} in {} differs from {EMBEDDING}, to which config.json ties it",
-                head.path.display()
-            ))
-            .with_hint(
-                "set \"tie_word_embeddings\": false in config.json to keep both, or remove lm_head.weight",
-            ));
-        }
-    }
-    for (name, slot, _) in layout.iter() {
-        sink(&slot, &found[&name].values(&name)?);
-    }
-    Ok(())
+    Ok(found)
 }
 
 /// A tensor in a file.
@@ -191,6 +239,26 @@ fn check_finite(name: &str, shape: &[usize], first: usize, values: &[f32]) -> Re
     }
     Err(Error::new(format!("{name}{index:?} is {value}"))
         .with_hint("the model diverged before it was saved, or the values do not fit the element type; use an earlier checkpoint"))
+}
+
+/// Tensors by name, and a head apart where the layout ties it to the embedding.
+type Checked<'a> = (BTreeMap<String, Found<'a>>, Option<Found<'a>>);
+
+/// Names, shapes and element types are those of the layout.
+fn check_tensors<'a>(
+    dir: &Path,
+    layout: &Layout,
+    mut found: BTreeMap<String, Found<'a>>,
+) -> Result<Checked<'a>, Error> {
+    let tied_head = if layout.shared().head.is_none() { found.remove(HEAD) } else { None };
+    check_names(dir, layout, &found)?;
+    for (name, slot, _) in layout.iter() {
+        found[&name].check(&name, &slot.shape)?;
+    }
+    if let Some(head) = &tied_head {
+        head.check(HEAD, &layout.shared().embedding.shape)?;
+    }
+    Ok((found, tied_head))
 }
 
 /// Every parameter is there and nothing else.

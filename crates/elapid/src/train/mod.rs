@@ -14,5 +14,6 @@ mod trainer;
 
 pub use batch::{Batch, PAD_DOCUMENT};
 pub use evaluate::{Evaluation, evaluate, last_blocks};
+pub(crate) use folder::{FINISHED, METRICS};
 pub use run::{Outcome, cpu, train};
 pub use trainer::{StepReport, Trainer};
