@@ -30,7 +30,6 @@ pub fn decode(setup: &Setup, tokens: usize) -> Result<Value, Error> {
         "model and prompt",
         "give a smaller --batch, --seq-len or --model",
     )?;
-    let checks = check(timed.inner())?;
     let model = Mamba2ForCausalLM::new(&timed, &setup.config, compute, Init::StateSpaces, 0);
     let ids = |length: usize| -> Vec<i32> { setup.ids(length).into_iter().map(|id| id as i32).collect() };
 
@@ -42,7 +41,7 @@ pub fn decode(setup: &Setup, tokens: usize) -> Result<Value, Error> {
         model.next_logits(&timed, &ids_of_prompt, None, &mut states);
         prefill.push(start.elapsed().as_secs_f64());
     }
-    refuse(timed.take().iter().map(|op| op.0), &checks)?;
+    let prefill_ops = timed.take();
     let prefill = prefill.into_iter().fold(f64::INFINITY, f64::min);
     let prompt_tokens = (setup.batch * setup.seq_len) as f64;
     say(format_args!("prefill  {:.0} tokens/s", prompt_tokens / prefill));
@@ -58,10 +57,12 @@ pub fn decode(setup: &Setup, tokens: usize) -> Result<Value, Error> {
         seconds.push(start.elapsed().as_secs_f64());
     }
     let ops = timed.take();
-    refuse(ops.iter().map(|op| op.0), &checks)?;
     let (total, mid) = (seconds.iter().sum(), median(seconds));
     say(format_args!("decode  {:.0} tokens/s", setup.batch as f64 / mid));
     let peak = peak_resident();
+    // Only now, or the memory of the check would be counted with the model's.
+    let checks = check(timed.inner())?;
+    refuse(prefill_ops.iter().chain(&ops).map(|op| op.0), &checks)?;
 
     let limits = Limits::measure(timed.inner(), compute);
     let (weights, state) = (weight_bytes(setup, &layout), state_bytes(setup));

@@ -33,7 +33,6 @@ pub fn train(setup: &Setup, steps: usize, checkpointing: Checkpointing) -> Resul
     if let Some(warning) = memory.check(false)? {
         say(format_args!("warning: {warning}"));
     }
-    let checks = check(timed.inner())?;
     let samples: Vec<Sample> = setup.ids(setup.seq_len).chunks(setup.seq_len).map(Sample::new).collect();
     let batch = Batch::new(&samples);
     let model = Mamba2ForCausalLM::new(&timed, &setup.config, setup.compute(), Init::StateSpaces, 0);
@@ -54,6 +53,8 @@ pub fn train(setup: &Setup, steps: usize, checkpointing: Checkpointing) -> Resul
         }
     }
     let peak = peak_resident();
+    // Only now, or the memory of the check would be counted with the step's.
+    let checks = check(timed.inner())?;
     let mid = median(runs.iter().map(|run| run.0).collect());
     let (seconds, ops) =
         runs.into_iter().min_by(|a, b| a.0.total_cmp(&b.0)).expect("at least one step is measured");

@@ -89,6 +89,9 @@ fn table(text: &mut String, rows: &[Value], indent: usize) {
 
 /// A field's name for people; the unit moves into the value.
 fn title(name: &str) -> String {
+    if name == "bytes" {
+        return "size".into();
+    }
     let seconds = name.strip_suffix("_s").filter(|rest| !rest.ends_with("_per"));
     let name = name.strip_suffix("_bytes").or(seconds).unwrap_or(name);
     name.replace("_per_s", "/s").replace('_', " ")
@@ -107,13 +110,22 @@ fn cell(name: &str, value: &Value) -> String {
             .collect::<Vec<_>>()
             .join(", "),
         Value::Number(number) => match (number.as_u64(), number.as_f64().unwrap_or(f64::NAN)) {
-            (Some(count), _) if name.ends_with("bytes") => bytes(count),
+            (Some(count), _) if name.ends_with("bytes") => size(count),
             (_, value) if name.ends_with("share") || name == "mfu" => format!("{:.0} %", 100.0 * value),
+            (_, 0.0) if number.is_f64() => "0".into(),
             (_, value) if name.ends_with("error") || name == "tolerance" => format!("{value:.1e}"),
             (_, value) if name.ends_with("_s") && !name.ends_with("_per_s") => seconds(value),
             (_, value) if number.is_f64() => short(value),
             _ => number.to_string(),
         },
+    }
+}
+
+fn size(count: u64) -> String {
+    match count {
+        ..10_000 => format!("{count} B"),
+        ..0x10_0000 => format!("{:.0} KiB", count as f64 / 1024.0),
+        _ => bytes(count),
     }
 }
 

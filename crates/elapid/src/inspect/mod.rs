@@ -52,8 +52,10 @@ fn recognise(name: &str, verify: bool, faults: &mut Vec<String>) -> Result<(&'st
         return Ok(("preset", model::describe(&ModelConfig::preset(name)?)));
     }
     if !path.exists() {
+        // Says which presets there are, and which of them is meant.
+        let hint = ModelConfig::preset(name).err().and_then(|error| error.hint().map(str::to_owned));
         return Err(Error::new(format!("there is neither a path nor a preset {name:?}"))
-            .with_hint(format!("check the spelling; the presets are {}", PRESETS.join(", "))));
+            .with_hint(hint.unwrap_or_default()));
     }
     let holds = |file: &str| path.join(file).exists();
     let ends_with = |ending: &str| path.extension().is_some_and(|extension| extension == ending);
