@@ -135,7 +135,12 @@ fn layer(setup: &Setup, one: &ModelConfig, rows: &mut Rows<'_>) {
 /// The kernels of an update, over all parameters.
 fn update(layout: &Layout, rows: &mut Rows<'_>) {
     let timed = rows.timed;
-    let zeros = || timed.buffer(layout.flat, DType::F32);
+    let zeros = || {
+        let mut buffer = timed.buffer(layout.flat, DType::F32);
+        // A new buffer may be no memory yet, but a promise of zeros.
+        timed.zero_buffer(&mut buffer);
+        buffer
+    };
     let (grads, mut params, mut m, mut v) = (zeros(), zeros(), zeros(), zeros());
     let shape = format!("{} elements", layout.flat.len());
     let loss = timed.tensor(&[1.0], &[], DType::F32);
@@ -193,5 +198,35 @@ impl Rows<'_> {
         ];
         let times = times.map(|(name, value)| (name.to_owned(), value));
         times.into_iter().chain(self.limits.rates(kernel, best, work)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use elapid_cpu::Peaks;
+    use elapid_tensor::suite::Report;
+
+    #[test]
+    fn a_kernel_whose_check_is_red_is_not_even_run() {
+        let timed = Timed::new(crate::train::cpu(Some(1)).unwrap());
+        let peaks = Peaks { fma: 1e9, product: 1e9, bf16: None, read: 1e9, triad: 1e9 };
+        let limits = Limits { peaks, dtype: DType::F32 };
+        let finding = |error| {
+            let (op, case, tensor) = ("add", "B1".to_owned(), "sum".to_owned());
+            let worst = Report { op, case, tensor, error, tolerance: 1e-5 };
+            Finding { op, comparisons: 2, failed: usize::from(!worst.passes()), worst }
+        };
+        let row = |check: Finding, run: &mut dyn FnMut()| {
+            let mut rows = Rows { timed: &timed, limits: &limits, checks: &[check], rows: Vec::new() };
+            rows.run("add", "2", run);
+            rows.rows.remove(0)
+        };
+        let x = timed.tensor(&[1.0, 2.0], &[2], DType::F32);
+        let green = row(finding(1e-6), &mut || drop(timed.add(&x, &x)));
+        assert!(green["refused"].is_null() && green["gflops"].as_f64().unwrap() > 0.0, "{green}");
+        let red = row(finding(f64::NAN), &mut || panic!("run all the same"));
+        assert!(red["refused"].as_str().unwrap().starts_with("refused: oracle check failed"), "{red}");
+        assert!(red.get("gflops").is_none() && red.get("best_s").is_none(), "{red}");
     }
 }
