@@ -37,7 +37,7 @@ fn lay_out(text: &mut String, fields: &Map<String, Value>, indent: usize) {
                 *text += &format!("{pad}{label}\n");
                 table(text, rows, indent + 2);
             }
-            Value::Array(lines) if lines.iter().any(|line| is_long(line)) => {
+            Value::Array(lines) if lines.iter().any(is_long) => {
                 *text += &format!("{pad}{label}\n");
                 for line in lines {
                     quote(text, line.as_str().unwrap_or_default(), indent + 2);
@@ -123,8 +123,8 @@ fn cell(name: &str, value: &Value) -> String {
 
 fn size(count: u64) -> String {
     match count {
-        ..10_000 => format!("{count} B"),
-        ..0x10_0000 => format!("{:.0} KiB", count as f64 / 1024.0),
+        _ if count < 10_000 => format!("{count} B"),
+        _ if count < 1 << 20 => format!("{:.0} KiB", count as f64 / 1024.0),
         _ => bytes(count),
     }
 }
