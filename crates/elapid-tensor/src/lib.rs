@@ -15,4 +15,4 @@ pub use backend::{
     Mamba2Weights, NormGroup, Sink, State,
 };
 pub use flat::{FlatShape, Row, Slot};
-pub use tape::{Checkpointing, Tape, Var, Weight};
+pub use tape::{Checkpointing, Kind, Seen, Site, Tape, Var, Watch, Weight};

@@ -38,12 +38,13 @@ fn doctor_is_green_on_every_path() {
     assert_eq!(report["ok"], true);
     assert!(report["machine"]["threads"].as_u64().unwrap() > 0);
     assert!(report["machine"]["memory_bytes"].as_u64().unwrap() > 0);
-    let paths: BTreeSet<_> = rows(&report["paths"]["elementwise"]).iter().map(Value::to_string).collect();
+    let name = |path: &Value| path.as_str().unwrap().to_owned();
+    let paths: BTreeSet<_> = rows(&report["paths"]["elementwise"]).iter().map(name).collect();
     let checked = rows(&report["checks"]);
-    assert_eq!(checked.iter().map(|row| row["path"].to_string()).collect::<BTreeSet<_>>(), paths);
-    assert!(paths.contains(&report["paths"]["chosen"].to_string()));
+    assert_eq!(checked.iter().map(|row| name(&row["path"])).collect::<BTreeSet<_>>(), paths);
+    assert!(paths.contains(&name(&report["paths"]["chosen"])));
     for path in &paths {
-        let of_path = checked.iter().filter(|row| row["path"].to_string() == *path);
+        let of_path = checked.iter().filter(|row| row["path"] == **path);
         let kernels: BTreeSet<_> = of_path.map(|row| row["kernel"].as_str().unwrap()).collect();
         let all = ["embedding", "rms_norm", "linear", "mamba2", "head_loss", "clip", "adamw"];
         assert!(all.iter().all(|kernel| kernels.contains(kernel)), "{path}: {kernels:?}");

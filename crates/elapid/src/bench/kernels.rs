@@ -36,6 +36,7 @@ pub fn kernels(setup: &Setup) -> Result<Value, Error> {
         checkpointing: Checkpointing::None,
         threads: timed.inner().threads(),
         evaluation: &[],
+        log_norms: false,
     });
     memory::check(
         memory.total() as f64 + 16.0 * whole.flat.len() as f64,

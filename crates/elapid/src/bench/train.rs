@@ -29,6 +29,7 @@ pub fn train(setup: &Setup, steps: usize, checkpointing: Checkpointing) -> Resul
         checkpointing,
         threads: timed.inner().threads(),
         evaluation: &[],
+        log_norms: false,
     });
     if let Some(warning) = memory.check(false)? {
         say(format_args!("warning: {warning}"));

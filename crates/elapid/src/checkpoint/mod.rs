@@ -15,21 +15,21 @@ use std::path::{Path, PathBuf};
 use elapid_tensor::Slot;
 
 pub use manifest::{Data, FileInfo, LogicalTensor, Manifest, Mesh, Piece, Progress};
+pub(crate) use piece::{verify, write};
 pub use store::Store;
-pub(crate) use store::{LATEST, Lock, list};
+pub(crate) use store::{LATEST, Lock, list, put, write_files};
 
 use crate::Error;
 use crate::config::ModelConfig;
 use crate::error::say;
 use crate::model::Layout;
 use piece::PieceFile;
-pub(crate) use piece::verify;
 
 /// What a parameter's name begins with in a checkpoint: its master and AdamW's first and second moment.
 pub const PREFIXES: [&str; 3] = ["model", "m", "v"];
 
 pub(crate) const MANIFEST: &str = "manifest.json";
-pub(crate) const CONFIG: &str = "config.json";
+const CONFIG: &str = "config.json";
 
 /// Extents and values, row-major.
 pub type HostTensor = (Vec<usize>, Vec<f32>);

@@ -41,6 +41,7 @@ pub(super) fn describe(config: &ModelConfig) -> Fields {
             checkpointing,
             threads: std::thread::available_parallelism().map_or(1, usize::from),
             evaluation: &[],
+            log_norms: false,
         });
         json!({
             "dtype": dtype,
