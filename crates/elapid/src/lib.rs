@@ -11,6 +11,7 @@ pub mod generate;
 pub mod inspect;
 mod memory;
 pub mod model;
+pub mod parallel;
 pub mod train;
 
 pub use error::Error;

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use elapid_tensor::suite::Finding;
 use elapid_tensor::{
-    AdamW, Backend, Checkpointing, DType, Mamba2Inputs, Mamba2Sinks, Mamba2Weights, Sink, Slot,
+    AdamW, Backend, Checkpointing, Clipping, DType, Mamba2Inputs, Mamba2Sinks, Mamba2Weights, Sink, Slot,
 };
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -17,6 +17,7 @@ use crate::error::say;
 use crate::memory;
 use crate::model::init::Init;
 use crate::model::{Layout, Mamba2ForCausalLM};
+use crate::parallel::Mesh;
 use crate::train::memory::{Demand, Memory};
 
 /// Measures every kernel of the model, forward and adjoint: the object that `elapid bench kernels --json` prints.
@@ -35,6 +36,10 @@ pub fn kernels(setup: &Setup) -> Result<Value, Error> {
         dtype: setup.compute(),
         checkpointing: Checkpointing::None,
         threads: timed.inner().threads(),
+        mesh: Mesh::SINGLE,
+        ranks_here: 1,
+        zero1: false,
+        sequence_parallel: false,
         evaluation: &[],
         log_norms: false,
     });
@@ -127,9 +132,9 @@ fn layer(setup: &Setup, one: &ModelConfig, rows: &mut Rows<'_>) {
     let head = shared.head.as_ref().unwrap_or(&shared.embedding);
     let (table, x) = (weight(head), random(d, compute));
     let shape = format!("V {v}, D {d}");
-    rows.run("head_loss", &shape, || drop(timed.head_loss(&x, &table, &ids)));
+    rows.run("head_loss", &shape, || drop(timed.head_loss(&x, &table, &ids, v)));
     rows.run("head_loss adjoint", &shape, || {
-        timed.head_loss_adjoint(&x, &table, &ids, Sink { buffer: &mut grads, slot: head });
+        timed.head_loss_adjoint(&x, &table, &ids, v, Sink { buffer: &mut grads, slot: head });
     });
 }
 
@@ -145,9 +150,9 @@ fn update(layout: &Layout, rows: &mut Rows<'_>) {
     let (grads, mut params, mut m, mut v) = (zeros(), zeros(), zeros(), zeros());
     let shape = format!("{} elements", layout.flat.len());
     let loss = timed.tensor(&[1.0], &[], DType::F32);
-    rows.run("clip", &shape, || drop(timed.clip(&grads, &loss, 1.0, 1.0)));
+    rows.run("clip", &shape, || drop(timed.clip(&grads, &loss, &Clipping::alone(1.0, 1.0))));
     let hyper = AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: 1 };
-    let clip = timed.clip(&grads, &loss, 1.0, 1.0);
+    let clip = timed.clip(&grads, &loss, &Clipping::alone(1.0, 1.0));
     rows.run("adamw", &shape, || {
         timed.adamw(&hyper, layout.decayed, &clip, &grads, &mut params, &mut m, &mut v);
     });

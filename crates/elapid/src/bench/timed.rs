@@ -3,10 +3,10 @@
 use std::sync::Mutex;
 use std::time::Instant;
 
-use elapid_cpu::{Buffer, CpuBackend, Tensor};
+use elapid_cpu::{Buffer, CpuBackend, Pending, Tensor};
 use elapid_tensor::{
-    AdamW, Backend, DType, FlatShape, Mamba2Grads, Mamba2Inputs, Mamba2Output, Mamba2Sinks, Mamba2Spec,
-    Mamba2Weights, Sink, Slot, State,
+    AdamW, Backend, Clipping, DType, FlatShape, Group, Mamba2Grads, Mamba2Inputs, Mamba2Output, Mamba2Sinks,
+    Mamba2Spec, Mamba2Weights, Row, Sink, Slot, State,
 };
 
 /// What an op has to do, whatever its kernel does.
@@ -97,6 +97,7 @@ fn mamba2_flops(spec: &Mamba2Spec) -> (usize, usize) {
 impl Backend for Timed {
     type Tensor = Tensor;
     type Buffer = Buffer;
+    type Pending = Pending;
 
     fn tensor(&self, values: &[f32], shape: &[usize], dtype: DType) -> Tensor {
         self.inner.tensor(values, shape, dtype)
@@ -193,6 +194,21 @@ impl Backend for Timed {
         })
     }
 
+    fn add_bias(&self, x: &Tensor, bias: &Tensor) -> Tensor {
+        self.op("add_bias", len(x), 2 * bytes(x) + bytes(bias), |inner| inner.add_bias(x, bias))
+    }
+
+    fn add_bias_adjoint(&self, dy: &Tensor, d_bias: Sink<'_, Self>) {
+        let sink = Sink { buffer: d_bias.buffer, slot: d_bias.slot };
+        let traffic = bytes(dy) + added(sink.slot.len());
+        self.op("add_bias adjoint", len(dy), traffic, |inner| inner.add_bias_adjoint(dy, sink));
+    }
+
+    fn resize(&self, x: &Tensor, length: usize) -> Tensor {
+        let traffic = bytes(x) + bytes(x) / x.shape()[1] * length;
+        self.op("resize", 0, traffic, |inner| inner.resize(x, length))
+    }
+
     fn add(&self, a: &Tensor, b: &Tensor) -> Tensor {
         self.op("add", len(a), 2 * bytes(a) + bytes(b), |inner| inner.add(a, b))
     }
@@ -243,10 +259,10 @@ impl Backend for Timed {
         })
     }
 
-    fn head_loss(&self, x: &Tensor, weight: &Tensor, labels: &Tensor) -> Tensor {
+    fn head_loss(&self, x: &Tensor, weight: &Tensor, labels: &Tensor, vocab: usize) -> Tensor {
         let traffic = bytes(x) + bytes(weight) + bytes(labels);
         self.op("head_loss", 2 * len(x) * weight.shape()[0], traffic, |inner| {
-            inner.head_loss(x, weight, labels)
+            inner.head_loss(x, weight, labels, vocab)
         })
     }
 
@@ -255,13 +271,14 @@ impl Backend for Timed {
         x: &Tensor,
         weight: &Tensor,
         labels: &Tensor,
+        vocab: usize,
         d_weight: Sink<'_, Self>,
     ) -> (Tensor, Tensor) {
         let sink = Sink { buffer: d_weight.buffer, slot: d_weight.slot };
         let traffic = 2 * bytes(x) + bytes(weight) + bytes(labels) + added(len(weight));
         // Forward and adjoint are one pass.
         self.op("head_loss adjoint", 6 * len(x) * weight.shape()[0], traffic, |inner| {
-            inner.head_loss_adjoint(x, weight, labels, sink)
+            inner.head_loss_adjoint(x, weight, labels, vocab, sink)
         })
     }
 
@@ -271,9 +288,59 @@ impl Backend for Timed {
         self.op("logits", 2 * len(x) * outputs, traffic, |inner| inner.logits(x, weight))
     }
 
-    fn clip(&self, grads: &Buffer, loss: &Tensor, scale: f32, max_norm: f32) -> Tensor {
+    // Nothing travels between the ranks of a benchmark: there is one.
+
+    fn group_size(&self, group: Group) -> usize {
+        self.inner.group_size(group)
+    }
+
+    fn group_rank(&self, group: Group) -> usize {
+        self.inner.group_rank(group)
+    }
+
+    fn all_reduce(&self, x: &Tensor, group: Group) -> Tensor {
+        self.inner.all_reduce(x, group)
+    }
+
+    fn all_reduce_max(&self, x: &Tensor, group: Group) -> Tensor {
+        self.inner.all_reduce_max(x, group)
+    }
+
+    fn all_gather(&self, x: &Tensor, axis: usize, group: Group) -> Tensor {
+        self.inner.all_gather(x, axis, group)
+    }
+
+    fn reduce_scatter(&self, x: &Tensor, axis: usize, group: Group) -> Tensor {
+        self.inner.reduce_scatter(x, axis, group)
+    }
+
+    fn all_reduce_slot(&self, buffer: &mut Buffer, slot: &Slot, group: Group) {
+        self.inner.all_reduce_slot(buffer, slot, group);
+    }
+
+    fn sum_slot_over_neighbours(&self, buffer: &mut Buffer, slot: &Slot, ranks: usize) {
+        self.inner.sum_slot_over_neighbours(buffer, slot, ranks);
+    }
+
+    fn reduce_scatter_row(&self, whole: &mut Buffer, row: Row, shard: &mut Buffer, group: Group) {
+        self.inner.reduce_scatter_row(whole, row, shard, group);
+    }
+
+    fn start_sum(&self, buffer: &Buffer, row: Row, scatter: bool, group: Group) -> Pending {
+        self.inner.start_sum(buffer, row, scatter, group)
+    }
+
+    fn finish_sum(&self, pending: Pending, to: &mut Buffer) {
+        self.inner.finish_sum(pending, to);
+    }
+
+    fn all_gather_row(&self, shard: &Buffer, row: Row, whole: &mut Buffer, group: Group) {
+        self.inner.all_gather_row(shard, row, whole, group);
+    }
+
+    fn clip(&self, grads: &Buffer, loss: &Tensor, clipping: &Clipping<'_>) -> Tensor {
         let n = grads.shape().len();
-        self.op("clip", 2 * n, 4 * n, |inner| inner.clip(grads, loss, scale, max_norm))
+        self.op("clip", 2 * n, 4 * n, |inner| inner.clip(grads, loss, clipping))
     }
 
     fn adamw(

@@ -11,6 +11,7 @@ use crate::data::Sample;
 use crate::error::say;
 use crate::model::Mamba2ForCausalLM;
 use crate::model::init::Init;
+use crate::parallel::Mesh;
 use crate::train::memory::{Demand, Memory, peak_resident};
 use crate::train::{Batch, Trainer};
 
@@ -28,6 +29,10 @@ pub fn train(setup: &Setup, steps: usize, checkpointing: Checkpointing) -> Resul
         dtype: setup.compute(),
         checkpointing,
         threads: timed.inner().threads(),
+        mesh: Mesh::SINGLE,
+        ranks_here: 1,
+        zero1: false,
+        sequence_parallel: false,
         evaluation: &[],
         log_norms: false,
     });

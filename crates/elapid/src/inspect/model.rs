@@ -10,6 +10,7 @@ use crate::Error;
 use crate::config::ModelConfig;
 use crate::config::run::Dtype;
 use crate::model::{Layout, Role, pretrained};
+use crate::parallel::Mesh;
 use crate::train::memory::{Demand, Memory};
 
 /// Sequence length for which the memory of training is predicted, at one sequence a micro-step.
@@ -40,6 +41,10 @@ pub(super) fn describe(config: &ModelConfig) -> Fields {
             dtype: dtype.compute(),
             checkpointing,
             threads: std::thread::available_parallelism().map_or(1, usize::from),
+            mesh: Mesh::SINGLE,
+            ranks_here: 1,
+            zero1: false,
+            sequence_parallel: false,
             evaluation: &[],
             log_norms: false,
         });
