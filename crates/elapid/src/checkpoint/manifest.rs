@@ -123,7 +123,11 @@ impl Manifest {
         format!("{body}{SEAL}{:08x}\"\n}}\n", crc32fast::hash(body.as_bytes()))
     }
 
-    pub(super) fn read(path: &Path) -> Result<Self, Error> {
+    /// Reads a manifest and checks it against itself; of the other files it looks at none.
+    ///
+    /// # Errors
+    /// No such file, damaged, or of another version.
+    pub fn read(path: &Path) -> Result<Self, Error> {
         let fault = |what: String| {
             Error::new(format!("{}: {what}", path.display())).with_hint(
                 "the checkpoint is damaged; take an earlier one, or --resume auto, which finds one",

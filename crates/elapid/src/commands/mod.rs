@@ -1,11 +1,15 @@
 //! The subcommands, one file each.
 
+mod bench;
 mod convert;
 mod diff;
+mod doctor;
 mod eval;
 mod generate;
+mod inspect;
 mod quickstart;
 mod replay;
+mod show;
 mod tokenize;
 mod train;
 
@@ -47,6 +51,12 @@ enum Command {
     Convert(convert::ConvertArgs),
     /// Compare two models of any formats; exit code 0: equal, 1: different, 2: one cannot be read
     Diff(diff::DiffArgs),
+    /// Say what a model, dataset, checkpoint or run holds
+    Inspect(inspect::InspectArgs),
+    /// Speed of kernels, training and generation beside this machine's limits
+    Bench(bench::BenchArgs),
+    /// Say what this machine can do, and check every kernel on it
+    Doctor(doctor::DoctorArgs),
 }
 
 /// Runs the command line `args`, program name first. Errors go to stderr as `error:` and `hint:`.
@@ -79,6 +89,9 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             Ok(false) => return ExitCode::FAILURE,
             Err(error) => return fail(&error, ExitCode::from(2)),
         },
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Bench(args) => bench::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
     };
     match result {
         Ok(()) => {

@@ -1,5 +1,7 @@
 //! Models by name.
 
+use std::path::Path;
+
 use super::{ModelConfig, TokenIds};
 use crate::Error;
 use crate::error::nearest;
@@ -48,6 +50,17 @@ pub(super) fn groups_for(heads: usize, wanted: usize) -> usize {
 }
 
 impl ModelConfig {
+    /// The model that `--model` names: a preset or, where a file of that name exists, what [`Self::load`] reads.
+    ///
+    /// # Errors
+    /// As [`Self::load`] and [`Self::preset`].
+    pub fn find(name: &str) -> Result<Self, Error> {
+        if PRESETS.contains(&name) || !Path::new(name).exists() {
+            return Self::preset(name);
+        }
+        Self::load(Path::new(name))
+    }
+
     /// The model of that name, one of [`PRESETS`]. The vocabulary is GPT-NeoX's, padded (50288), except for `tiny`,
     /// which is made for the quickstart.
     ///

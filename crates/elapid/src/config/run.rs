@@ -6,7 +6,7 @@ use clap::ValueEnum;
 use elapid_tensor::NormGroup;
 use serde::{Deserialize, Serialize};
 
-use super::{ModelConfig, PRESETS};
+use super::ModelConfig;
 use crate::Error;
 use crate::error::say;
 use crate::model::init::Init;
@@ -298,11 +298,9 @@ impl TrainArgs {
             (None, Some(dir)) => dir.display().to_string(),
             (None, None) => return Err(Error::new("neither --model nor --init-from is given")),
         };
-        let mut config = match (&self.model, &self.init_from) {
-            (Some(name), _) if PRESETS.contains(&name.as_str()) || !Path::new(name).exists() => {
-                ModelConfig::preset(name)?
-            }
-            _ => ModelConfig::load(Path::new(&model))?,
+        let mut config = match &self.model {
+            Some(name) => ModelConfig::find(name)?,
+            None => ModelConfig::load(Path::new(&model))?,
         };
         if let Some(vocab_size) = self.vocab_size {
             config.vocab_size = vocab_size;

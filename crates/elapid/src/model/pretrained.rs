@@ -25,6 +25,7 @@ pub(crate) const WEIGHTS: &str = "model.safetensors";
 pub(crate) const PICKLE: &str = "pytorch_model.bin";
 /// Most bytes of tensors in one file, unless a single one has more: transformers' `max_shard_size`.
 pub const MAX_SHARD_SIZE: u64 = 5_000_000_000;
+
 /// Reads the weights of the model folder `dir` into `sink`, one tensor at a time, row-major, as fp32: of each tensor the
 /// part that `layout` says is this rank's.
 ///
@@ -44,6 +45,49 @@ pub fn load_weights(dir: &Path, layout: &Layout, mut sink: impl FnMut(&Slot, &[f
         sink(&slot, &info.cuts(layout.share).slice(&values));
     }
     Ok(())
+}
+
+/// A weight file as it lies on disk.
+#[derive(Clone, Debug)]
+pub struct WeightFile {
+    /// Its path.
+    pub path: PathBuf,
+    /// Its size.
+    pub bytes: u64,
+    /// Parameters in it.
+    pub tensors: usize,
+    /// Their element types.
+    pub dtypes: BTreeSet<String>,
+}
+
+/// Whether the folder holds weights, of whatever kind.
+///
+/// # Errors
+/// It cannot be read.
+pub fn has_weights(dir: &Path) -> Result<bool, Error> {
+    let entries = fs::read_dir(dir).map_err(|cause| Error::io("read", dir, &cause))?;
+    let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+    let index = index_name(WEIGHTS);
+    Ok(names.into_iter().any(|name| [".safetensors", &index, ".bin"].iter().any(|end| name.ends_with(end))))
+}
+
+/// The weight files of the model folder `dir`, whose tensors fit `layout` by names, shapes and element types; no value
+/// is read but those of a tied head.
+///
+/// # Errors
+/// As [`load_weights`], as far as that goes.
+pub fn inspect(dir: &Path, layout: &Layout) -> Result<Vec<WeightFile>, Error> {
+    let weights = open(dir)?.fit(dir, CONFIG, layout)?;
+    let mut files = BTreeMap::<&Path, WeightFile>::new();
+    for tensor in weights.0.values() {
+        let path = tensor.path();
+        let bytes = fs::metadata(path).map_err(|cause| Error::io("read", path, &cause))?.len();
+        let new = WeightFile { path: path.to_owned(), bytes, tensors: 0, dtypes: BTreeSet::new() };
+        let file = files.entry(path).or_insert(new);
+        file.tensors += 1;
+        file.dtypes.insert(tensor.dtype().to_safetensors().to_string());
+    }
+    Ok(files.into_values().collect())
 }
 
 /// The tensors of a model folder, by Hugging Face names, not yet looked at.
