@@ -424,7 +424,7 @@ mod tests {
     }
 
     #[test]
-    fn what_we_do_not_implement_is_refused_by_name() {
+    fn t13_what_we_do_not_implement_is_refused_by_name() {
         for (fields, name) in [
             (r#", "hidden_act": "gelu""#, "hidden_act is \"gelu\""),
             (r#", "rms_norm": false"#, "rms_norm is false"),
