@@ -103,7 +103,8 @@ impl ModelConfig {
             hidden_size,
             expand,
             head_dim,
-            num_heads: inner.checked_div(head_dim).unwrap_or(0),
+            // Of a width of 0 the check below says so.
+            num_heads: inner / head_dim.max(1),
             num_hidden_layers: fields.count("n_layer", 0)?,
             vocab_size: vocab_size.checked_next_multiple_of(multiple).unwrap_or(vocab_size),
             state_size: layer.count("d_state", 128)?,
