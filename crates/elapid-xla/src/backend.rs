@@ -1,0 +1,358 @@
+//! The backend: recording of every op of the contract.
+
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
+
+use elapid_tensor::{
+    AdamW, Backend, DType, FlatShape, Mamba2Grads, Mamba2Inputs, Mamba2Output, Mamba2Sinks, Mamba2Spec,
+    Mamba2Weights, Sink, Slot, State,
+};
+
+use crate::buffer::XlaBuffer;
+use crate::evaluate::Executor;
+use crate::hlo::graph::{Graph, Op, Place, Value};
+use crate::hlo::{Literal, Module, Output, Shape, Type, emit};
+use crate::ops;
+use crate::tensor::{Recorded, Source, XlaTensor};
+
+/// What a [`XlaBackend`] may be told.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Logits and one-hot rows of one block hold at most this many numbers.
+    pub block: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { block: 32 << 20 }
+    }
+}
+
+/// An output of a module.
+pub struct Result<'t> {
+    /// Its name.
+    pub name: String,
+    /// What it gives.
+    pub tensor: &'t XlaTensor,
+    /// The input whose memory it takes over, by its number from [`XlaBackend::input_number`].
+    pub replaces: Option<usize>,
+}
+
+/// Records ops.
+pub struct XlaBackend {
+    pub(crate) graph: Graph,
+    pub(crate) options: Options,
+    pub(crate) executor: Option<Box<dyn Executor>>,
+    /// Tensors to compute when values are asked for; empty without an executor.
+    live: Mutex<Vec<Weak<Recorded>>>,
+    /// The layer that ops belong to, as far as their parameters tell.
+    layer: Mutex<Option<usize>>,
+}
+
+impl XlaBackend {
+    /// A backend that records. Without an executor, asking for values panics.
+    pub fn new(options: Options, executor: Option<Box<dyn Executor>>) -> Self {
+        let (live, layer) = (Mutex::default(), Mutex::default());
+        Self { graph: Graph::new(), options, executor, live, layer }
+    }
+
+    /// A module named `name` that gives `results`.
+    pub fn module(&self, name: &str, results: &[Result<'_>]) -> Module {
+        let outputs: Vec<Output> = results
+            .iter()
+            .map(|r| Output { name: r.name.clone(), node: self.get(r.tensor).node, alias: r.replaces })
+            .collect();
+        emit(&self.graph.lock(), name, &outputs)
+    }
+
+    /// An input of modules that has no values yet.
+    pub fn declare(&self, shape: Shape, name: &str) -> XlaTensor {
+        self.input(shape, name, None)
+    }
+
+    /// The two arrays of a buffer, `[layers, row]` and `[shared]`, gradients added; None: it has no elements.
+    pub fn arrays(&self, buffer: &XlaBuffer) -> [Option<XlaTensor>; 2] {
+        buffer.arrays(self)
+    }
+
+    /// Names an input and gives its number; None: the tensor is no input.
+    pub fn input_number(&self, tensor: &XlaTensor, name: &str) -> Option<usize> {
+        let Source::Node(place) = tensor.0.source else { return None };
+        let leaf = self.leaf_at(place)?;
+        self.graph.lock().leaves[leaf].name = name.to_owned();
+        Some(leaf)
+    }
+
+    pub(crate) fn input(&self, shape: Shape, name: &str, data: Option<Literal>) -> XlaTensor {
+        let place = self.graph.leaf(shape.clone(), name, data);
+        XlaTensor::new(shape, Source::Node(place))
+    }
+
+    /// A host scalar that changes from step to step: an input, not a constant.
+    pub(crate) fn scalar_input(&self, name: &str, value: f32) -> XlaTensor {
+        self.input(Shape::new(Type::F32, &[]), name, Some(Literal::F32(vec![value])))
+    }
+
+    pub(crate) fn live(&self) -> MutexGuard<'_, Vec<Weak<Recorded>>> {
+        self.live.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Number of the input at `place`.
+    pub(crate) fn leaf_at(&self, place: Place) -> Option<usize> {
+        match self.graph.lock().computations[place.computation].nodes[place.node as usize].op {
+            Op::Leaf(leaf) => Some(leaf),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn is_input(&self, tensor: &XlaTensor) -> bool {
+        matches!(tensor.0.source, Source::Node(place) if self.leaf_at(place).is_some())
+    }
+
+    /// The value of `tensor` in the current computation.
+    pub(crate) fn get(&self, tensor: &XlaTensor) -> Value<'_> {
+        if let Some((_, place)) = tensor.0.known.get() {
+            return self.import(*place);
+        }
+        let dims = &tensor.shape().dims;
+        match tensor.0.source {
+            Source::Node(place) => self.import(place),
+            Source::Part { of, row: None, offset } => self.import(of).cut(offset, dims),
+            Source::Part { of, row: Some(row), offset } => {
+                let len = dims.iter().product::<usize>();
+                self.import(of).slices(&[(row, row + 1), (offset, offset + len)]).reshape(dims)
+            }
+        }
+    }
+
+    /// The value at `place` in the current computation.
+    fn import(&self, place: Place) -> Value<'_> {
+        assert_eq!(place.computation, self.graph.lock().current, "values of one computation");
+        self.graph.value(place.node)
+    }
+
+    /// Where the value of a tensor lies.
+    pub(crate) fn place(&self, tensor: &XlaTensor) -> Place {
+        match (tensor.0.known.get(), tensor.0.source) {
+            (Some(&(_, place)), _) | (None, Source::Node(place)) => place,
+            (None, Source::Part { .. }) => {
+                let node = self.get(tensor).node;
+                Place { computation: self.graph.lock().current, node }
+            }
+        }
+    }
+
+    /// A value as a tensor.
+    pub(crate) fn keep(&self, value: Value<'_>) -> XlaTensor {
+        let place = Place { computation: self.graph.lock().current, node: value.node };
+        let tensor = XlaTensor::new(value.shape(), Source::Node(place));
+        if self.executor.is_some() {
+            self.live().push(Arc::downgrade(&tensor.0));
+        }
+        tensor
+    }
+
+    /// Adds a gradient, rounded to nothing and shaped as its slot.
+    pub(crate) fn sink(&self, buffer: &mut XlaBuffer, slot: &Slot, gradient: Value<'_>) {
+        buffer.add(slot, self.keep(gradient.to(Type::F32).reshape(&slot.shape)));
+    }
+
+    /// Instructions from now on belong to `op`, in the layer of `weight` or in the last one named.
+    fn scope(&self, op: &str, weight: Option<&XlaTensor>) -> &Self {
+        let mut layer = self.layer.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(weight) = weight {
+            *layer = weight.layer();
+        }
+        match *layer {
+            Some(layer) => self.graph.name(&format!("layer.{layer}/{op}")),
+            None => self.graph.name(op),
+        }
+        self
+    }
+}
+
+
+impl Backend for XlaBackend {
+    type Tensor = XlaTensor;
+    type Buffer = XlaBuffer;
+
+    fn tensor(&self, values: &[f32], shape: &[usize], dtype: DType) -> XlaTensor {
+        assert_eq!(values.len(), shape.iter().product::<usize>(), "values for {shape:?}");
+        let shape = Shape::new(dtype.into(), shape);
+        if values.iter().all(|&x| x.to_bits() == 0) && !values.is_empty() && self.executor.is_none() {
+            return self.keep(self.graph.full(shape.ty, &shape.dims, 0.0));
+        }
+        let data = match dtype {
+            DType::F32 => Literal::F32(values.to_vec()),
+            DType::Bf16 => {
+                Literal::Bf16(values.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect())
+            }
+            DType::I32 => panic!("integers are made by tensor_i32"),
+        };
+        self.input(shape, "tensor", Some(data))
+    }
+
+    fn tensor_i32(&self, values: &[i32], shape: &[usize]) -> XlaTensor {
+        assert_eq!(values.len(), shape.iter().product::<usize>(), "values for {shape:?}");
+        self.input(Shape::new(Type::S32, shape), "tensor", Some(Literal::S32(values.to_vec())))
+    }
+
+    fn values(&self, tensor: &XlaTensor) -> Vec<f32> {
+        if tensor.shape().elements() == 0 {
+            return Vec::new();
+        }
+        self.read(tensor).floats().to_vec()
+    }
+
+    fn shape(&self, tensor: &XlaTensor) -> Vec<usize> {
+        tensor.shape().dims.clone()
+    }
+
+    fn dtype(&self, x: &XlaTensor) -> DType {
+        match x.shape().ty {
+            Type::F32 => DType::F32,
+            Type::Bf16 => DType::Bf16,
+            Type::S32 => DType::I32,
+            Type::Pred => panic!("tensors are no truth values"),
+        }
+    }
+
+    fn buffer(&self, shape: FlatShape, dtype: DType) -> XlaBuffer {
+        XlaBuffer::new(shape, dtype)
+    }
+
+    fn write_slot(&self, buffer: &mut XlaBuffer, slot: &Slot, values: &[f32]) {
+        buffer.write(self, slot, values);
+    }
+
+    fn view(&self, buffer: &XlaBuffer, slot: &Slot) -> XlaTensor {
+        buffer.view(self, slot)
+    }
+
+    fn cast_buffer(&self, from: &XlaBuffer, to: &mut XlaBuffer) {
+        assert_eq!(from.shape, to.shape, "buffers of one shape");
+        self.scope("cast_buffer", None);
+        let ty = to.dtype.into();
+        let [layers, shared] = from.arrays(self).map(|a| a.map(|a| self.keep(self.get(&a).to(ty))));
+        to.set(layers, shared);
+    }
+
+    fn zero_buffer(&self, buffer: &mut XlaBuffer) {
+        *buffer = XlaBuffer::new(buffer.shape, buffer.dtype);
+    }
+
+    fn embedding(&self, table: &XlaTensor, ids: &XlaTensor, out: DType) -> XlaTensor {
+        ops::embedding::forward(self.scope("embedding", Some(table)), table, ids, out)
+    }
+
+    fn embedding_adjoint(&self, ids: &XlaTensor, dy: &XlaTensor, d_table: Sink<'_, Self>) {
+        *self.layer.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
+        ops::embedding::adjoint(self.scope("embedding_adjoint", None), ids, dy, d_table);
+    }
+
+    fn rms_norm(&self, x: &XlaTensor, weight: &XlaTensor, eps: f32, out: DType) -> XlaTensor {
+        ops::norm::forward(self.scope("rms_norm", Some(weight)), x, weight, eps, out)
+    }
+
+    fn rms_norm_adjoint(
+        &self,
+        x: &XlaTensor,
+        weight: &XlaTensor,
+        eps: f32,
+        dy: &XlaTensor,
+        d_weight: Sink<'_, Self>,
+    ) -> XlaTensor {
+        ops::norm::adjoint(self.scope("rms_norm_adjoint", Some(weight)), x, weight, eps, dy, d_weight)
+    }
+
+    fn linear(&self, x: &XlaTensor, weight: &XlaTensor, bias: Option<&XlaTensor>) -> XlaTensor {
+        ops::linear::forward(self.scope("linear", Some(weight)), x, weight, bias)
+    }
+
+    fn linear_adjoint(
+        &self,
+        x: &XlaTensor,
+        weight: &XlaTensor,
+        dy: &XlaTensor,
+        d_weight: Sink<'_, Self>,
+        d_bias: Option<&Slot>,
+    ) -> XlaTensor {
+        ops::linear::adjoint(self.scope("linear_adjoint", Some(weight)), x, weight, dy, d_weight, d_bias)
+    }
+
+    fn add(&self, a: &XlaTensor, b: &XlaTensor) -> XlaTensor {
+        self.scope("add", None);
+        let (a, b) = (self.get(a), self.get(b));
+        self.keep((a.to(Type::F32) + b.to(Type::F32)).to(a.ty()))
+    }
+
+    fn cast(&self, x: &XlaTensor, dtype: DType) -> XlaTensor {
+        if self.dtype(x) == dtype {
+            return x.clone();
+        }
+        self.scope("cast", None);
+        self.keep(self.get(x).to(dtype.into()))
+    }
+
+    fn mamba2(
+        &self,
+        spec: &Mamba2Spec,
+        inputs: &Mamba2Inputs<XlaTensor>,
+        weights: &Mamba2Weights<XlaTensor>,
+        save: bool,
+    ) -> Mamba2Output<XlaTensor> {
+        ops::mamba2::forward(self.scope("mamba2", Some(&weights.d)), spec, inputs, weights, save)
+    }
+
+    fn mamba2_adjoint(
+        &self,
+        spec: &Mamba2Spec,
+        inputs: &Mamba2Inputs<XlaTensor>,
+        weights: &Mamba2Weights<XlaTensor>,
+        saved: &[XlaTensor],
+        dy: &XlaTensor,
+        d_state: Option<&State<XlaTensor>>,
+        grads: &mut XlaBuffer,
+        sinks: &Mamba2Sinks<'_>,
+    ) -> Mamba2Grads<XlaTensor> {
+        let scope = self.scope("mamba2_adjoint", Some(&weights.d));
+        ops::mamba2::adjoint(scope, spec, inputs, weights, saved, dy, d_state, grads, sinks)
+    }
+
+    fn head_loss(&self, x: &XlaTensor, weight: &XlaTensor, labels: &XlaTensor) -> XlaTensor {
+        ops::head::loss(self.scope("head_loss", Some(weight)), x, weight, labels, None).0
+    }
+
+    fn head_loss_adjoint(
+        &self,
+        x: &XlaTensor,
+        weight: &XlaTensor,
+        labels: &XlaTensor,
+        d_weight: Sink<'_, Self>,
+    ) -> (XlaTensor, XlaTensor) {
+        let scope = self.scope("head_loss_adjoint", Some(weight));
+        let (loss, dx) = ops::head::loss(scope, x, weight, labels, Some(d_weight));
+        (loss, dx.expect("asked for"))
+    }
+
+    fn logits(&self, x: &XlaTensor, weight: &XlaTensor) -> XlaTensor {
+        self.scope("logits", Some(weight));
+        self.keep(ops::linear::product(self.get(x), self.get(weight)))
+    }
+
+    fn clip(&self, grads: &XlaBuffer, loss: &XlaTensor, scale: f32, max_norm: f32) -> XlaTensor {
+        ops::update::clip(self.scope("clip", None), grads, loss, scale, max_norm)
+    }
+
+    fn adamw(
+        &self,
+        hyper: &AdamW,
+        decayed: (usize, usize),
+        clip: &XlaTensor,
+        grads: &XlaBuffer,
+        params: &mut XlaBuffer,
+        m: &mut XlaBuffer,
+        v: &mut XlaBuffer,
+    ) {
+        ops::update::adamw(self.scope("adamw", None), hyper, decayed, clip, grads, params, m, v);
+    }
+}
