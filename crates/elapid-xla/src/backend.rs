@@ -1,5 +1,6 @@
 //! The backend: recording of every op of the contract.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use elapid_tensor::{
@@ -7,7 +8,7 @@ use elapid_tensor::{
     Mamba2Weights, Sink, Slot, State,
 };
 
-use crate::buffer::XlaBuffer;
+use crate::buffer::{XlaBuffer, index, update};
 use crate::evaluate::Executor;
 use crate::hlo::graph::{Graph, Op, Place, Value};
 use crate::hlo::{Literal, Module, Output, Shape, Type, emit};
@@ -46,13 +47,15 @@ pub struct XlaBackend {
     live: Mutex<Vec<Weak<Recorded>>>,
     /// The layer that ops belong to, as far as their parameters tell.
     layer: Mutex<Option<usize>>,
+    /// Names of the next tensors that come from the host.
+    names: Mutex<VecDeque<&'static str>>,
 }
 
 impl XlaBackend {
     /// A backend that records. Without an executor, asking for values panics.
     pub fn new(options: Options, executor: Option<Box<dyn Executor>>) -> Self {
-        let (live, layer) = (Mutex::default(), Mutex::default());
-        Self { graph: Graph::new(), options, executor, live, layer }
+        let (live, layer, names) = Default::default();
+        Self { graph: Graph::new(), options, executor, live, layer, names }
     }
 
     /// A module named `name` that gives `results`.
@@ -82,6 +85,54 @@ impl XlaBackend {
         Some(leaf)
     }
 
+    /// Names the next tensors of integers that are made from host values, in order.
+    pub fn name_next(&self, names: &[&'static str]) {
+        locked(&self.names).extend(names);
+    }
+
+    /// The rows of `stack` `[n, ..]` as tensors of `shape`.
+    pub fn rows(&self, stack: &XlaTensor, shape: &[usize]) -> Vec<XlaTensor> {
+        let (of, stack) = (self.place(stack), stack.shape());
+        let part = |row| {
+            let source = Source::Part { of, row: Some(row), offset: 0 };
+            XlaTensor::new(Shape::new(stack.ty, shape), source)
+        };
+        (0..stack.dims[0]).map(part).collect()
+    }
+
+    /// The reverse: `stack` `[n, len]` with its rows replaced.
+    pub fn stack(&self, stack: &XlaTensor, rows: &[XlaTensor]) -> XlaTensor {
+        let first = rows.first().map(|row| row.0.source);
+        if let Some(Source::Part { of, row: Some(0), offset: 0 }) = first {
+            let whole = |(i, row): (usize, &XlaTensor)| {
+                matches!(row.0.source, Source::Part { of: o, row: Some(r), offset: 0 } if o == of && r == i)
+            };
+            if rows.iter().enumerate().all(whole) {
+                return XlaTensor::new(stack.shape().clone(), Source::Node(of));
+            }
+        }
+        let mut whole = self.get(stack);
+        let len = stack.shape().dims[1];
+        for (i, row) in rows.iter().enumerate() {
+            let start = [index(&self.graph, i), index(&self.graph, 0)];
+            whole = update(whole, self.get(row).reshape(&[1, len]), &start);
+        }
+        self.keep(whole)
+    }
+
+    /// What was accumulated for an update, after it: zeros, unless `clip` says that nothing was updated.
+    pub fn zero_where_finite(&self, tensor: &XlaTensor, clip: &XlaTensor) -> XlaTensor {
+        self.scope("zero_buffer", None);
+        let finite = self.get(clip).cut(2, &[]).compare_to("NE", 0.0);
+        let (value, shape) = (self.get(tensor), tensor.shape());
+        self.keep(finite.choose(self.graph.full(shape.ty, &shape.dims, 0.0), value))
+    }
+
+    /// The same elements in another shape.
+    pub fn reshaped(&self, tensor: &XlaTensor, dims: &[usize]) -> XlaTensor {
+        self.keep(self.get(tensor).reshape(dims))
+    }
+
     pub(crate) fn input(&self, shape: Shape, name: &str, data: Option<Literal>) -> XlaTensor {
         let place = self.graph.leaf(shape.clone(), name, data);
         XlaTensor::new(shape, Source::Node(place))
@@ -93,7 +144,7 @@ impl XlaBackend {
     }
 
     pub(crate) fn live(&self) -> MutexGuard<'_, Vec<Weak<Recorded>>> {
-        self.live.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        locked(&self.live)
     }
 
     /// Number of the input at `place`.
@@ -158,7 +209,7 @@ impl XlaBackend {
 
     /// Instructions from now on belong to `op`, in the layer of `weight` or in the last one named.
     fn scope(&self, op: &str, weight: Option<&XlaTensor>) -> &Self {
-        let mut layer = self.layer.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut layer = locked(&self.layer);
         if let Some(weight) = weight {
             *layer = weight.layer();
         }
@@ -170,6 +221,10 @@ impl XlaBackend {
     }
 }
 
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
 
 impl Backend for XlaBackend {
     type Tensor = XlaTensor;
@@ -193,7 +248,8 @@ impl Backend for XlaBackend {
 
     fn tensor_i32(&self, values: &[i32], shape: &[usize]) -> XlaTensor {
         assert_eq!(values.len(), shape.iter().product::<usize>(), "values for {shape:?}");
-        self.input(Shape::new(Type::S32, shape), "tensor", Some(Literal::S32(values.to_vec())))
+        let name = locked(&self.names).pop_front().unwrap_or("tensor");
+        self.input(Shape::new(Type::S32, shape), name, Some(Literal::S32(values.to_vec())))
     }
 
     fn values(&self, tensor: &XlaTensor) -> Vec<f32> {
@@ -245,7 +301,7 @@ impl Backend for XlaBackend {
     }
 
     fn embedding_adjoint(&self, ids: &XlaTensor, dy: &XlaTensor, d_table: Sink<'_, Self>) {
-        *self.layer.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
+        *locked(&self.layer) = None;
         ops::embedding::adjoint(self.scope("embedding_adjoint", None), ids, dy, d_table);
     }
 

@@ -10,7 +10,7 @@ use jaxlib::Jaxlib;
 fn check(op: impl FnOnce(&XlaBackend) -> Vec<Report>) {
     let Some(jaxlib) = Jaxlib::start() else { return };
     // Small blocks, so that the vocabulary is met in several.
-    let backend = XlaBackend::new(Options { block: 1 << 14 }, Some(Box::new(jaxlib)));
+    let backend = XlaBackend::new(Options { block: 1 << 16 }, Some(Box::new(jaxlib)));
     let reports = op(&backend);
     let worst = reports.iter().max_by(|a, b| (a.error / a.tolerance).total_cmp(&(b.error / b.tolerance)));
     println!("{} comparisons; closest to its tolerance: {}", reports.len(), worst.expect("something is compared"));

@@ -8,6 +8,7 @@ pub mod error;
 pub mod generate;
 mod memory;
 pub mod model;
+pub mod record;
 pub mod train;
 
 pub use error::Error;

@@ -120,6 +120,11 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
         &self.masters
     }
 
+    /// The bf16 copy; None where the model computes in fp32.
+    pub fn compute(&self) -> Option<&B::Buffer> {
+        self.compute.as_ref()
+    }
+
     /// The fp32 masters. After a change, [`Self::refresh`] is due.
     pub fn masters_mut(&mut self) -> &mut B::Buffer {
         &mut self.masters
@@ -228,9 +233,19 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
 
     /// fp32 logits `[B, L, V]` of all positions, on the host. For checks; generation asks for one position.
     pub fn logits(&self, backend: &B, ids: &B::Tensor) -> Vec<f32> {
+        backend.values(&self.device_logits(backend, ids, None))
+    }
+
+    /// fp32 logits `[B, L, V]` of all positions, on the device; `states` as in [`Self::hidden`].
+    pub fn device_logits(
+        &self,
+        backend: &B,
+        ids: &B::Tensor,
+        states: Option<&mut Vec<State<B::Tensor>>>,
+    ) -> B::Tensor {
         let mut tape = Tape::inference(backend);
-        let hidden = self.hidden(&mut tape, ids, None, None, Checkpointing::None);
-        backend.values(&backend.logits(&hidden.value, &self.head(backend).value))
+        let hidden = self.hidden(&mut tape, ids, None, states, Checkpointing::None);
+        backend.logits(&hidden.value, &self.head(backend).value)
     }
 
     /// Reads `ids` `[B, L]` on from `states` (empty: from the start), leaves the new states there, and gives the fp32

@@ -113,20 +113,40 @@ impl<'b, B: Backend> Trainer<'b, B> {
     /// # Panics
     /// Without a micro-step since the last update.
     pub fn update(&mut self, hyper: &AdamW, max_norm: f32, valid: usize) -> StepReport {
+        let [clip, loss] = self.enqueue_update(hyper, max_norm, valid);
+        // The step is enqueued; only now does the host look.
+        let outcome = self.backend.values(&clip);
+        let finite = outcome[2] != 0.0;
+        if finite {
+            self.backend.zero_buffer(&mut self.grads);
+        }
+        let loss = f64::from(self.backend.values(&loss)[0]) / valid as f64;
+        StepReport { loss, grad_norm: f64::from(outcome[0]), finite }
+    }
+
+    /// The part of [`Self::update`] that runs on the device: gives [`Backend::clip`]'s outcome and the sum of token
+    /// losses. The gradients stay as they are. Reads nothing back.
+    ///
+    /// # Panics
+    /// As [`Self::update`].
+    pub fn enqueue_update(&mut self, hyper: &AdamW, max_norm: f32, valid: usize) -> [B::Tensor; 2] {
         let Self { backend, model, grads, m, v, .. } = self;
         let loss = self.loss.take().expect("an update follows a micro-step");
         let clip = backend.clip(grads, &loss, 1.0 / valid as f32, max_norm);
         let decayed = model.layout().decayed;
         backend.adamw(hyper, decayed, &clip, grads, model.masters_mut(), m, v);
         model.refresh(backend);
-        // The step is enqueued; only now does the host look.
-        let outcome = backend.values(&clip);
-        let finite = outcome[2] != 0.0;
-        if finite {
-            backend.zero_buffer(grads);
-        }
-        let loss = f64::from(backend.values(&loss)[0]) / valid as f64;
-        StepReport { loss, grad_norm: f64::from(outcome[0]), finite }
+        [clip, loss]
+    }
+
+    /// Sum of token losses since the last update; None before the first micro-step.
+    pub fn loss(&self) -> Option<&B::Tensor> {
+        self.loss.as_ref()
+    }
+
+    /// Goes on from micro-steps that were taken elsewhere, whose losses come to `loss`.
+    pub fn set_loss(&mut self, loss: B::Tensor) {
+        self.loss = Some(loss);
     }
 
     /// Gives the model back.
