@@ -90,6 +90,18 @@ impl XlaBackend {
         locked(&self.names).extend(names);
     }
 
+    /// The scalars of an update that are inputs of its module, with their names; `scale` is 1 / number of labels.
+    pub fn step_inputs(hyper: &AdamW, scale: f32) -> [(&'static str, f32); 4] {
+        let step = hyper.step as f64;
+        let left = |beta: f32| 1.0 - f64::from(beta).powf(step);
+        [
+            ("scale", scale),
+            ("lr", hyper.lr),
+            ("bias_correction1", left(hyper.beta1) as f32),
+            ("bias_correction2_root", left(hyper.beta2).sqrt() as f32),
+        ]
+    }
+
     /// The rows of `stack` `[n, ..]` as tensors of `shape`.
     pub fn rows(&self, stack: &XlaTensor, shape: &[usize]) -> Vec<XlaTensor> {
         let (of, stack) = (self.place(stack), stack.shape());

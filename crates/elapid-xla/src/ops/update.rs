@@ -57,11 +57,8 @@ pub(crate) fn adamw(
     m: &mut XlaBuffer,
     v: &mut XlaBuffer,
 ) {
-    let step = hyper.step as f64;
-    let input = |name, value| backend.get(&backend.scalar_input(name, value));
-    let lr = input("lr", hyper.lr);
-    let bias1 = input("bias_correction1", (1.0 - f64::from(hyper.beta1).powf(step)) as f32);
-    let bias2_root = input("bias_correction2_root", (1.0 - f64::from(hyper.beta2).powf(step)).sqrt() as f32);
+    let [_, rates @ ..] = XlaBackend::step_inputs(hyper, 1.0);
+    let [lr, bias1, bias2_root] = rates.map(|(name, value)| backend.get(&backend.scalar_input(name, value)));
     let clip = backend.get(clip);
     let factor = clip.cut(1, &[]);
     let finite = clip.cut(2, &[]).compare_to("NE", 0.0);
