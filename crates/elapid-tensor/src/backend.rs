@@ -6,6 +6,7 @@
 //! record instead of computing.
 
 use crate::flat::{FlatShape, Slot};
+use crate::layer_loop::LayerLoop;
 
 /// A label that takes no part in the loss.
 pub const IGNORE_LABEL: i32 = -100;
@@ -317,6 +318,19 @@ pub trait Backend: Sized + Sync + 'static {
 
     /// fp32 logits `x [.., D] · weight [V, D]ᵀ`, for decoding.
     fn logits(&self, x: &Self::Tensor, weight: &Self::Tensor) -> Self::Tensor;
+
+    // --- recording ---
+
+    /// A backend that records may run layers as a loop over one traced body; None: one after the other.
+    fn layer_loop(&self) -> Option<&dyn LayerLoop<Self>> {
+        None
+    }
+
+    /// `x`, for what is computed from it a second time instead of being kept: a backend that records keeps its compiler
+    /// from merging the two.
+    fn again(&self, x: &Self::Tensor) -> Self::Tensor {
+        x.clone()
+    }
 
     // --- the update ---
 

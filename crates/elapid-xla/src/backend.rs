@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use elapid_tensor::{
-    AdamW, Backend, DType, FlatShape, Mamba2Grads, Mamba2Inputs, Mamba2Output, Mamba2Sinks, Mamba2Spec,
+    AdamW, Backend, DType, FlatShape, LayerLoop, Mamba2Grads, Mamba2Inputs, Mamba2Output, Mamba2Sinks, Mamba2Spec,
     Mamba2Weights, Sink, Slot, State,
 };
 
@@ -14,17 +14,31 @@ use crate::hlo::graph::{Graph, Op, Place, Value};
 use crate::hlo::{Literal, Module, Output, Shape, Type, emit};
 use crate::ops;
 use crate::tensor::{Recorded, Source, XlaTensor};
+use crate::trace::{AdjointLoop, Trace};
+
+/// How layers are recorded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LoopKind {
+    /// One body, called once a layer: compilers inline it, and the layer's number is a constant then.
+    Call,
+    /// One body in a `while`, which a compiler unrolls by its constant number of turns.
+    While,
+    /// Every layer written out.
+    Unrolled,
+}
 
 /// What a [`XlaBackend`] may be told.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
+    /// How layers are recorded.
+    pub layers: LoopKind,
     /// Logits and one-hot rows of one block hold at most this many numbers.
     pub block: usize,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { block: 32 << 20 }
+        Self { layers: LoopKind::Call, block: 32 << 20 }
     }
 }
 
@@ -49,13 +63,17 @@ pub struct XlaBackend {
     layer: Mutex<Option<usize>>,
     /// Names of the next tensors that come from the host.
     names: Mutex<VecDeque<&'static str>>,
+    /// The body of a layer loop that is recorded.
+    pub(crate) trace: Mutex<Option<Trace>>,
+    /// Loops whose adjoints are still to run.
+    pub(crate) loops: Mutex<Vec<AdjointLoop>>,
 }
 
 impl XlaBackend {
     /// A backend that records. Without an executor, asking for values panics.
     pub fn new(options: Options, executor: Option<Box<dyn Executor>>) -> Self {
-        let (live, layer, names) = Default::default();
-        Self { graph: Graph::new(), options, executor, live, layer, names }
+        let (live, layer, names, trace, loops) = Default::default();
+        Self { graph: Graph::new(), options, executor, live, layer, names, trace, loops }
     }
 
     /// A module named `name` that gives `results`.
@@ -180,6 +198,10 @@ impl XlaBackend {
         match tensor.0.source {
             Source::Node(place) => self.import(place),
             Source::Part { of, row: None, offset } => self.import(of).cut(offset, dims),
+            Source::Part { of, row: Some(row), offset } if self.in_body() => {
+                assert_eq!(row, 0, "in the body of a loop layer 0 stands for all");
+                self.captured_row(of).cut(offset, dims)
+            }
             Source::Part { of, row: Some(row), offset } => {
                 let len = dims.iter().product::<usize>();
                 self.import(of).slices(&[(row, row + 1), (offset, offset + len)]).reshape(dims)
@@ -189,8 +211,8 @@ impl XlaBackend {
 
     /// The value at `place` in the current computation.
     fn import(&self, place: Place) -> Value<'_> {
-        assert_eq!(place.computation, self.graph.lock().current, "values of one computation");
-        self.graph.value(place.node)
+        let current = self.graph.lock().current;
+        if place.computation == current { self.graph.value(place.node) } else { self.captured(place) }
     }
 
     /// Where the value of a tensor lies.
@@ -208,7 +230,7 @@ impl XlaBackend {
     pub(crate) fn keep(&self, value: Value<'_>) -> XlaTensor {
         let place = Place { computation: self.graph.lock().current, node: value.node };
         let tensor = XlaTensor::new(value.shape(), Source::Node(place));
-        if self.executor.is_some() {
+        if self.executor.is_some() && place.computation == 0 {
             self.live().push(Arc::downgrade(&tensor.0));
         }
         tensor
@@ -219,6 +241,11 @@ impl XlaBackend {
         buffer.add(slot, self.keep(gradient.to(Type::F32).reshape(&slot.shape)));
     }
 
+    /// True while the body of a layer loop is recorded.
+    fn in_body(&self) -> bool {
+        self.graph.lock().current > 0
+    }
+
     /// Instructions from now on belong to `op`, in the layer of `weight` or in the last one named.
     fn scope(&self, op: &str, weight: Option<&XlaTensor>) -> &Self {
         let mut layer = locked(&self.layer);
@@ -226,6 +253,7 @@ impl XlaBackend {
             *layer = weight.layer();
         }
         match *layer {
+            Some(_) if self.in_body() => self.graph.name(&format!("layer.*/{op}")),
             Some(layer) => self.graph.name(&format!("layer.{layer}/{op}")),
             None => self.graph.name(op),
         }
@@ -234,7 +262,7 @@ impl XlaBackend {
 }
 
 
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
@@ -405,6 +433,14 @@ impl Backend for XlaBackend {
     fn logits(&self, x: &XlaTensor, weight: &XlaTensor) -> XlaTensor {
         self.scope("logits", Some(weight));
         self.keep(ops::linear::product(self.get(x), self.get(weight)))
+    }
+
+    fn layer_loop(&self) -> Option<&dyn LayerLoop<Self>> {
+        (self.options.layers != LoopKind::Unrolled).then_some(self)
+    }
+
+    fn again(&self, x: &XlaTensor) -> XlaTensor {
+        self.keep(self.get(x).unary("opt-barrier"))
     }
 
     fn clip(&self, grads: &XlaBuffer, loss: &XlaTensor, scale: f32, max_norm: f32) -> XlaTensor {

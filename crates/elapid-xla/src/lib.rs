@@ -10,8 +10,9 @@ mod evaluate;
 mod hlo;
 mod ops;
 mod tensor;
+mod trace;
 
-pub use backend::{Options, Result, XlaBackend};
+pub use backend::{LoopKind, Options, Result, XlaBackend};
 pub use buffer::XlaBuffer;
 pub use evaluate::Executor;
 pub use hlo::{Literal, Module, Port, Shape, Type, proto};

@@ -13,7 +13,7 @@ use elapid::record::Recording;
 use elapid::train::{Batch, StepReport, Trainer};
 use elapid_cpu::{Buffer, CpuBackend, CpuOptions};
 use elapid_tensor::{AdamW, Backend, Checkpointing, DType, FlatShape, IGNORE_LABEL, Row, Slot, Tape};
-use elapid_xla::{Executor, Literal, Module, Options};
+use elapid_xla::{Executor, Literal, LoopKind, Module, Options};
 use jaxlib::Jaxlib;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -183,11 +183,17 @@ fn agrees(jaxlib: &Jaxlib, config: &ModelConfig, documents: bool, checkpointing:
 #[test]
 fn steps_equal_those_of_the_cpu() {
     let Some(jaxlib) = Jaxlib::start() else { return };
-    for (groups, layers, tied, documents, checkpointing) in [
-        (1, 2, true, false, Checkpointing::None),
-        (2, 3, false, true, Checkpointing::Block),
-        (6, 2, true, true, Checkpointing::None),
+    use LoopKind::{Call, Unrolled, While};
+    for (groups, depth, tied, documents, checkpointing, layers) in [
+        (1, 2, true, false, Checkpointing::None, Unrolled),
+        (2, 3, false, true, Checkpointing::Block, Unrolled),
+        (2, 3, false, true, Checkpointing::None, Call),
+        (3, 3, true, true, Checkpointing::Block, Call),
+        (6, 2, true, true, Checkpointing::None, While),
+        (1, 3, false, false, Checkpointing::Block, While),
     ] {
-        agrees(&jaxlib, &config(groups, layers, tied), documents, checkpointing, Options::default());
+        println!("G{groups} {depth} layers, tied {tied}, documents {documents}, {checkpointing:?}, {layers:?}");
+        let options = Options { layers, ..Options::default() };
+        agrees(&jaxlib, &config(groups, depth, tied), documents, checkpointing, options);
     }
 }

@@ -7,11 +7,11 @@ use super::shape::{Literal, Shape, Type};
 
 /// Axes of a `dot`: each batch axis of one side belongs to that of the other, in order; so does each contracted one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Default)]
-pub struct DotAxes {
+pub(crate) struct DotAxes {
     /// Batch axes of both sides.
-    pub batch: [Vec<usize>; 2],
+    pub(crate) batch: [Vec<usize>; 2],
     /// Axes that are summed over.
-    pub contract: [Vec<usize>; 2],
+    pub(crate) contract: [Vec<usize>; 2],
 }
 
 /// What an instruction does.
@@ -81,8 +81,6 @@ pub(crate) struct Computation {
     pub(crate) nodes: Vec<Node>,
     /// Small instructions without state that are worth finding again.
     shared: HashMap<String, u32>,
-    /// Element of the state → node that reads it.
-    pub(crate) elements: HashMap<usize, u32>,
     pub(crate) root: Option<u32>,
 }
 

@@ -89,7 +89,7 @@ impl Shape {
 }
 
 /// The shape of a tuple.
-pub fn tuple_proto(parts: &[Shape]) -> ShapeProto {
+pub(super) fn tuple_proto(parts: &[Shape]) -> ShapeProto {
     ShapeProto {
         element_type: primitive::TUPLE,
         tuple_shapes: parts.iter().map(Shape::proto).collect(),
