@@ -4,8 +4,8 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use elapid_tensor::{
-    AdamW, Backend, DType, FlatShape, LayerLoop, Mamba2Grads, Mamba2Inputs, Mamba2Output, Mamba2Sinks, Mamba2Spec,
-    Mamba2Weights, Sink, Slot, State,
+    AdamW, Backend, DType, FlatShape, LayerLoop, Mamba2Grads, Mamba2Inputs, Mamba2Output, Mamba2Sinks,
+    Mamba2Spec, Mamba2Weights, Sink, Slot, State,
 };
 
 use crate::buffer::{XlaBuffer, index, update};
@@ -134,9 +134,7 @@ impl XlaBackend {
     pub fn stack(&self, stack: &XlaTensor, rows: &[XlaTensor]) -> XlaTensor {
         let first = rows.first().map(|row| row.0.source);
         if let Some(Source::Part { of, row: Some(0), offset: 0 }) = first {
-            let whole = |(i, row): (usize, &XlaTensor)| {
-                matches!(row.0.source, Source::Part { of: o, row: Some(r), offset: 0 } if o == of && r == i)
-            };
+            let whole = |(i, row): (usize, &XlaTensor)| matches!(row.0.source, Source::Part { of: o, row: Some(r), offset: 0 } if o == of && r == i);
             if rows.iter().enumerate().all(whole) {
                 return XlaTensor::new(stack.shape().clone(), Source::Node(of));
             }
@@ -261,7 +259,6 @@ impl XlaBackend {
     }
 }
 
-
 pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
@@ -278,9 +275,7 @@ impl Backend for XlaBackend {
         }
         let data = match dtype {
             DType::F32 => Literal::F32(values.to_vec()),
-            DType::Bf16 => {
-                Literal::Bf16(values.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect())
-            }
+            DType::Bf16 => Literal::Bf16(values.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect()),
             DType::I32 => panic!("integers are made by tensor_i32"),
         };
         self.input(shape, "tensor", Some(data))

@@ -44,7 +44,11 @@ impl XlaBackend {
         let outputs: Vec<Output> = wanted
             .iter()
             .enumerate()
-            .map(|(i, w)| Output { name: format!("value.{i}"), node: self.get(&XlaTensor(w.clone())).node, alias: None })
+            .map(|(i, w)| Output {
+                name: format!("value.{i}"),
+                node: self.get(&XlaTensor(w.clone())).node,
+                alias: None,
+            })
             .collect();
         let module = emit(&self.graph.lock(), "values", &outputs);
         let results = executor

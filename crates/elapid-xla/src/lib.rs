@@ -6,14 +6,18 @@
 
 mod backend;
 mod buffer;
+mod estimate;
 mod evaluate;
 mod hlo;
+mod lint;
 mod ops;
 mod tensor;
 mod trace;
 
 pub use backend::{LoopKind, Options, Result, XlaBackend};
 pub use buffer::XlaBuffer;
+pub use estimate::{Estimate, estimate};
 pub use evaluate::Executor;
 pub use hlo::{Literal, Module, Port, Shape, Type, proto};
+pub use lint::lint;
 pub use tensor::XlaTensor;

@@ -109,7 +109,8 @@ impl XlaBackend {
         let (shape, start) = (stack.shape(), [self.layer_index(trace), index(&self.graph, 0)]);
         let kind = Kind::Array(Shape::new(shape.ty, &[1, shape.dims[1]]));
         let operands = vec![stack.node, start[0].node, start[1].node];
-        let row = self.graph.value(self.graph.push(Op::DynamicSlice, kind, operands)).reshape(&[shape.dims[1]]);
+        let row =
+            self.graph.value(self.graph.push(Op::DynamicSlice, kind, operands)).reshape(&[shape.dims[1]]);
         trace.rows.insert(element, row.node);
         row
     }
@@ -165,7 +166,8 @@ impl XlaBackend {
 
     /// The element that brings in the array at `place`.
     fn outer(&self, trace: &mut Trace, place: Place) -> usize {
-        let Kind::Array(shape) = self.graph.lock().computations[0].nodes[place.node as usize].kind.clone() else {
+        let Kind::Array(shape) = self.graph.lock().computations[0].nodes[place.node as usize].kind.clone()
+        else {
             panic!("tuples stay inside")
         };
         find(trace, shape, Origin::Outer(place))
@@ -288,7 +290,10 @@ impl LayerLoop<XlaBackend> for XlaBackend {
         let mut changed = HashMap::from([(1, self.get(&traced.out).node)]);
         let mut after = Vec::new();
         for tensor in traced.after.iter().flat_map(|s| [&s.conv, &s.ssm]) {
-            after.push((tensor.shape().clone(), (tensor.shape().elements() > 0).then(|| self.get(tensor).node)));
+            after.push((
+                tensor.shape().clone(),
+                (tensor.shape().elements() > 0).then(|| self.get(tensor).node),
+            ));
         }
         let mut trace = locked(&self.trace).take().expect("a body has begun");
         let n = trace.n;
@@ -358,9 +363,7 @@ impl LayerLoop<XlaBackend> for XlaBackend {
         for (shape, node) in &after {
             let part: Vec<XlaTensor> = match node.and_then(|_| state_stacks.next()) {
                 Some(of) => (0..n)
-                    .map(|row| {
-                        XlaTensor::new(shape.clone(), Source::Part { of, row: Some(row), offset: 0 })
-                    })
+                    .map(|row| XlaTensor::new(shape.clone(), Source::Part { of, row: Some(row), offset: 0 }))
                     .collect(),
                 None => vec![self.keep(self.graph.full(shape.ty, &shape.dims, 0.0)); n],
             };

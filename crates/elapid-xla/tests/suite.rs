@@ -13,7 +13,11 @@ fn check(op: impl FnOnce(&XlaBackend) -> Vec<Report>) {
     let backend = XlaBackend::new(Options { block: 1 << 16, ..Options::default() }, Some(Box::new(jaxlib)));
     let reports = op(&backend);
     let worst = reports.iter().max_by(|a, b| (a.error / a.tolerance).total_cmp(&(b.error / b.tolerance)));
-    println!("{} comparisons; closest to its tolerance: {}", reports.len(), worst.expect("something is compared"));
+    println!(
+        "{} comparisons; closest to its tolerance: {}",
+        reports.len(),
+        worst.expect("something is compared")
+    );
     suite::assert_passes(&reports);
 }
 

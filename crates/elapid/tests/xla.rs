@@ -38,8 +38,10 @@ impl Device<'_> {
 
     fn run(&mut self, module: &Module) {
         let plain = |name: &str| name.trim_end_matches(".must_alias_input").to_owned();
-        let inputs: Vec<Literal> = module.inputs.iter().map(|port| self.arrays[&plain(&port.name)].clone()).collect();
-        let outputs = self.jaxlib.run(module, &inputs).unwrap_or_else(|why| panic!("{}: {why}", module.proto.name));
+        let inputs: Vec<Literal> =
+            module.inputs.iter().map(|port| self.arrays[&plain(&port.name)].clone()).collect();
+        let outputs =
+            self.jaxlib.run(module, &inputs).unwrap_or_else(|why| panic!("{}: {why}", module.proto.name));
         for (port, value) in module.outputs.iter().zip(outputs) {
             self.arrays.insert(plain(&port.name), value);
         }
@@ -90,7 +92,13 @@ fn hyper(step: u64) -> AdamW {
 }
 
 /// Three optimizer steps of two micro-steps on both sides, then an evaluation and some decoding.
-fn agrees(jaxlib: &Jaxlib, config: &ModelConfig, documents: bool, checkpointing: Checkpointing, options: Options) {
+fn agrees(
+    jaxlib: &Jaxlib,
+    config: &ModelConfig,
+    documents: bool,
+    checkpointing: Checkpointing,
+    options: Options,
+) {
     let (size, length) = (2, 37);
     let cpu = CpuBackend::new(&CpuOptions { threads: Some(1), ..CpuOptions::default() }).unwrap();
     let model = Mamba2ForCausalLM::new(&cpu, config, DType::F32, Init::StateSpaces, 5);
@@ -192,7 +200,9 @@ fn steps_equal_those_of_the_cpu() {
         (6, 2, true, true, Checkpointing::None, While),
         (1, 3, false, false, Checkpointing::Block, While),
     ] {
-        println!("G{groups} {depth} layers, tied {tied}, documents {documents}, {checkpointing:?}, {layers:?}");
+        println!(
+            "G{groups} {depth} layers, tied {tied}, documents {documents}, {checkpointing:?}, {layers:?}"
+        );
         let options = Options { layers, ..Options::default() };
         agrees(&jaxlib, &config(groups, depth, tied), documents, checkpointing, options);
     }

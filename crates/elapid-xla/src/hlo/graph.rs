@@ -470,8 +470,9 @@ impl<'g> Value<'g> {
         let e = (self.unary("abs") * -1.0).exp();
         let s = e / (e + 2.0);
         let square = s * s;
-        let series =
-            [13.0, 11.0, 9.0, 7.0, 5.0, 3.0].iter().fold(self.like(1.0 / 15.0), |sum, n| sum * square + 1.0 / n);
+        let series = [13.0, 11.0, 9.0, 7.0, 5.0, 3.0]
+            .iter()
+            .fold(self.like(1.0 / 15.0), |sum, n| sum * square + 1.0 / n);
         self.at_least(0.0) + s * (series * square + 1.0) * 2.0
     }
 

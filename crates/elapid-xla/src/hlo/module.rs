@@ -55,10 +55,14 @@ impl Module {
 
     /// The values that the inputs were recorded with.
     pub fn recorded_inputs(&self) -> Vec<Literal> {
-        self.data.iter().zip(&self.inputs).map(|(data, port)| match data {
-            Some(data) => (**data).clone(),
-            None => zeros(&port.shape),
-        }).collect()
+        self.data
+            .iter()
+            .zip(&self.inputs)
+            .map(|(data, port)| match data {
+                Some(data) => (**data).clone(),
+                None => zeros(&port.shape),
+            })
+            .collect()
     }
 }
 
@@ -178,7 +182,9 @@ impl Emitter<'_> {
         let ports: Vec<Port> = outputs
             .iter()
             .map(|output| {
-                let Kind::Array(shape) = &entry.nodes[output.node as usize].kind else { panic!("outputs are arrays") };
+                let Kind::Array(shape) = &entry.nodes[output.node as usize].kind else {
+                    panic!("outputs are arrays")
+                };
                 let name = match output.alias {
                     Some(leaf) => format!("{}{ALIAS}", graph.leaves[leaf].name),
                     None => output.name.clone(),
@@ -262,7 +268,14 @@ impl Emitter<'_> {
         id
     }
 
-    fn plain(&mut self, opcode: &str, shape: ShapeProto, operands: Vec<i64>, body: &mut Body, what: &str) -> i64 {
+    fn plain(
+        &mut self,
+        opcode: &str,
+        shape: ShapeProto,
+        operands: Vec<i64>,
+        body: &mut Body,
+        what: &str,
+    ) -> i64 {
         let id = self.id();
         body.instructions.push(HloInstructionProto {
             name: format!("{opcode}.{id}"),

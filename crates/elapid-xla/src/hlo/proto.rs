@@ -80,10 +80,18 @@ pub struct HloInstructionProto {
     pub operand_ids: Vec<i64>,
     #[prost(int64, repeated, tag = "38")]
     pub called_computation_ids: Vec<i64>,
+    #[prost(message, repeated, tag = "49")]
+    pub replica_groups: Vec<ReplicaGroup>,
     #[prost(string, tag = "63")]
     pub comparison_direction: String,
     #[prost(message, optional, tag = "68")]
     pub frontend_attributes: Option<FrontendAttributes>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct ReplicaGroup {
+    #[prost(int64, repeated, tag = "1")]
+    pub replica_ids: Vec<i64>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]

@@ -127,12 +127,8 @@ impl Literal {
     pub fn from_bytes(ty: Type, bytes: &[u8]) -> Self {
         let word = |b: &[u8]| [b[0], b[1], b[2], b[3]];
         match ty {
-            Type::F32 => {
-                Self::F32(bytes.chunks_exact(4).map(|b| f32::from_le_bytes(word(b))).collect())
-            }
-            Type::S32 => {
-                Self::S32(bytes.chunks_exact(4).map(|b| i32::from_le_bytes(word(b))).collect())
-            }
+            Type::F32 => Self::F32(bytes.chunks_exact(4).map(|b| f32::from_le_bytes(word(b))).collect()),
+            Type::S32 => Self::S32(bytes.chunks_exact(4).map(|b| i32::from_le_bytes(word(b))).collect()),
             Type::Bf16 => Self::Bf16(
                 bytes.chunks_exact(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
             ),

@@ -3,7 +3,9 @@
 use std::collections::HashMap;
 use std::fmt::Write;
 
-use super::proto::{HloComputationProto, HloInstructionProto, HloModuleProto, LiteralProto, ShapeProto, primitive};
+use super::proto::{
+    HloComputationProto, HloInstructionProto, HloModuleProto, LiteralProto, ShapeProto, primitive,
+};
 
 pub(super) fn text(module: &HloModuleProto) -> String {
     let computations: HashMap<i64, &str> =

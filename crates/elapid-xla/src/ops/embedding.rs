@@ -5,8 +5,8 @@ use elapid_tensor::{DType, Sink};
 use super::head::{blocks, one_hot};
 use super::linear::outer;
 use crate::backend::XlaBackend;
-use crate::hlo::graph::DotAxes;
 use crate::hlo::Type;
+use crate::hlo::graph::DotAxes;
 use crate::tensor::XlaTensor;
 
 pub(crate) fn forward(backend: &XlaBackend, table: &XlaTensor, ids: &XlaTensor, out: DType) -> XlaTensor {

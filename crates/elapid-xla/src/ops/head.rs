@@ -9,7 +9,11 @@ use crate::hlo::graph::{DotAxes, Value};
 use crate::tensor::XlaTensor;
 
 /// Even blocks (from, to) of `rows` positions, so that a block times the vocabulary keeps to the backend's limit.
-pub(super) fn blocks(backend: &XlaBackend, rows: usize, vocab: usize) -> impl Iterator<Item = (usize, usize)> {
+pub(super) fn blocks(
+    backend: &XlaBackend,
+    rows: usize,
+    vocab: usize,
+) -> impl Iterator<Item = (usize, usize)> {
     let most = (backend.options.block / vocab).max(16);
     let size = rows.div_ceil(rows.div_ceil(most).max(1));
     (0..rows).step_by(size).map(move |from| (from, rows.min(from + size)))

@@ -39,8 +39,11 @@ pub(crate) fn clip(
     });
     let squares = squares.reduce(|a, b| a + b).unwrap_or_else(|| graph.scalar(0.0));
     let norm = squares.unary("sqrt") * largest * scale;
-    let shrink =
-        if max_norm > 0.0 { (graph.scalar(max_norm) / (norm + 1e-6)).at_most(1.0) } else { graph.scalar(1.0) };
+    let shrink = if max_norm > 0.0 {
+        (graph.scalar(max_norm) / (norm + 1e-6)).at_most(1.0)
+    } else {
+        graph.scalar(1.0)
+    };
     let loss = backend.get(loss).reshape(&[]);
     let finite = is_finite(norm).binary("and", is_finite(loss)).to(Type::F32);
     let parts = [norm, scale * shrink, finite].map(|x| x.reshape(&[1]));

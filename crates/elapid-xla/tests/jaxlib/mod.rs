@@ -19,7 +19,9 @@ impl Jaxlib {
     /// None, with a line that says so, where no interpreter is named.
     pub(crate) fn start() -> Option<Self> {
         let Some(python) = std::env::var_os(PYTHON) else {
-            eprintln!("skipped: {PYTHON} names no Python interpreter with crates/elapid-xla/tests/requirements.txt");
+            eprintln!(
+                "skipped: {PYTHON} names no Python interpreter with crates/elapid-xla/tests/requirements.txt"
+            );
             return None;
         };
         let server = concat!(env!("CARGO_MANIFEST_DIR"), "/../elapid-xla/tests/jaxlib/server.py");

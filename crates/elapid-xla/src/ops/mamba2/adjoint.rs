@@ -38,8 +38,7 @@ pub(crate) fn adjoint(
     let d_last = d_state.map(|d| backend.get(&d.ssm));
     let pulled = Pulled::new(&dims, &front.scan, &params, d_gated * gate, d_last);
 
-    let active =
-        [dims.unheads(pulled.x), dims.ungroups(pulled.b), dims.ungroups(pulled.c)];
+    let active = [dims.unheads(pulled.x), dims.ungroups(pulled.b), dims.ungroups(pulled.c)];
     let d_pre = dims.graph.concatenate(&active, 2) * front.conv.pre.silu_slope();
     let d_conv = d_state.filter(|d| d.conv.shape().elements() > 0).map(|d| backend.get(&d.conv));
     let (d_inputs, d_weight) = front.conv.pull(&dims, &params, d_pre, d_conv);
@@ -146,8 +145,7 @@ impl<'g> Pulled<'g> {
             Some(d) => d.reshape(&[batch, 1, heads, pn]),
             None => dims.graph.full(Type::F32, &[batch, 1, heads, pn], 0.0),
         };
-        let d_states =
-            dims.graph.concatenate(&[d_before.reshape(&[batch, chunks, heads, pn]), d_last], 1);
+        let d_states = dims.graph.concatenate(&[d_before.reshape(&[batch, chunks, heads, pn]), d_last], 1);
         let d_sources = scan
             .between
             .dot(d_states, DotAxes { batch: [vec![0, 1], vec![0, 2]], contract: [vec![2], vec![1]] });

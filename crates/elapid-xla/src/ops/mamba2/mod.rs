@@ -47,7 +47,15 @@ impl<'g> Dims<'g> {
         let &[batch, len, width] = &shape.dims[..] else { panic!("projected must be [B, L, E + C + H]") };
         assert_eq!(width, spec.projection(), "width of the projection");
         let q = spec.chunk.min(MAX_CHUNK).min(len).max(1);
-        Self { graph: projected.graph, spec: *spec, batch, len, q, chunks: len.div_ceil(q), compute: shape.ty }
+        Self {
+            graph: projected.graph,
+            spec: *spec,
+            batch,
+            len,
+            q,
+            chunks: len.div_ceil(q),
+            compute: shape.ty,
+        }
     }
 
     fn z(&self) -> usize {
