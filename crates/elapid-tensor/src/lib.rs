@@ -17,4 +17,4 @@ pub use backend::{
 };
 pub use flat::{FlatShape, Row, Slot};
 pub use layer_loop::{LayerLoop, Looped, Traced};
-pub use tape::{Checkpointing, Tape, Var, Weight};
+pub use tape::{Checkpointing, Kind, Seen, Site, Tape, Var, Watch, Weight};

@@ -2,7 +2,8 @@
 //!
 //! A training tape holds the flat gradient buffer. Activations get cotangents; parameters ([`Weight`]) get their
 //! gradients added to the buffer as their op's adjoint runs. An inference tape runs the same model code and
-//! remembers nothing.
+//! remembers nothing. A [watched](Tape::watched) tape shows every tensor that it makes to whoever looks for the first
+//! one that is wrong.
 
 use crate::backend::{Backend, DType, Mamba2Inputs, Mamba2Spec, Mamba2Weights, Sink, State};
 use crate::flat::Slot;
@@ -13,7 +14,7 @@ use crate::layer_loop::{LayerLoop, Traced};
 pub struct Weight<T> {
     /// View into the parameter buffer.
     pub value: T,
-    /// Place in the gradient buffer.
+    /// Site in the gradient buffer.
     pub slot: Slot,
 }
 
@@ -43,6 +44,42 @@ pub enum Checkpointing {
     Block,
 }
 
+/// What of an op is [`Seen`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// What it computed.
+    Output,
+    /// The cotangent that it gives to its input.
+    Cotangent,
+    /// The gradient of a parameter, all that has been added to it so far.
+    Gradient,
+}
+
+/// An op's place in the model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Site {
+    /// The op's name in [`Backend`].
+    pub op: &'static str,
+    /// The layer that it belongs to.
+    pub layer: Option<usize>,
+    /// Its parameter, or the first of several.
+    pub weight: Option<Slot>,
+}
+
+/// A tensor that has just been made.
+#[derive(Clone, Copy, Debug)]
+pub struct Seen<'s, T> {
+    /// By which op. With a gradient, `weight` is the parameter that it is of.
+    pub site: &'s Site,
+    /// What of it.
+    pub kind: Kind,
+    /// Its values.
+    pub value: &'s T,
+}
+
+/// Looks at tensors in the order in which they are made.
+pub type Watch<'w, T> = dyn Fn(Seen<'_, T>) + 'w;
+
 type Adjoint<'a, B> = Box<dyn FnOnce(&mut Backprop<'_, B>) + 'a>;
 
 /// The state of a backward pass: cotangents of activations, gradients of parameters.
@@ -50,6 +87,7 @@ struct Backprop<'g, B: Backend> {
     backend: &'g B,
     grads: &'g mut B::Buffer,
     cotangents: Vec<Option<B::Tensor>>,
+    watch: Option<&'g Watch<'g, B::Tensor>>,
 }
 
 impl<B: Backend> Backprop<'_, B> {
@@ -66,6 +104,19 @@ impl<B: Backend> Backprop<'_, B> {
         });
     }
 
+    /// Shows what the adjoint of the op at `site` has made: the cotangent of its input, then the gradients of
+    /// `slots`.
+    fn show<'s>(&self, site: &Site, dx: Option<&B::Tensor>, slots: impl IntoIterator<Item = &'s Slot>) {
+        let Some(watch) = self.watch else { return };
+        if let Some(value) = dx {
+            watch(Seen { site, kind: Kind::Cotangent, value });
+        }
+        for slot in slots {
+            let site = Site { weight: Some(slot.clone()), ..site.clone() };
+            watch(Seen { site: &site, kind: Kind::Gradient, value: &self.backend.view(self.grads, slot) });
+        }
+    }
+
     fn sink<'s>(&'s mut self, slot: &'s Slot) -> Sink<'s, B> {
         Sink { buffer: self.grads, slot }
     }
@@ -78,6 +129,9 @@ pub struct Tape<'a, B: Backend> {
     grads: Option<&'a mut B::Buffer>,
     adjoints: Vec<Adjoint<'a, B>>,
     vars: usize,
+    watch: Option<&'a Watch<'a, B::Tensor>>,
+    /// The layer that is running.
+    layer: Option<usize>,
 }
 
 /// The body of `layers`: (tape, layer, input, state before) → (output, state after).
@@ -92,12 +146,18 @@ pub type LayerBody<'a, B> = dyn for<'t> Fn(
 impl<'a, B: Backend> Tape<'a, B> {
     /// A tape that computes and remembers nothing.
     pub fn inference(backend: &'a B) -> Self {
-        Self { backend, grads: None, adjoints: Vec::new(), vars: 0 }
+        Self { backend, grads: None, adjoints: Vec::new(), vars: 0, watch: None, layer: None }
     }
 
     /// A tape whose [`Tape::backward`] adds parameter gradients to `grads`.
     pub fn training(backend: &'a B, grads: &'a mut B::Buffer) -> Self {
-        Self { backend, grads: Some(grads), adjoints: Vec::new(), vars: 0 }
+        Self { grads: Some(grads), ..Self::inference(backend) }
+    }
+
+    /// Shows to `watch`, where there is one, every tensor that is made from now on, in [`Tape::backward`] too. What is
+    /// computed stays the same; reading it back takes its time.
+    pub fn watched(self, watch: Option<&'a Watch<'a, B::Tensor>>) -> Self {
+        Self { watch, ..self }
     }
 
     /// The device this tape runs on.
@@ -112,6 +172,18 @@ impl<'a, B: Backend> Tape<'a, B> {
             self.vars - 1
         });
         Var { value, id }
+    }
+
+    /// The op `op` where the tape is now.
+    fn site(&self, op: &'static str, weight: Option<&Slot>) -> Site {
+        Site { op, layer: self.layer, weight: weight.cloned() }
+    }
+
+    /// Shows what the op at `site` has computed.
+    fn show(&self, site: &Site, value: &B::Tensor) {
+        if let Some(watch) = self.watch {
+            watch(Seen { site, kind: Kind::Output, value });
+        }
     }
 
     /// Remembers `adjoint`, which is called with the cotangent of the returned variable unless that is zero.
@@ -134,10 +206,13 @@ impl<'a, B: Backend> Tape<'a, B> {
     /// See [`Backend::embedding`].
     pub fn embedding(&mut self, table: &Weight<B::Tensor>, ids: &B::Tensor, out: DType) -> Var<B::Tensor> {
         let value = self.backend.embedding(&table.value, ids, out);
+        let site = self.site("embedding", Some(&table.slot));
+        self.show(&site, &value);
         let (ids, slot) = (ids.clone(), table.slot.clone());
         self.record(value, move |pass, dy| {
             let backend = pass.backend;
             backend.embedding_adjoint(&ids, &dy, pass.sink(&slot));
+            pass.show(&site, None, [&slot]);
         })
     }
 
@@ -150,10 +225,13 @@ impl<'a, B: Backend> Tape<'a, B> {
         out: DType,
     ) -> Var<B::Tensor> {
         let value = self.backend.rms_norm(&x.value, &weight.value, eps, out);
+        let site = self.site("rms_norm", Some(&weight.slot));
+        self.show(&site, &value);
         let (x, weight) = (x.clone(), weight.clone());
         self.record(value, move |pass, dy| {
             let backend = pass.backend;
             let dx = backend.rms_norm_adjoint(&x.value, &weight.value, eps, &dy, pass.sink(&weight.slot));
+            pass.show(&site, Some(&dx), [&weight.slot]);
             pass.give(x.id, dx);
         })
     }
@@ -166,11 +244,14 @@ impl<'a, B: Backend> Tape<'a, B> {
         bias: Option<&Weight<B::Tensor>>,
     ) -> Var<B::Tensor> {
         let value = self.backend.linear(&x.value, &weight.value, bias.map(|b| &b.value));
+        let site = self.site("linear", Some(&weight.slot));
+        self.show(&site, &value);
         let (x, weight, bias) = (x.clone(), weight.clone(), bias.map(|b| b.slot.clone()));
         self.record(value, move |pass, dy| {
             let backend = pass.backend;
             let sink = pass.sink(&weight.slot);
             let dx = backend.linear_adjoint(&x.value, &weight.value, &dy, sink, bias.as_ref());
+            pass.show(&site, Some(&dx), [&weight.slot].into_iter().chain(&bias));
             pass.give(x.id, dx);
         })
     }
@@ -178,6 +259,7 @@ impl<'a, B: Backend> Tape<'a, B> {
     /// See [`Backend::add`].
     pub fn add(&mut self, a: &Var<B::Tensor>, b: &Var<B::Tensor>) -> Var<B::Tensor> {
         let value = self.backend.add(&a.value, &b.value);
+        self.show(&self.site("add", None), &value);
         let sides = [(a.id, self.backend.dtype(&a.value)), (b.id, self.backend.dtype(&b.value))];
         self.record(value, move |pass, dy| {
             for (id, dtype) in sides {
@@ -203,6 +285,10 @@ impl<'a, B: Backend> Tape<'a, B> {
         };
         let values = weights.as_ref().map(|w| w.value.clone());
         let out = self.backend.mamba2(spec, &inputs, &values, self.grads.is_some());
+        let site = self.site("mamba2", Some(&weights.conv_weight.slot));
+        for value in [&out.y, &out.state.conv, &out.state.ssm] {
+            self.show(&site, value);
+        }
         let y = self.variable(out.y);
         let state = State { conv: self.variable(out.state.conv), ssm: self.variable(out.state.ssm) };
         if let (Some(y_id), Some(conv_id), Some(ssm_id)) = (y.id, state.conv.id, state.ssm.id) {
@@ -234,6 +320,8 @@ impl<'a, B: Backend> Tape<'a, B> {
                     pass.grads,
                     &sinks,
                 );
+                let all = [sinks.conv_weight, sinks.dt_bias, sinks.a_log, sinks.d, sinks.norm_weight];
+                pass.show(&site, Some(&grads.projected), all.into_iter().chain(sinks.conv_bias));
                 pass.give(projected_id, grads.projected);
                 if let (Some((conv, ssm)), Some(d)) = (initial_ids, grads.initial) {
                     pass.give(conv, d.conv);
@@ -251,13 +339,20 @@ impl<'a, B: Backend> Tape<'a, B> {
         weight: &Weight<B::Tensor>,
         labels: &B::Tensor,
     ) -> B::Tensor {
+        let site = self.site("head_loss", Some(&weight.slot));
         let Some(grads) = self.grads.as_deref_mut() else {
-            return self.backend.head_loss(&x.value, &weight.value, labels);
+            let loss = self.backend.head_loss(&x.value, &weight.value, labels);
+            self.show(&site, &loss);
+            return loss;
         };
         let sink = Sink { buffer: grads, slot: &weight.slot };
         let (loss, dx) = self.backend.head_loss_adjoint(&x.value, &weight.value, labels, sink);
-        let id = x.id;
-        self.adjoints.push(Box::new(move |pass| pass.give(id, dx)));
+        self.show(&site, &loss);
+        let (id, slot) = (x.id, weight.slot.clone());
+        self.adjoints.push(Box::new(move |pass| {
+            pass.show(&site, Some(&dx), [&slot]);
+            pass.give(id, dx);
+        }));
         loss
     }
 
@@ -272,10 +367,12 @@ impl<'a, B: Backend> Tape<'a, B> {
         checkpointing: Checkpointing,
         body: std::rc::Rc<LayerBody<'a, B>>,
     ) -> Var<B::Tensor> {
-        if let Some(recorder) = self.backend.layer_loop().filter(|_| n > 0) {
+        // Nobody can watch the inside of a traced body: it has no values.
+        if let Some(recorder) = self.backend.layer_loop().filter(|_| n > 0 && self.watch.is_none()) {
             return self.layers_as_loop(recorder, n, x, states, checkpointing, &body);
         }
         for layer in 0..n {
+            self.layer = Some(layer);
             let before = states.as_ref().and_then(|s| s.get(layer)).cloned();
             let (out, after) = if self.grads.is_some() && checkpointing == Checkpointing::Block {
                 self.layer_run_again(layer, x, before, &body)
@@ -291,6 +388,7 @@ impl<'a, B: Backend> Tape<'a, B> {
                 }
             }
         }
+        self.layer = None;
         x
     }
 
@@ -346,10 +444,13 @@ impl<'a, B: Backend> Tape<'a, B> {
         body: &std::rc::Rc<LayerBody<'a, B>>,
     ) -> (Var<B::Tensor>, State<B::Tensor>) {
         let input = Var::constant(x.value.clone());
-        let (out, after) = body(&mut Tape::inference(self.backend), layer, input, before.as_ref());
+        let mut inner = Tape::inference(self.backend).watched(self.watch);
+        inner.layer = Some(layer);
+        let (out, after) = body(&mut inner, layer, input, before.as_ref());
         let body = body.clone();
         let out = self.record(out.value, move |pass, dy| {
-            let mut inner = Tape::training(pass.backend, pass.grads);
+            let mut inner = Tape::training(pass.backend, pass.grads).watched(pass.watch);
+            inner.layer = Some(layer);
             let input = inner.variable(inner.backend.again(&x.value));
             let (out, _) = body(&mut inner, layer, input.clone(), before.as_ref());
             let dx = inner.backward(&[(&out, dy)], &[&input]).remove(0);
@@ -371,7 +472,7 @@ impl<'a, B: Backend> Tape<'a, B> {
         wanted: &[&Var<B::Tensor>],
     ) -> Vec<Option<B::Tensor>> {
         let grads = self.grads.expect("backward needs a training tape");
-        let mut pass = Backprop { backend: self.backend, grads, cotangents: Vec::new() };
+        let mut pass = Backprop { backend: self.backend, grads, cotangents: Vec::new(), watch: self.watch };
         pass.cotangents.resize_with(self.vars, || None);
         for (var, cotangent) in seeds {
             pass.give(var.id, cotangent.clone());

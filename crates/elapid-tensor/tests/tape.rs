@@ -1,11 +1,12 @@
 //! The tape on a small model in f64, against central finite differences.
 
+use std::cell::RefCell;
 use std::rc::Rc;
 
 use elapid_tensor::oracle::{OracleBackend, OracleBuffer, OracleTensor};
 use elapid_tensor::{
-    Backend, Checkpointing, DType, FlatShape, IGNORE_LABEL, Mamba2Spec, Mamba2Weights, NormGroup, Row, Slot,
-    State, Tape, Var, Weight,
+    Backend, Checkpointing, DType, FlatShape, IGNORE_LABEL, Kind, Mamba2Spec, Mamba2Weights, NormGroup, Row,
+    Seen, Slot, State, Tape, Var, Weight,
 };
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -175,6 +176,52 @@ fn layers_run_again_give_the_same_gradients() {
     for states in [None, Some(random_states())] {
         let kept = gradients(&params, Checkpointing::None, states.clone());
         assert_eq!(kept, gradients(&params, Checkpointing::Block, states));
+    }
+}
+
+#[test]
+fn a_watched_tape_shows_every_tensor_and_changes_none() {
+    let params = random_params();
+    let wanted = gradients(&params, Checkpointing::None, None);
+    let layer = |ops: &[&'static str], layer| ops.iter().map(|&op| (op, Some(layer))).collect::<Vec<_>>();
+    let forward = ["rms_norm", "linear", "mamba2", "linear", "add"];
+    let outputs = [
+        vec![("embedding", None)],
+        layer(&forward, 0),
+        layer(&forward, 1),
+        vec![("rms_norm", None), ("head_loss", None)],
+    ];
+    let backward = ["linear", "mamba2", "linear", "rms_norm"];
+    let cotangents =
+        [vec![("head_loss", None), ("rms_norm", None)], layer(&backward, 1), layer(&backward, 0)];
+    for checkpointing in [Checkpointing::None, Checkpointing::Block] {
+        let seen = RefCell::new(Vec::new());
+        let watch = |now: Seen<'_, OracleTensor>| {
+            seen.borrow_mut().push((now.kind, now.site.op, now.site.layer, now.site.weight.clone()));
+        };
+        let mut grads = OracleBackend.buffer(params.shape, DType::F32);
+        grads.values.fill(0.5);
+        let mut tape = Tape::training(&OracleBackend, &mut grads).watched(Some(&watch));
+        let value = loss(&mut tape, &params, checkpointing, None);
+        tape.backward(&[], &[]);
+        assert_eq!((value, grads.values), wanted);
+
+        let seen = seen.into_inner();
+        let of = |kind: Kind| seen.iter().filter(move |now| now.0 == kind).map(|now| (now.1, now.2));
+        let mut made: Vec<_> = of(Kind::Output).collect();
+        made.dedup(); // y and the two states
+        let end = made.iter().position(|now| now.0 == "head_loss").unwrap();
+        assert_eq!(made[..=end], outputs.concat());
+        assert_eq!(of(Kind::Cotangent).collect::<Vec<_>>(), cotangents.concat());
+        let weights = seen.iter().filter(|now| now.0 == Kind::Gradient).map(|now| now.3.clone().unwrap());
+        let weights: Vec<_> = weights.collect();
+        let all: Vec<Slot> = (0..LAYERS)
+            .flat_map(layer_slots)
+            .chain(shared_slots())
+            .chain([shared_slots()[0].clone()])
+            .collect();
+        assert_eq!(weights.len(), all.len(), "the embedding is the head as well");
+        assert!(all.iter().all(|slot| weights.contains(slot)));
     }
 }
 

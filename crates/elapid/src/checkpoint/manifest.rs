@@ -46,9 +46,11 @@ pub struct Progress {
     pub tokens: u64,
     /// Seconds in steps.
     pub seconds: f64,
-    /// Loss of step 1.
+    /// Loss of step 1; NaN (null in JSON) before it.
+    #[serde(deserialize_with = "or_nan")]
     pub first_loss: f64,
-    /// Loss of the last step.
+    /// Loss of the last step; NaN before the first.
+    #[serde(deserialize_with = "or_nan")]
     pub last_loss: f64,
     /// The order of samples; it needs no other state.
     pub order: Order,
@@ -56,6 +58,10 @@ pub struct Progress {
     pub data: Data,
     /// The flags of the run, schedule and optimizer among them.
     pub settings: Value,
+}
+
+fn or_nan<'de, D: serde::Deserializer<'de>>(source: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(source)?.unwrap_or(f64::NAN))
 }
 
 /// One file beside the manifest.

@@ -15,8 +15,9 @@ use std::path::{Path, PathBuf};
 use elapid_tensor::Slot;
 
 pub use manifest::{Data, FileInfo, LogicalTensor, Manifest, Mesh, Piece, Progress};
-pub(crate) use store::Lock;
+pub(crate) use piece::write;
 pub use store::Store;
+pub(crate) use store::{Lock, put, write_files};
 
 use crate::Error;
 use crate::config::ModelConfig;

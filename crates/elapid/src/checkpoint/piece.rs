@@ -38,7 +38,7 @@ fn hex(crc: Hasher) -> String {
 }
 
 /// Writes a file and waits until it is on disk.
-pub(super) fn write(
+pub(crate) fn write(
     path: &Path,
     content: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
 ) -> Result<FileInfo, Error> {

@@ -112,6 +112,37 @@ impl Drop for Aside {
     }
 }
 
+/// Puts the folder `name` into `dir`: written aside by `content`, brought to disk, renamed. One of that name is
+/// replaced. Whoever calls holds a [`Lock`] of `dir`.
+pub(crate) fn put(
+    dir: &Path,
+    name: &str,
+    content: impl FnOnce(&Path) -> Result<(), Error>,
+) -> Result<PathBuf, Error> {
+    let (place, aside) = (dir.join(name), Aside(dir.join(format!(".{name}.partial"))));
+    if aside.0.exists() {
+        // A process was killed here.
+        fs::remove_dir_all(&aside.0).map_err(|cause| Error::io("remove", &aside.0, &cause))?;
+    }
+    fs::create_dir(&aside.0).map_err(|cause| Error::io("create", &aside.0, &cause))?;
+    content(&aside.0)?;
+    sync(&aside.0)?;
+    let _old = retire(dir, name)?;
+    fs::rename(&aside.0, &place).map_err(|cause| Error::io("write", &place, &cause))?;
+    sync(dir)?;
+    Ok(place)
+}
+
+/// Takes a folder out of sight; its files go when the answer is dropped. A kill in between leaves no half one.
+fn retire(dir: &Path, name: &str) -> Result<Option<Aside>, Error> {
+    let (place, retired) = (dir.join(name), dir.join(format!(".{name}.retired")));
+    match fs::rename(&place, &retired) {
+        Ok(()) => Ok(Some(Aside(retired))),
+        Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(cause) => Err(Error::io("remove", &place, &cause)),
+    }
+}
+
 impl Store {
     /// Locks the folder, which is made where it is missing, and removes what killed processes left unfinished there.
     ///
@@ -157,48 +188,28 @@ impl Store {
         let step = progress.step;
         let tag = self.tag.as_ref().map_or(String::new(), |tag| format!("-{tag}"));
         let name = format!("step-{step:08}{tag}");
-        let place = self.dir.join(&name);
-        self.write(&name, &place, |aside| {
-            write_files(aside, backend, config, layout, state, carried, progress)
-        })
-        .map_err(|error| {
-            let what = error.hint().map_or(String::new(), |hint| format!("{hint}; "));
-            error.with_hint(format!(
-                "{what}checkpoints written before are whole, --resume auto goes on from them"
-            ))
-        })?;
+        let content = |aside: &Path| write_files(aside, backend, config, layout, state, carried, progress);
+        let place = put(&self.dir, &name, content)
+            .and_then(|place| {
+                self.point_to(&name)?;
+                Ok(place)
+            })
+            .map_err(|error| {
+                let what = error.hint().map_or(String::new(), |hint| format!("{hint}; "));
+                error.with_hint(format!(
+                    "{what}checkpoints written before are whole, --resume auto goes on from them"
+                ))
+            })?;
         self.prune(step)?;
         Ok(place)
     }
 
-    fn write(
-        &self,
-        name: &str,
-        place: &Path,
-        content: impl FnOnce(&Path) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        let aside = Aside(self.dir.join(format!(".{name}.partial")));
-        fs::create_dir(&aside.0).map_err(|cause| Error::io("create", &aside.0, &cause))?;
-        content(&aside.0)?;
-        sync(&aside.0)?;
-        let _old = self.retire(name)?;
-        fs::rename(&aside.0, place).map_err(|cause| Error::io("write", place, &cause))?;
-        sync(&self.dir)?;
-
+    /// Makes `latest` name that checkpoint.
+    fn point_to(&self, name: &str) -> Result<(), Error> {
         let pointer = self.dir.join(format!(".{LATEST}.partial"));
         write(&pointer, |out| writeln!(out, "{name}"))?;
         fs::rename(&pointer, self.dir.join(LATEST)).map_err(|cause| Error::io("write", &pointer, &cause))?;
         sync(&self.dir)
-    }
-
-    /// Takes a checkpoint out of sight; its files go when the answer is dropped. A kill in between leaves no half one.
-    fn retire(&self, name: &str) -> Result<Option<Aside>, Error> {
-        let (place, retired) = (self.dir.join(name), self.dir.join(format!(".{name}.retired")));
-        match fs::rename(&place, &retired) {
-            Ok(()) => Ok(Some(Aside(retired))),
-            Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(cause) => Err(Error::io("remove", &place, &cause)),
-        }
     }
 
     /// Removes the oldest until so many are left, counting back from the one just written: what claims a later step was
@@ -207,13 +218,14 @@ impl Store {
         let Some(keep) = self.keep else { return Ok(()) };
         let names = list(&self.dir)?.into_iter().filter(|(step, _)| *step <= newest).collect::<Vec<_>>();
         for (_, name) in &names[..names.len().saturating_sub(keep.max(1))] {
-            self.retire(name)?;
+            retire(&self.dir, name)?;
         }
         Ok(())
     }
 }
 
-fn write_files<B: Backend>(
+/// Writes the files of a checkpoint into `dir`.
+pub(crate) fn write_files<B: Backend>(
     dir: &Path,
     backend: &B,
     config: &ModelConfig,

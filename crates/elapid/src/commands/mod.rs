@@ -3,18 +3,19 @@
 mod eval;
 mod generate;
 mod quickstart;
+mod replay;
 mod tokenize;
 mod train;
 
 use std::ffi::OsString;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{ArgAction, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::Error;
-use crate::config::run::TrainArgs;
+use crate::config::file::words;
 use crate::error::say;
 
 /// Trains Mamba-2 language models: text in, a Hugging Face compatible model out.
@@ -32,7 +33,9 @@ enum Command {
     /// Pack text into a dataset of token blocks
     Tokenize(tokenize::TokenizeArgs),
     /// Train a model
-    Train(Box<TrainArgs>),
+    Train(Box<train::TrainCommand>),
+    /// Repeat a training step that was not finite, and say where it went wrong
+    Replay(replay::ReplayArgs),
     /// Loss and perplexity of a model on a dataset
     Eval(eval::EvalArgs),
     /// Continue a prompt
@@ -41,7 +44,13 @@ enum Command {
 
 /// Runs the command line `args`, program name first. Errors go to stderr as `error:` and `hint:`.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let cli = match Cli::try_parse_from(args.into_iter().enumerate().map(|(i, arg)| kebab_case(i, arg))) {
+    let args = args.into_iter().enumerate().map(|(i, arg)| kebab_case(i, arg)).collect();
+    let args = match with_file(args) {
+        Ok(args) => args,
+        Err(error) => return fail(&error),
+    };
+    let matches = command().try_get_matches_from(args);
+    let cli = match matches.and_then(|matches| Cli::from_arg_matches(&matches)) {
         Ok(cli) => cli,
         Err(error) => {
             let code = error.exit_code();
@@ -54,20 +63,60 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Quickstart(args) => quickstart::run(&args),
         Command::Tokenize(args) => tokenize::run(args),
         Command::Train(args) => train::run(*args),
+        Command::Replay(args) => replay::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Generate(args) => generate::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            let what = if error.signal().is_some() { "stopped" } else { "error" };
-            say(format_args!("{what}: {error}"));
-            if let Some(hint) = error.hint() {
-                say(format_args!("hint: {hint}"));
-            }
-            error.signal().map_or(ExitCode::FAILURE, |signal| ExitCode::from(128 + signal as u8))
-        }
+        Err(error) => fail(&error),
     }
+}
+
+/// Says what is wrong.
+fn fail(error: &Error) -> ExitCode {
+    let what = if error.signal().is_some() { "stopped" } else { "error" };
+    say(format_args!("{what}: {error}"));
+    if let Some(hint) = error.hint() {
+        say(format_args!("hint: {hint}"));
+    }
+    error.signal().map_or(ExitCode::FAILURE, |signal| ExitCode::from(128 + signal as u8))
+}
+
+/// All commands. A switch of `train` may be turned off again, `--shuffle=false`: a file may have turned it on.
+fn command() -> clap::Command {
+    Cli::command().mut_subcommand("train", |train| {
+        train.mut_args(|arg| match arg.get_action() {
+            ArgAction::SetTrue => arg
+                .action(ArgAction::Set)
+                .value_parser(clap::value_parser!(bool))
+                .value_name("BOOL")
+                .num_args(0..=1)
+                .require_equals(true)
+                .default_missing_value("true")
+                .default_value("false")
+                .hide_default_value(true)
+                .hide_possible_values(true),
+            _ => arg,
+        })
+    })
+}
+
+/// The command line with the settings of `train`'s `--config` in front of its own flags, which override them.
+fn with_file(mut args: Vec<OsString>) -> Result<Vec<OsString>, Error> {
+    let command = command();
+    // What is missing may stand in the file; what is wrong shows when all is put together.
+    let lenient =
+        command.clone().ignore_errors(true).mut_subcommand("train", |train| train.ignore_errors(true));
+    let file = lenient.try_get_matches_from(&args).ok().and_then(|found| {
+        found.subcommand_matches("train").and_then(|train| train.get_one::<PathBuf>("config").cloned())
+    });
+    let place = args.iter().position(|word| word == "train");
+    if let (Some(file), Some(place)) = (file, place) {
+        let train = command.find_subcommand("train").expect("it is one of ours");
+        args.splice(place + 1..place + 1, words(&file, train)?);
+    }
+    Ok(args)
 }
 
 /// `--flag_name=value` → `--flag-name=value`: the spelling of the system that this one replaces.
@@ -97,8 +146,7 @@ mod tests {
 
     #[test]
     fn the_flags_are_consistent() {
-        use clap::CommandFactory;
-        Cli::command().debug_assert();
+        command().debug_assert();
     }
 
     #[test]
@@ -126,6 +174,6 @@ mod tests {
             "2",
         ]);
         let Command::Train(args) = cli.unwrap().command else { panic!("not train") };
-        assert_eq!(args.lr, 2.0);
+        assert_eq!(args.train.lr, 2.0);
     }
 }

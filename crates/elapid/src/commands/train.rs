@@ -1,14 +1,32 @@
 //! `elapid train`.
 
+use std::path::PathBuf;
+
 use super::print_line;
 use crate::Error;
 use crate::config::run::TrainArgs;
 use crate::train::memory::bytes;
 use crate::train::{Outcome, train};
 
-pub(super) fn run(args: TrainArgs) -> Result<(), Error> {
-    let outcome = train(&args.resolve()?)?;
-    report(&outcome)
+/// Flags of `elapid train`.
+#[derive(clap::Args)]
+pub(super) struct TrainCommand {
+    #[command(flatten)]
+    pub(super) train: TrainArgs,
+    /// Take settings from a TOML file, such as the run.toml of a run; flags override it
+    #[arg(long, value_name = "FILE.toml")]
+    config: Option<PathBuf>,
+    /// Print the settings as TOML for --config, and do nothing else
+    #[arg(long)]
+    print_config: bool,
+}
+
+pub(super) fn run(args: TrainCommand) -> Result<(), Error> {
+    let run = args.train.resolve()?;
+    if args.print_config {
+        return print_line(run.to_toml()?.trim_end());
+    }
+    report(&train(&run)?)
 }
 
 /// What a finished run came to.

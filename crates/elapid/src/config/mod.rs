@@ -4,6 +4,7 @@
 //! [`ModelConfig::preset`] knows the usual sizes. Both give valid models; whoever changes a field afterwards calls
 //! [`ModelConfig::validate`].
 
+pub(crate) mod file;
 mod json;
 mod presets;
 pub mod run;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 use elapid_tensor::NormGroup;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{ModelConfig, PRESETS};
 use crate::Error;
@@ -13,7 +13,7 @@ use crate::model::init::Init;
 use crate::train::schedule::{Schedule, Shape};
 
 /// Compute dtype.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
     /// fp32 throughout.
@@ -50,7 +50,7 @@ impl From<InitScheme> for Init {
 }
 
 /// What layers keep for their adjoint.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum ActivationCheckpointing {
     /// What each op saves: fastest.
@@ -128,7 +128,7 @@ pub struct TrainArgs {
     #[arg(long)]
     pub carry_state: bool,
     /// Seed of initial values and shuffling
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
     pub seed: u64,
     /// Compute dtype
     #[arg(long, value_enum, default_value = "float32")]
@@ -208,6 +208,9 @@ pub struct TrainArgs {
     /// Steps between log lines where there is no terminal
     #[arg(long, value_name = "N", default_value_t = 10)]
     pub logging_interval: u64,
+    /// Write the norm of every gradient, update and parameter to norms.jsonl, step by step
+    #[arg(long)]
+    pub log_norms: bool,
     /// Run folder [default: runs/MODEL, or the first free runs/MODEL-N]
     #[arg(long, value_name = "DIR")]
     pub output_dir: Option<PathBuf>,
@@ -245,6 +248,19 @@ pub struct Run {
     pub keep: Option<usize>,
     /// The learning rate by step.
     pub schedule: Schedule,
+}
+
+impl Run {
+    /// The flags as TOML, which `--config` takes.
+    ///
+    /// # Errors
+    /// A value that TOML cannot hold.
+    pub fn to_toml(&self) -> Result<String, Error> {
+        toml::to_string(&self.args).map_err(|cause| {
+            Error::new(format!("the settings cannot be written as TOML: {cause}"))
+                .with_hint("numbers must be below 2^63, and paths UTF-8")
+        })
+    }
 }
 
 impl TrainArgs {
@@ -388,12 +404,7 @@ impl TrainArgs {
             decay_steps: decay_steps.min(after_warmup),
             max_steps: self.max_steps,
         };
-        let args = Self {
-            min_lr: Some(min_lr),
-            output_dir: Some(output_dir.clone()),
-            checkpoint_dir: Some(checkpoint_dir.clone()),
-            ..self
-        };
+        let args = Self { min_lr: Some(min_lr), output_dir: Some(output_dir.clone()), ..self };
         Ok(Run { args, config, output_dir, checkpoint_dir, keep, schedule })
     }
 }

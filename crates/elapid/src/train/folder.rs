@@ -1,7 +1,7 @@
 //! The folder of one run.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Seek};
+use std::io::{BufRead, BufReader, Seek, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -12,6 +12,7 @@ use crate::Error;
 use crate::checkpoint::Lock;
 
 const METRICS: &str = "metrics.jsonl";
+const NORMS: &str = "norms.jsonl";
 /// Exists from the end of a run's export on.
 const FINISHED: &str = "finished.json";
 
@@ -70,9 +71,8 @@ impl RunFolder {
         self.write(FINISHED, &serde_json::to_string(&finished).expect("plain data"))
     }
 
-    /// Opens `metrics.jsonl` with what it holds up to `step`; later lines and a torn one are cut off. The run is no
-    /// longer finished.
-    pub(super) fn open_metrics(&self, step: u64) -> Result<File, Error> {
+    /// Opens `metrics.jsonl` with what it holds up to `step`. The run is no longer finished.
+    pub(super) fn open_metrics(&self, step: u64) -> Result<Log, Error> {
         let finished = self.dir.join(FINISHED);
         match fs::remove_file(&finished) {
             Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => {
@@ -80,7 +80,37 @@ impl RunFolder {
             }
             _ => {}
         }
-        let path = self.dir.join(METRICS);
+        Log::open(self.dir.join(METRICS), step)
+    }
+
+    /// Opens `norms.jsonl` likewise, where it is `wanted`. One that an earlier part of the run left is cut back in any
+    /// case: its later lines are of steps that are made again.
+    pub(super) fn open_norms(&self, step: u64, wanted: bool) -> Result<Option<Log>, Error> {
+        let path = self.dir.join(NORMS);
+        let log = if wanted || path.exists() { Some(Log::open(path, step)?) } else { None };
+        Ok(log.filter(|_| wanted))
+    }
+
+    /// Where it is.
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    pub(super) fn write(&self, name: &str, text: &str) -> Result<(), Error> {
+        let path = self.dir.join(name);
+        fs::write(&path, text).map_err(|cause| Error::io("write", &path, &cause))
+    }
+}
+
+/// A file of JSON objects, one a line and a step.
+pub(super) struct Log {
+    path: PathBuf,
+    file: File,
+}
+
+impl Log {
+    /// With what it holds up to `step`; later lines and a torn one are cut off.
+    fn open(path: PathBuf, step: u64) -> Result<Self, Error> {
         let open = || -> std::io::Result<File> {
             let mut file = File::options().read(true).write(true).create(true).truncate(false).open(&path)?;
             let mut reader = BufReader::new(&file);
@@ -99,19 +129,25 @@ impl RunFolder {
             file.sync_all()?;
             Ok(file)
         };
-        open().map_err(|cause| Error::io("open", &path, &cause))
+        let file = open().map_err(|cause| Error::io("open", &path, &cause))?;
+        Ok(Self { path, file })
     }
 
-    pub(super) fn write(&self, name: &str, text: &str) -> Result<(), Error> {
-        let path = self.dir.join(name);
-        fs::write(&path, text).map_err(|cause| Error::io("write", &path, &cause))
+    /// One write a line: whoever reads along sees whole lines.
+    pub(super) fn push(&mut self, line: &Value) -> Result<(), Error> {
+        let line = format!("{line}\n");
+        self.file.write_all(line.as_bytes()).map_err(|cause| Error::io("write", &self.path, &cause))
+    }
+
+    /// Waits until all of it is on disk.
+    pub(super) fn sync(&self) -> Result<(), Error> {
+        self.file.sync_all().map_err(|cause| Error::io("write", &self.path, &cause))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Write;
 
     #[test]
     fn metrics_are_cut_back_to_the_step() {
@@ -132,10 +168,10 @@ mod tests {
             ("\u{fe}", 4, 4),
         ] {
             fs::write(&path, lines(1..=5) + tail).unwrap();
-            let mut file = folder.open_metrics(step).unwrap();
+            let mut log = folder.open_metrics(step).unwrap();
             assert_eq!(fs::read_to_string(&path).unwrap(), lines(1..=kept), "{tail:?} {step}");
-            writeln!(file, "next").unwrap();
-            assert_eq!(fs::read_to_string(&path).unwrap(), lines(1..=kept) + "next\n");
+            log.push(&"next".into()).unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap(), lines(1..=kept) + "\"next\"\n");
         }
     }
 

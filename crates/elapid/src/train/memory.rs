@@ -37,12 +37,14 @@ pub struct Demand<'a> {
     pub threads: usize,
     /// B and L of the batches of an evaluation: a last, smaller batch has blocks of sizes of its own.
     pub evaluation: &'a [(usize, usize)],
+    /// Whether the masters before each update are kept, to compare.
+    pub log_norms: bool,
 }
 
 /// Predicted memory of a run at its peak, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Memory {
-    /// fp32 masters, and their bf16 copy where the model computes in bf16.
+    /// fp32 masters, their bf16 copy where the model computes in bf16, their fp32 copy where norms are logged.
     pub parameters: u64,
     /// fp32 sums over micro-steps.
     pub gradients: u64,
@@ -61,6 +63,7 @@ impl Memory {
     pub fn predict(demand: &Demand<'_>) -> Self {
         let elements = Layout::new(demand.config).flat.len() as u64;
         let copy = if demand.dtype == DType::F32 { 0 } else { 2 };
+        let before = if demand.log_norms { 4 } else { 0 };
         let mut play = Play::new(demand);
         let held = play.micro_step();
         play.micro_step();
@@ -72,7 +75,7 @@ impl Memory {
         }
         let within = |bytes: u128| u64::try_from(bytes).unwrap_or(u64::MAX).min(1 << 60);
         Self {
-            parameters: (4 + copy) * elements,
+            parameters: (4 + copy + before) * elements,
             gradients: 4 * elements,
             moments: 8 * elements,
             activations: within(held),
@@ -465,7 +468,16 @@ mod tests {
 
     fn demand(config: &ModelConfig) -> Demand<'_> {
         let checkpointing = Checkpointing::None;
-        Demand { config, batch: 3, length: 64, dtype: DType::F32, checkpointing, threads: 2, evaluation: &[] }
+        Demand {
+            config,
+            batch: 3,
+            length: 64,
+            dtype: DType::F32,
+            checkpointing,
+            threads: 2,
+            evaluation: &[],
+            log_norms: false,
+        }
     }
 
     /// The table of docs/guide.md.

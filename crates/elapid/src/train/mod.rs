@@ -1,9 +1,12 @@
 //! Training: micro-steps, updates, and the loop round them.
 
 mod batch;
+mod diagnose;
 mod evaluate;
 mod folder;
 pub mod memory;
+mod nonfinite;
+mod norms;
 mod progress;
 mod resume;
 mod run;
@@ -13,6 +16,8 @@ mod stop;
 mod trainer;
 
 pub use batch::{Batch, PAD_DOCUMENT};
+pub use diagnose::{Diagnosis, Extent, Extents, Finding, Recorded, diagnose};
 pub use evaluate::{Evaluation, evaluate, last_blocks};
+pub use nonfinite::{MicroStep, NonFinite, Step};
 pub use run::{Outcome, cpu, train};
 pub use trainer::{StepReport, Trainer};

@@ -82,6 +82,15 @@ pub(super) fn load_weights<B: Backend>(
             )
         })?,
     };
+    read_weights(&checkpoint, backend, model)
+}
+
+/// Replaces the parameters by those of `checkpoint`.
+pub(super) fn read_weights<B: Backend>(
+    checkpoint: &Checkpoint,
+    backend: &B,
+    model: &mut Mamba2ForCausalLM<B>,
+) -> Result<(), Error> {
     let layout = model.layout().clone();
     let [weights, ..] = PREFIXES;
     let masters = model.masters_mut();
@@ -172,7 +181,7 @@ pub(super) fn check(
 
 /// The flags that have a part in the numbers: not where things go, nor how often.
 fn numeric(settings: &Value) -> Map<String, Value> {
-    const OTHERS: [&str; 9] = [
+    const OTHERS: [&str; 10] = [
         "output-dir",
         "checkpoint-dir",
         "checkpoint-freq",
@@ -181,6 +190,7 @@ fn numeric(settings: &Value) -> Map<String, Value> {
         "save-last-step",
         "resume",
         "logging-interval",
+        "log-norms",
         "data-dir",
     ];
     let mut flags = settings.as_object().cloned().unwrap_or_default();
@@ -227,9 +237,9 @@ fn differences(old: &Map<String, Value>, new: &Map<String, Value>) -> Vec<String
         .collect()
 }
 
-/// The states that `--carry-state` carries, with their names in a checkpoint.
-pub(super) fn carried<B: Backend>(trainer: &Trainer<'_, B>) -> Vec<(String, B::Tensor)> {
-    let layers = trainer.states().unwrap_or_default().iter().enumerate();
+/// The states that `--carry-state` carries, by layer, with their names in a checkpoint.
+pub(super) fn carried<T: Clone>(states: &[State<T>]) -> Vec<(String, T)> {
+    let layers = states.iter().enumerate();
     layers
         .flat_map(|(layer, state)| {
             [
@@ -244,14 +254,14 @@ fn carried_name(part: &str, layer: usize) -> String {
     format!("carried.{part}.{layer}")
 }
 
-/// Puts carried states back, of `rows` sequences.
-fn restore_carried<B: Backend>(
+/// Puts carried states back, of `rows` sequences. Before the first step there are none.
+pub(super) fn restore_carried<B: Backend>(
     checkpoint: &Checkpoint,
     backend: &B,
     trainer: &mut Trainer<'_, B>,
     rows: usize,
 ) -> Result<(), Error> {
-    if trainer.states().is_none() {
+    if trainer.states().is_none() || checkpoint.manifest().progress.step == 0 {
         return Ok(());
     }
     let tensor = |part: &str, layer: usize| {

@@ -1,23 +1,24 @@
 //! `elapid train`: set up, step, export.
 
-use std::fs::File;
-use std::io::Write;
 use std::path::PathBuf;
 use std::time::Instant;
 
 use elapid_cpu::{CpuBackend, CpuOptions};
-use elapid_tensor::{AdamW, Checkpointing, DType};
+use elapid_tensor::{AdamW, Checkpointing, DType, State};
 use serde_json::json;
 
+use super::diagnose::{Recorded, diagnose};
 use super::evaluate::HeldOut;
-use super::folder::RunFolder;
+use super::folder::{Log, RunFolder};
 use super::memory::{self, Demand, Memory};
+use super::nonfinite::{self, NonFinite};
+use super::norms::Norms;
 use super::progress::{Figures, Progress};
 use super::resume::{self, Start};
 use super::stop::{self, Graceful};
-use super::{Batch, Evaluation, Trainer, start};
+use super::{Batch, Evaluation, StepReport, Trainer, start};
 use crate::Error;
-use crate::checkpoint::{Checkpoint, Progress as Position, Store};
+use crate::checkpoint::{Checkpoint, Progress as Position, Store, write_files};
 use crate::config::ModelConfig;
 use crate::config::TokenIds;
 use crate::config::run::{ActivationCheckpointing, Dtype, Run, check_threads};
@@ -100,6 +101,7 @@ pub fn cpu(threads: Option<usize>) -> Result<CpuBackend, Error> {
 /// Anything that stops it, before the first step where that can be known then; a loss or gradient that is not finite,
 /// before it reaches the parameters; a signal, after a checkpoint ([`Error::signal`]).
 pub fn train(run: &Run) -> Result<Outcome, Error> {
+    let settings = run.to_toml()?;
     let data = open_data(run)?;
     let tokenizer = open_tokenizer(run, &data)?;
     let held_out = HeldOut::open(run, &data)?;
@@ -120,6 +122,7 @@ pub fn train(run: &Run) -> Result<Outcome, Error> {
         checkpointing: run.args.activation_checkpointing.into(),
         threads: backend.threads(),
         evaluation: &held_out.as_ref().map_or_else(Vec::new, HeldOut::shapes),
+        log_norms: run.args.log_norms,
     });
     if let Some(warning) = memory.check(run.args.ignore_memory_limit)? {
         say(format_args!("warning: {warning}"));
@@ -137,7 +140,6 @@ pub fn train(run: &Run) -> Result<Outcome, Error> {
     let model = build_model(run, &data, &backend, from.is_some())?;
     let peak = backend.measure_peak();
     start::print(run, &data, held_out.as_ref(), &model, &backend, peak, &memory);
-    let settings = toml::to_string(&run.args).map_err(|cause| Error::new(format!("run.toml: {cause}")))?;
     folder.write("run.toml", &settings)?;
     let held_out = held_out.as_ref();
     let mut session =
@@ -217,7 +219,8 @@ struct Session<'a> {
     sampler: Sampler,
     /// What is exported with the model.
     tokenizer: Option<Tokenizer>,
-    metrics: File,
+    metrics: Log,
+    norms: Option<Norms<CpuBackend>>,
     progress: Progress,
     /// Steps that were done before.
     done: u64,
@@ -273,6 +276,8 @@ impl<'a> Session<'a> {
             outcome.tokens = position.tokens;
             outcome.seconds = position.seconds;
         }
+        let norms = folder.open_norms(done, args.log_norms)?;
+        let norms = norms.map(|log| Norms::new(backend, &trainer, log));
         Ok(Self {
             run,
             data,
@@ -284,6 +289,7 @@ impl<'a> Session<'a> {
             sampler,
             tokenizer,
             metrics: folder.open_metrics(done)?,
+            norms,
             progress: Progress::new(done + 1, args.max_steps, args.logging_interval),
             done,
             peak,
@@ -317,9 +323,19 @@ impl<'a> Session<'a> {
 
     /// Writes a checkpoint; the lines of its steps reach the disk before it does.
     fn save(&mut self, step: u64) -> Result<PathBuf, Error> {
-        let metrics = self.run.output_dir.join("metrics.jsonl");
-        self.metrics.sync_all().map_err(|cause| Error::io("write", &metrics, &cause))?;
-        let position = Position {
+        self.metrics.sync()?;
+        if let Some(norms) = &self.norms {
+            norms.sync()?;
+        }
+        let model = self.trainer.model();
+        let carried = resume::carried(self.trainer.states().unwrap_or_default());
+        let (state, position) = (self.trainer.state(), self.position(step));
+        self.store.save(self.backend, model.config(), model.layout(), state, &carried, position)
+    }
+
+    /// How far the run is after `step`.
+    fn position(&self, step: u64) -> Position {
+        Position {
             step,
             samples: step * resume::samples_per_step(&self.sampler),
             tokens: self.outcome.tokens,
@@ -329,10 +345,7 @@ impl<'a> Session<'a> {
             order: self.sampler.order,
             data: resume::identity(self.data, &self.sampler),
             settings: resume::settings(&self.run.args),
-        };
-        let model = self.trainer.model();
-        let (state, carried) = (self.trainer.state(), resume::carried(&self.trainer));
-        self.store.save(self.backend, model.config(), model.layout(), state, &carried, position)
+        }
     }
 
     /// The batch of one micro-step.
@@ -343,6 +356,7 @@ impl<'a> Session<'a> {
     fn step(&mut self, step: u64) -> Result<(), Error> {
         let start = Instant::now();
         let args = &self.run.args;
+        let before = self.trainer.states().map(<[_]>::to_vec);
         let (mut valid, mut tokens) = (0, 0);
         for micro in 0..args.grad_accum_usteps {
             let batch = self.batch(step, micro)?;
@@ -363,14 +377,16 @@ impl<'a> Session<'a> {
             weight_decay: args.weight_decay,
             step,
         };
+        if let Some(norms) = &mut self.norms {
+            norms.before_update(self.backend, &self.trainer, valid);
+        }
         let report = self.trainer.update(&hyper, args.max_grad_norm, valid);
         if !report.finite {
             self.progress.finish();
-            return Err(Error::new(format!(
-                "step {step}: loss {} with gradient norm {} is not finite; the update was not applied",
-                report.loss, report.grad_norm
-            ))
-            .with_hint("try a lower --lr, more --warmup-steps or --dtype float32"));
+            return Err(self.not_finite(step, before, report)?);
+        }
+        if let Some(norms) = &mut self.norms {
+            norms.after_update(step, self.backend, &self.trainer)?;
         }
         let seconds = start.elapsed().as_secs_f64();
         if step == 1 {
@@ -398,6 +414,43 @@ impl<'a> Session<'a> {
         })
     }
 
+    /// Runs the step that came to `report` again to find out why, from the states `before` it, and leaves all that
+    /// it takes to repeat it in the run folder.
+    ///
+    /// # Errors
+    /// The batches cannot be read again.
+    fn not_finite(
+        &mut self,
+        step: u64,
+        before: Option<Vec<State<elapid_cpu::Tensor>>>,
+        report: StepReport,
+    ) -> Result<Error, Error> {
+        let micro_steps = 0..self.run.args.grad_accum_usteps;
+        let recorded = Recorded {
+            batches: micro_steps.clone().map(|micro| self.batch(step, micro)).collect::<Result<_, _>>()?,
+            samples: micro_steps.map(|micro| self.sampler.indices(step - 1, micro)).collect(),
+        };
+        let carried = resume::carried(before.as_deref().unwrap_or_default());
+        let diagnosis = diagnose(self.backend, &mut self.trainer, &recorded, before);
+        let error = Error::new(format!(
+            "step {step}: loss {:?} with gradient norm {:?} is not finite; the update was not applied; {diagnosis}; it \
+             read {}",
+            report.loss,
+            report.grad_norm,
+            nonfinite::list(&recorded.samples)
+        ));
+        let place = NonFinite::write(self.folder.dir(), step, &self.run.args, &recorded, &diagnosis, |dir| {
+            let model = self.trainer.model();
+            let (state, position) = (self.trainer.state(), self.position(step - 1));
+            write_files(dir, self.backend, model.config(), model.layout(), state, &carried, position)
+        });
+        let repeat = match place {
+            Ok(place) => format!("`elapid replay {}` repeats the step", place.display()),
+            Err(cause) => format!("the step cannot be kept to be repeated: {cause}"),
+        };
+        Ok(error.with_hint(format!("try a lower --lr, more --warmup-steps or --dtype float32; {repeat}")))
+    }
+
     fn log(&mut self, figures: Figures) -> Result<(), Error> {
         let Figures { step, loss, lr, grad_norm, tokens, tokens_per_s, step_time_s, mfu, evaluation } =
             figures;
@@ -412,10 +465,7 @@ impl<'a> Session<'a> {
                 line["eval_bits_per_byte"] = bits.into();
             }
         }
-        let path = self.run.output_dir.join("metrics.jsonl");
-        // One write a line: whoever reads along sees whole lines.
-        let line = format!("{line}\n");
-        self.metrics.write_all(line.as_bytes()).map_err(|cause| Error::io("write", &path, &cause))?;
+        self.metrics.push(&line)?;
         self.progress.step(&figures);
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! One optimizer step: micro-steps that accumulate gradients, and an update.
 
-use elapid_tensor::{AdamW, Backend, Checkpointing, DType, State, Tape};
+use elapid_tensor::{AdamW, Backend, Checkpointing, DType, State, Tape, Watch};
 
 use super::Batch;
 use crate::model::{Layout, Mamba2ForCausalLM};
@@ -14,6 +14,17 @@ pub struct StepReport {
     pub grad_norm: f64,
     /// False: loss or gradient was not finite, and nothing was updated.
     pub finite: bool,
+}
+
+impl StepReport {
+    fn read<B: Backend>(backend: &B, loss: &B::Tensor, clip: &B::Tensor, valid: usize) -> Self {
+        let outcome = backend.values(clip);
+        Self {
+            loss: f64::from(backend.values(loss)[0]) / valid as f64,
+            grad_norm: f64::from(outcome[0]),
+            finite: outcome[2] != 0.0,
+        }
+    }
 }
 
 /// A model in training: parameters, accumulated gradients, AdamW's moments.
@@ -94,10 +105,22 @@ impl<'b, B: Backend> Trainer<'b, B> {
         result
     }
 
+    /// Forgets the micro-steps since the last update; `states` are the carried ones before them.
+    pub fn restart(&mut self, states: Option<Vec<State<B::Tensor>>>) {
+        self.backend.zero_buffer(&mut self.grads);
+        self.loss = None;
+        self.states = states;
+    }
+
     /// Forward and adjoints of one batch; adds to loss and gradients. Reads nothing back.
     pub fn micro_step(&mut self, batch: &Batch) {
+        self.watched_micro_step(batch, None);
+    }
+
+    /// [`Self::micro_step`], each of its tensors shown to `watch`.
+    pub fn watched_micro_step(&mut self, batch: &Batch, watch: Option<&Watch<'_, B::Tensor>>) {
         let backend = self.backend;
-        let mut tape = Tape::training(backend, &mut self.grads);
+        let mut tape = Tape::training(backend, &mut self.grads).watched(watch);
         let loss = batch.loss(&mut tape, &self.model, self.states.as_mut(), self.checkpointing);
         tape.backward(&[], &[]);
         self.loss = Some(match self.loss.take() {
@@ -115,13 +138,11 @@ impl<'b, B: Backend> Trainer<'b, B> {
     pub fn update(&mut self, hyper: &AdamW, max_norm: f32, valid: usize) -> StepReport {
         let [clip, loss] = self.enqueue_update(hyper, max_norm, valid);
         // The step is enqueued; only now does the host look.
-        let outcome = self.backend.values(&clip);
-        let finite = outcome[2] != 0.0;
-        if finite {
+        let report = StepReport::read(self.backend, &loss, &clip, valid);
+        if report.finite {
             self.backend.zero_buffer(&mut self.grads);
         }
-        let loss = f64::from(self.backend.values(&loss)[0]) / valid as f64;
-        StepReport { loss, grad_norm: f64::from(outcome[0]), finite }
+        report
     }
 
     /// The part of [`Self::update`] that runs on the device: gives [`Backend::clip`]'s outcome and the sum of token
@@ -147,6 +168,16 @@ impl<'b, B: Backend> Trainer<'b, B> {
     /// Goes on from micro-steps that were taken elsewhere, whose losses come to `loss`.
     pub fn set_loss(&mut self, loss: B::Tensor) {
         self.loss = Some(loss);
+    }
+
+    /// What [`Self::update`] would report; nothing is updated.
+    ///
+    /// # Panics
+    /// Without a micro-step since the last update.
+    pub fn report(&self, valid: usize) -> StepReport {
+        let loss = self.loss.as_ref().expect("a report follows a micro-step");
+        let clip = self.backend.clip(&self.grads, loss, 1.0 / valid as f32, 0.0);
+        StepReport::read(self.backend, loss, &clip, valid)
     }
 
     /// Gives the model back.
