@@ -115,9 +115,12 @@ fn temporaries(
 ) -> u64 {
     let all = &computation.instructions;
     let position: HashMap<i64, usize> = all.iter().enumerate().map(|(at, i)| (i.id, at)).collect();
-    let mut stored = vec![false; all.len()]; // read by more than elementwise work
-    for i in all.iter().filter(|i| !is_elementwise(&i.opcode) && i.opcode != "reduce") {
-        i.operand_ids.iter().for_each(|id| stored[position[id]] = true);
+    let mut stored = vec![false; all.len()]; // read by more than elementwise work and reductions
+    for (at, i) in all.iter().enumerate().rev() {
+        let is_view = i.opcode == "reshape" || i.opcode == "opt-barrier";
+        if if is_view { stored[at] } else { !is_elementwise(&i.opcode) && i.opcode != "reduce" } {
+            i.operand_ids.iter().for_each(|id| stored[position[id]] = true);
+        }
     }
     // Buffers of each instruction, by number; their sizes and last uses.
     let mut buffers: Vec<Vec<usize>> = Vec::with_capacity(all.len());
@@ -134,8 +137,8 @@ fn temporaries(
             "get-tuple-element" => vec![operand(0)[i.tuple_index as usize]],
             "tuple" => (0..i.operand_ids.len()).flat_map(operand).collect(),
             opcode => {
-                let free = ["parameter", "constant", "iota", "broadcast"].contains(&opcode)
-                    || (is_elementwise(opcode) && !stored[at]);
+                let free =
+                    ["parameter", "constant"].contains(&opcode) || (is_elementwise(opcode) && !stored[at]);
                 let made = parts(i);
                 made.iter()
                     .map(|shape| {
