@@ -326,10 +326,10 @@ pub trait Backend: Sized + Sync + 'static {
         None
     }
 
-    /// `x`, for what is computed from it a second time instead of being kept: a backend that records keeps its compiler
-    /// from merging the two.
-    fn again(&self, x: &Self::Tensor) -> Self::Tensor {
-        x.clone()
+    /// `x` and the cotangent `dy`, for what is computed from `x` a second time instead of being kept: a backend that
+    /// records keeps its compiler from merging the two, and from the second before `dy` is there.
+    fn again(&self, x: &Self::Tensor, dy: Self::Tensor) -> (Self::Tensor, Self::Tensor) {
+        (x.clone(), dy)
     }
 
     // --- the update ---

@@ -449,9 +449,10 @@ impl<'a, B: Backend> Tape<'a, B> {
         let (out, after) = body(&mut inner, layer, input, before.as_ref());
         let body = body.clone();
         let out = self.record(out.value, move |pass, dy| {
+            let (again, dy) = pass.backend.again(&x.value, dy);
             let mut inner = Tape::training(pass.backend, pass.grads).watched(pass.watch);
             inner.layer = Some(layer);
-            let input = inner.variable(inner.backend.again(&x.value));
+            let input = inner.variable(again);
             let (out, _) = body(&mut inner, layer, input.clone(), before.as_ref());
             let dx = inner.backward(&[(&out, dy)], &[&input]).remove(0);
             if let Some(dx) = dx {

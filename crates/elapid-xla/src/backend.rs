@@ -10,7 +10,7 @@ use elapid_tensor::{
 
 use crate::buffer::{XlaBuffer, index, update};
 use crate::evaluate::Executor;
-use crate::hlo::graph::{Graph, Op, Place, Value};
+use crate::hlo::graph::{Graph, Kind, Op, Place, Value};
 use crate::hlo::{Literal, Module, Output, Shape, Type, emit};
 use crate::ops;
 use crate::tensor::{Recorded, Source, XlaTensor};
@@ -434,8 +434,13 @@ impl Backend for XlaBackend {
         (self.options.layers != LoopKind::Unrolled).then_some(self)
     }
 
-    fn again(&self, x: &XlaTensor) -> XlaTensor {
-        self.keep(self.get(x).unary("opt-barrier"))
+    fn again(&self, x: &XlaTensor, dy: XlaTensor) -> (XlaTensor, XlaTensor) {
+        self.scope("again", None);
+        let both = [self.get(x), self.get(&dy)];
+        let kind = Kind::Tuple(both.iter().map(Value::shape).collect());
+        let tuple = self.graph.tuple(&both);
+        let held = self.graph.push(Op::Plain("opt-barrier"), kind, vec![tuple]);
+        (self.keep(self.graph.element(held, 0)), self.keep(self.graph.element(held, 1)))
     }
 
     fn clip(&self, grads: &XlaBuffer, loss: &XlaTensor, scale: f32, max_norm: f32) -> XlaTensor {
