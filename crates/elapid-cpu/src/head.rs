@@ -3,15 +3,23 @@
 use elapid_tensor::{DType, IGNORE_LABEL, Sink};
 
 use crate::CpuBackend;
+use crate::comm::bytes_mut;
 use crate::math;
 use crate::matmul::{Into, Mat, matmul};
+use crate::parallel::Shared;
 use crate::tensor::{Buffer, Tensor};
 
 /// Logits of one block hold at most this many numbers (32 MiB), but never less than 16 positions.
 const BLOCK: usize = 8 << 20;
 
-pub(crate) fn forward(backend: &CpuBackend, x: &Tensor, weight: &Tensor, labels: &Tensor) -> Tensor {
-    blocks(backend, x, weight, labels, None).0
+pub(crate) fn forward(
+    backend: &CpuBackend,
+    x: &Tensor,
+    weight: &Tensor,
+    labels: &Tensor,
+    vocab: usize,
+) -> Tensor {
+    blocks(backend, x, weight, labels, vocab, None).0
 }
 
 pub(crate) fn adjoint(
@@ -19,9 +27,10 @@ pub(crate) fn adjoint(
     x: &Tensor,
     weight: &Tensor,
     labels: &Tensor,
+    vocab: usize,
     d_weight: Sink<'_, CpuBackend>,
 ) -> (Tensor, Tensor) {
-    let (loss, dx) = blocks(backend, x, weight, labels, Some(d_weight));
+    let (loss, dx) = blocks(backend, x, weight, labels, vocab, Some(d_weight));
     (loss, dx.expect("asked for"))
 }
 
@@ -30,42 +39,75 @@ fn blocks(
     x: &Tensor,
     weight: &Tensor,
     labels: &Tensor,
+    vocab: usize,
     mut d_weight: Option<Sink<'_, CpuBackend>>,
 ) -> (Tensor, Option<Tensor>) {
-    let &[vocab, d] = weight.shape() else { panic!("the head must be [V, D]") };
+    let &[width, d] = weight.shape() else { panic!("the head must be [V, D]") };
     let labels = labels.i32();
     let rows = labels.len();
     assert_eq!(x.len(), rows * d);
     let x32 = backend.cast_to(x, DType::F32);
     let weight = backend.cast_to(weight, DType::F32);
-    let weight = Mat::new(weight.f32(), vocab, d);
+    let weight = Mat::new(weight.f32(), width, d);
     let mut dx = d_weight.is_some().then(|| backend.pool.take::<f32>(rows * d));
 
-    let most = (BLOCK / vocab).max(16);
+    let tp = &backend.groups.tp;
+    let first_token = tp.rank() * width;
+    // Rows beyond the vocabulary are padding.
+    let valid = vocab.saturating_sub(first_token).min(width);
+    // The place of a label among this rank's logits: none where another rank has it.
+    let place = |label: i32| (label as usize).checked_sub(first_token).filter(|place| *place < valid);
+    let adjoint = d_weight.is_some();
+
+    let most = (BLOCK / width).max(16);
     // Even shares: a short last block would read the whole head for a few positions.
     let most = rows.div_ceil(rows.div_ceil(most).max(1));
-    let mut logits = backend.pool.take::<f32>(most * vocab);
+    let mut logits = backend.pool.take::<f32>(most * width);
     let mut loss = 0.0f64;
     let mut first = 0;
     while first < rows {
         let n = most.min(rows - first);
         let labels = &labels[first..first + n];
         let x = Mat::new(&x32.f32()[first * d..][..n * d], n, d);
-        let logits = logits.as_mut_slice::<f32>(n * vocab);
-        matmul(&backend.workers, Into::Set, logits, vocab, x, weight.t());
+        let logits = logits.as_mut_slice::<f32>(n * width);
+        matmul(&backend.workers, Into::Set, logits, width, x, weight.t());
+        let mut parts = vec![Part::default(); n];
         let mut losses = vec![0.0f32; n];
-        let shared = crate::parallel::Shared::new(&mut losses);
-        backend.workers.rows(logits, vocab, 4, |from, chunk| {
-            for (i, row) in (from..).zip(chunk.chunks_exact_mut(vocab)) {
-                // SAFETY: each position belongs to one piece.
-                let loss = unsafe { &mut shared.slice(i, 1)[0] };
-                *loss = backend.isa.run(|| cross_entropy(row, labels[i], d_weight.is_some()));
+        let (shared_parts, shared_losses) = (Shared::new(&mut parts), Shared::new(&mut losses));
+        backend.workers.rows(logits, width, 4, |from, chunk| {
+            for (i, row) in (from..).zip(chunk.chunks_exact_mut(width)) {
+                let (row, padding) = row.split_at_mut(valid);
+                padding.fill(0.0);
+                backend.isa.run(|| {
+                    let part = Part::of(row, labels[i], place(labels[i]));
+                    if tp.size() == 1 {
+                        let loss = part.finish(part, row, labels[i], place(labels[i]), adjoint);
+                        // SAFETY: each position belongs to one piece.
+                        unsafe { shared_losses.slice(i, 1)[0] = loss };
+                    }
+                    // SAFETY: as above.
+                    unsafe { shared_parts.slice(i, 1)[0] = part };
+                });
             }
         });
+        if tp.size() > 1 {
+            let wholes = Part::over_ranks(backend, &parts);
+            let shared = Shared::new(&mut losses);
+            backend.workers.rows(logits, width, 4, |from, chunk| {
+                for (i, row) in (from..).zip(chunk.chunks_exact_mut(width)) {
+                    let row = &mut row[..valid];
+                    // SAFETY: each position belongs to one piece.
+                    let loss = unsafe { &mut shared.slice(i, 1)[0] };
+                    *loss = backend
+                        .isa
+                        .run(|| parts[i].finish(wholes[i], row, labels[i], place(labels[i]), adjoint));
+                }
+            });
+        }
         loss += losses.iter().map(|&l| f64::from(l)).sum::<f64>();
         if let (Some(Sink { buffer, slot }), Some(dx)) = (&mut d_weight, &mut dx) {
             let buffer: &mut Buffer = buffer;
-            let d_logits = Mat::new(logits, n, vocab);
+            let d_logits = Mat::new(logits, n, width);
             let dx = &mut dx.as_mut_slice::<f32>(rows * d)[first * d..][..n * d];
             matmul(&backend.workers, Into::Set, dx, d, d_logits, weight);
             matmul(&backend.workers, Into::Add, buffer.slot_mut(slot), d, d_logits.t(), x);
@@ -76,32 +118,76 @@ fn blocks(
     (loss, dx.map(|dx| backend.cast_to(&Tensor::new(dx, x.shape(), DType::F32), x.dtype())))
 }
 
-/// −log softmax(row)[label]; `row` is overwritten, with `adjoint` by its derivative softmax(row) − onehot(label).
-/// An ignored label gives 0 and zeros.
-#[inline(always)]
-fn cross_entropy(row: &mut [f32], label: i32, adjoint: bool) -> f32 {
-    if label == IGNORE_LABEL {
-        if adjoint {
-            row.fill(0.0);
+/// What the cross entropy of a position needs to know of its logits, of one rank or of all.
+#[derive(Clone, Copy, Default)]
+struct Part {
+    max: f32,
+    /// Σ e^(logit − max).
+    sum: f32,
+    /// That of the label; 0 where it is another rank's.
+    logit: f32,
+}
+
+impl Part {
+    /// Replaces the logits by e^(logit − max), unless the label is ignored.
+    #[inline(always)]
+    fn of(row: &mut [f32], label: i32, place: Option<usize>) -> Self {
+        if label == IGNORE_LABEL {
+            return Self::default();
         }
-        return 0.0;
+        // Lanes, since a running maximum would be a chain of compares; a NaN goes to the sum below.
+        let mut lanes = [f32::NEG_INFINITY; 16];
+        for part in row.chunks(16) {
+            lanes.iter_mut().zip(part).for_each(|(m, x)| *m = if *x > *m { *x } else { *m });
+        }
+        let max = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
+        let logit = place.map_or(0.0, |place| row[place]);
+        row.iter_mut().for_each(|x| *x = math::exp(*x - max));
+        Self { max, sum: math::sum_map([row], |[x]| x), logit }
     }
-    // Lanes, since a running maximum would be a chain of compares; a NaN goes to the sum below.
-    let mut lanes = [f32::NEG_INFINITY; 16];
-    for part in row.chunks(16) {
-        lanes.iter_mut().zip(part).for_each(|(m, x)| *m = if *x > *m { *x } else { *m });
+
+    /// The parts of all tensor-parallel ranks in one, position by position.
+    fn over_ranks(backend: &CpuBackend, parts: &[Self]) -> Vec<Self> {
+        let (n, tp) = (parts.len(), &backend.groups.tp);
+        // `[tp, n, 3]`
+        let mut all = vec![0.0f32; tp.size() * n * 3];
+        for (to, part) in all[tp.rank() * n * 3..].chunks_exact_mut(3).zip(parts) {
+            to.copy_from_slice(&[part.max, part.sum, part.logit]);
+        }
+        tp.all_gather(bytes_mut(&mut all));
+        let of = |rank: usize, i: usize| &all[(rank * n + i) * 3..][..3];
+        let whole = |i| {
+            let ranks = || (0..tp.size()).map(|rank| of(rank, i));
+            let max = ranks().map(|part| part[0]).fold(f32::NEG_INFINITY, f32::max);
+            // A rank that holds nothing but padding has a sum of 0.
+            let sum =
+                ranks().filter(|part| part[1] != 0.0).map(|part| part[1] * math::exp(part[0] - max)).sum();
+            Self { max, sum, logit: ranks().map(|part| part[2]).sum() }
+        };
+        (0..n).map(whole).collect()
     }
-    let max = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
-    let logit = row[label as usize];
-    row.iter_mut().for_each(|x| *x = math::exp(*x - max));
-    let sum = math::sum_map([row], |[x]| x);
-    if adjoint {
-        let scale = 1.0 / sum;
-        row.iter_mut().for_each(|x| *x *= scale);
-        row[label as usize] -= 1.0;
+
+    /// −log softmax(row)[label] with the logits of all ranks in `whole`. With `adjoint` the row, as [`Self::of`] left
+    /// it, is overwritten by its derivative softmax(row) − onehot(label). An ignored label gives 0 and zeros.
+    #[inline(always)]
+    fn finish(self, whole: Self, row: &mut [f32], label: i32, place: Option<usize>, adjoint: bool) -> f32 {
+        if label == IGNORE_LABEL {
+            if adjoint {
+                row.fill(0.0);
+            }
+            return 0.0;
+        }
+        if adjoint {
+            let shrink = if self.max == whole.max { 1.0 } else { math::exp(self.max - whole.max) };
+            let scale = shrink / whole.sum;
+            row.iter_mut().for_each(|x| *x *= scale);
+            if let Some(place) = place {
+                row[place] -= 1.0;
+            }
+        }
+        // The difference first: ln + max would round to the digits of max.
+        whole.sum.ln() + (whole.max - whole.logit)
     }
-    // The difference first: ln + max would round to the digits of max.
-    sum.ln() + (max - logit)
 }
 
 #[cfg(test)]
@@ -121,17 +207,23 @@ mod tests {
         let shape = FlatShape { layers: 0, row: 0, shared: slot.len() };
         let weight = backend.view(&backend.buffer(shape, DType::F32), &slot);
         let mut grads = backend.buffer(shape, DType::F32);
-        backend.head_loss(&x, &weight, &labels);
-        backend.head_loss_adjoint(&x, &weight, &labels, Sink { buffer: &mut grads, slot: &slot });
+        backend.head_loss(&x, &weight, &labels, vocab);
+        backend.head_loss_adjoint(&x, &weight, &labels, vocab, Sink { buffer: &mut grads, slot: &slot });
         // All blocks came back, so what is idle is at least what was ever held at once.
         let idle = backend.pool.idle_bytes();
         assert!(idle < 4 * (BLOCK + 4 * rows * d), "{idle} bytes");
     }
 
+    fn cross_entropy(row: &mut [f32], label: i32) -> f32 {
+        let place = Some(label as usize);
+        let part = Part::of(row, label, place);
+        part.finish(part, row, label, place, true)
+    }
+
     #[test]
     fn a_small_loss_beside_large_logits_keeps_its_digits() {
         // ln(1 + e⁻⁵) + 1000 − 1000
-        let loss = cross_entropy(&mut [1000.0, 995.0], 0, false);
+        let loss = cross_entropy(&mut [1000.0, 995.0], 0);
         let want = (-5.0f64).exp().ln_1p();
         assert!((f64::from(loss) - want).abs() < 1e-4 * want, "{loss} instead of {want}");
     }
@@ -146,10 +238,10 @@ mod tests {
             ([f32::NEG_INFINITY; 3], 2),
             ([f32::NEG_INFINITY, 0.0, 1.0], 0),
         ] {
-            assert!(!cross_entropy(&mut row.clone(), label, true).is_finite(), "{row:?} {label}");
+            assert!(!cross_entropy(&mut row.clone(), label).is_finite(), "{row:?} {label}");
         }
         // A masked logit is none of these.
-        let loss = cross_entropy(&mut [f32::NEG_INFINITY, 0.0, 0.0], 1, true);
+        let loss = cross_entropy(&mut [f32::NEG_INFINITY, 0.0, 0.0], 1);
         assert!((loss - 2f32.ln()).abs() < 1e-6, "{loss}");
     }
 }

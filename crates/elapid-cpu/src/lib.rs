@@ -3,6 +3,8 @@
 //! Results are the same bits with any number of threads (see `parallel`); the instruction set is chosen at run time
 //! (see [`Isa`]).
 
+pub mod comm;
+mod courier;
 mod embedding;
 mod head;
 mod isa;
@@ -13,24 +15,29 @@ mod matmul;
 mod memory;
 mod norm;
 mod parallel;
+mod ranks;
 mod tensor;
 mod update;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use elapid_tensor::{
-    AdamW, Backend, DType, FlatShape, Mamba2Grads, Mamba2Inputs, Mamba2Output, Mamba2Sinks, Mamba2Spec,
-    Mamba2Weights, Sink, Slot, State,
+    AdamW, Backend, Clipping, DType, FlatShape, Group, Mamba2Grads, Mamba2Inputs, Mamba2Output, Mamba2Sinks,
+    Mamba2Spec, Mamba2Weights, Row, Sink, Slot, State,
 };
 use half::bf16;
 
 pub use isa::Isa;
 pub use tensor::{Buffer, Tensor};
 
+use comm::{Communicator, FloatsMut, Groups, Reduce};
+use courier::Courier;
+pub use courier::Pending;
 use memory::Pool;
 use parallel::{ROWS, Workers};
 
-/// How a [`CpuBackend`] works; none of it changes results but for the instruction set of matrix products.
+/// How a [`CpuBackend`] works. But for the instruction set of matrix products, none of what concerns one rank changes
+/// results.
 #[derive(Clone, Debug, Default)]
 pub struct CpuOptions {
     /// Worker threads; None: one a core.
@@ -39,6 +46,8 @@ pub struct CpuOptions {
     pub isa: Option<Isa>,
     /// Fill every piece of memory with NaN before it is used. For tests: finds reads of what was never written.
     pub poison: bool,
+    /// The ranks it works with.
+    pub groups: Groups,
 }
 
 /// Why a [`CpuBackend`] could not be made.
@@ -66,6 +75,8 @@ pub struct CpuBackend {
     workers: Workers,
     isa: Isa,
     pool: Arc<Pool>,
+    groups: Groups,
+    courier: OnceLock<Courier>,
 }
 
 impl CpuBackend {
@@ -81,7 +92,13 @@ impl CpuBackend {
         let cores = || std::thread::available_parallelism().map_or(1, usize::from);
         let threads = options.threads.unwrap_or_else(cores).max(1);
         let workers = Workers::new(threads).map_err(CpuError::Threads)?;
-        Ok(Self { workers, isa, pool: Pool::new(options.poison) })
+        Ok(Self {
+            workers,
+            isa,
+            pool: Pool::new(options.poison),
+            groups: options.groups.clone(),
+            courier: OnceLock::new(),
+        })
     }
 
     /// Number of worker threads.
@@ -114,6 +131,14 @@ impl CpuBackend {
             best = best.min(start.elapsed().as_secs_f64());
         }
         2.0 * (N * N * N) as f64 / best
+    }
+
+    /// The ranks of a group.
+    fn group(&self, group: Group) -> &Arc<dyn Communicator> {
+        match group {
+            Group::Tp => &self.groups.tp,
+            Group::Dp => &self.groups.dp,
+        }
     }
 
     /// A tensor made row by row: `f(row, output row, scratch of `scratch` numbers)`. Output rows are fp32 and hold
@@ -192,6 +217,23 @@ impl CpuBackend {
         Tensor::new(block, shape, DType::F32)
     }
 
+    /// Sums `values` with those of the neighbouring tensor-parallel ranks: `ranks` of them together, from a multiple of
+    /// that number on.
+    fn sum_over_neighbours(&self, values: &mut [f32], ranks: usize) {
+        let tp = &self.groups.tp;
+        if ranks == tp.size() {
+            tp.all_reduce(FloatsMut::F32(values), Reduce::Sum);
+            return;
+        }
+        // One sum over all ranks, in which each fills in the place of its own neighbourhood.
+        let mut all = vec![0.0; tp.size() / ranks * values.len()];
+        let own = tp.rank() / ranks * values.len();
+        let own = own..own + values.len();
+        all[own.clone()].copy_from_slice(values);
+        tp.all_reduce(FloatsMut::F32(&mut all), Reduce::Sum);
+        values.copy_from_slice(&all[own]);
+    }
+
     /// Σ over rows of `x` `[rows, width]`.
     fn sum_rows(&self, x: &[f32], width: usize) -> Vec<f32> {
         const COLUMNS: usize = 64;
@@ -208,6 +250,7 @@ impl CpuBackend {
 impl Backend for CpuBackend {
     type Tensor = Tensor;
     type Buffer = Buffer;
+    type Pending = Pending;
 
     fn tensor(&self, values: &[f32], shape: &[usize], dtype: DType) -> Tensor {
         assert_eq!(values.len(), shape.iter().product::<usize>());
@@ -312,6 +355,41 @@ impl Backend for CpuBackend {
         linear::adjoint(self, x, weight, dy, d_weight, d_bias)
     }
 
+    fn add_bias(&self, x: &Tensor, bias: &Tensor) -> Tensor {
+        let width = x.last();
+        assert_eq!(bias.shape(), [width]);
+        self.build(x.shape(), x.dtype(), width, |row, out, scratch| {
+            x.floats().load(row * width, out);
+            let bias = bias.floats().row(0, scratch);
+            out.iter_mut().zip(bias).for_each(|(o, b)| *o += b);
+        })
+    }
+
+    fn add_bias_adjoint(&self, dy: &Tensor, d_bias: Sink<'_, Self>) {
+        let dy = self.cast_to(dy, DType::F32);
+        let sums = self.sum_rows(dy.f32(), dy.last());
+        d_bias.buffer.slot_mut(d_bias.slot).iter_mut().zip(&sums).for_each(|(g, s)| *g += s);
+    }
+
+    fn resize(&self, x: &Tensor, len: usize) -> Tensor {
+        let mut shape = x.shape().to_vec();
+        let old = std::mem::replace(&mut shape[1], len);
+        if old == len {
+            return x.clone();
+        }
+        let width = shape[2..].iter().product::<usize>();
+        // Rows of a sequence are the last axis here, whatever they are made of.
+        let rows = self.build(&[shape[0] * len, width], x.dtype(), 0, |row, out, _| {
+            let (b, l) = (row / len, row % len);
+            if l < old {
+                x.floats().load((b * old + l) * width, out);
+            } else {
+                out.fill(0.0);
+            }
+        });
+        rows.reshaped(&shape)
+    }
+
     fn add(&self, a: &Tensor, b: &Tensor) -> Tensor {
         assert_eq!(a.shape(), b.shape());
         let width = a.last();
@@ -354,8 +432,8 @@ impl Backend for CpuBackend {
         mamba2::adjoint(self, spec, inputs, weights, saved, dy, d_state, grads, sinks)
     }
 
-    fn head_loss(&self, x: &Tensor, weight: &Tensor, labels: &Tensor) -> Tensor {
-        head::forward(self, x, weight, labels)
+    fn head_loss(&self, x: &Tensor, weight: &Tensor, labels: &Tensor, vocab: usize) -> Tensor {
+        head::forward(self, x, weight, labels, vocab)
     }
 
     fn head_loss_adjoint(
@@ -363,17 +441,67 @@ impl Backend for CpuBackend {
         x: &Tensor,
         weight: &Tensor,
         labels: &Tensor,
+        vocab: usize,
         d_weight: Sink<'_, Self>,
     ) -> (Tensor, Tensor) {
-        head::adjoint(self, x, weight, labels, d_weight)
+        head::adjoint(self, x, weight, labels, vocab, d_weight)
     }
 
     fn logits(&self, x: &Tensor, weight: &Tensor) -> Tensor {
         linear::product(self, x, weight, None)
     }
 
-    fn clip(&self, grads: &Buffer, loss: &Tensor, scale: f32, max_norm: f32) -> Tensor {
-        update::clip(self, grads, loss, scale, max_norm)
+    fn group_size(&self, group: Group) -> usize {
+        self.group(group).size()
+    }
+
+    fn group_rank(&self, group: Group) -> usize {
+        self.group(group).rank()
+    }
+
+    fn all_reduce(&self, x: &Tensor, group: Group) -> Tensor {
+        ranks::all_reduce(self, x, Reduce::Sum, group)
+    }
+
+    fn all_reduce_max(&self, x: &Tensor, group: Group) -> Tensor {
+        assert_eq!(x.dtype(), DType::F32);
+        ranks::all_reduce(self, x, Reduce::Max, group)
+    }
+
+    fn all_gather(&self, x: &Tensor, axis: usize, group: Group) -> Tensor {
+        ranks::all_gather(self, x, axis, group)
+    }
+
+    fn reduce_scatter(&self, x: &Tensor, axis: usize, group: Group) -> Tensor {
+        ranks::reduce_scatter(self, x, axis, group)
+    }
+
+    fn all_reduce_slot(&self, buffer: &mut Buffer, slot: &Slot, group: Group) {
+        ranks::all_reduce_slot(self, buffer, slot, group);
+    }
+
+    fn sum_slot_over_neighbours(&self, buffer: &mut Buffer, slot: &Slot, ranks: usize) {
+        self.sum_over_neighbours(buffer.slot_mut(slot), ranks);
+    }
+
+    fn reduce_scatter_row(&self, whole: &mut Buffer, row: Row, shard: &mut Buffer, group: Group) {
+        ranks::reduce_scatter_row(self, whole, row, shard, group);
+    }
+
+    fn start_sum(&self, buffer: &Buffer, row: Row, scatter: bool, group: Group) -> Pending {
+        self.courier.get_or_init(Courier::new).start(self, buffer, row, scatter, group)
+    }
+
+    fn finish_sum(&self, pending: Pending, to: &mut Buffer) {
+        pending.finish(to);
+    }
+
+    fn all_gather_row(&self, shard: &Buffer, row: Row, whole: &mut Buffer, group: Group) {
+        ranks::all_gather_row(self, shard, row, whole, group);
+    }
+
+    fn clip(&self, grads: &Buffer, loss: &Tensor, clipping: &Clipping<'_>) -> Tensor {
+        update::clip(self, grads, loss, clipping)
     }
 
     fn adamw(

@@ -17,11 +17,13 @@ struct Line([u8; 64]);
 ///
 /// # Safety
 /// The type must have no padding, no invalid bit pattern, an alignment of at most 64, and a size that divides 64.
-pub(crate) unsafe trait Plain: Copy {}
+pub unsafe trait Plain: Copy {}
 // SAFETY: a float of 4 bytes.
 unsafe impl Plain for f32 {}
 // SAFETY: a float of 4 bytes in an integer.
 unsafe impl Plain for i32 {}
+// SAFETY: an integer of 8 bytes.
+unsafe impl Plain for u64 {}
 // SAFETY: `repr(transparent)` over u16.
 unsafe impl Plain for bf16 {}
 

@@ -36,12 +36,18 @@ impl Tensor {
         self.shape.iter().product()
     }
 
+    /// The same numbers with other extents.
+    pub(crate) fn reshaped(self, shape: &[usize]) -> Self {
+        assert_eq!(self.len(), shape.iter().product::<usize>());
+        Self { shape: shape.to_vec(), ..self }
+    }
+
     /// Extent of the last axis; 1 for a scalar.
     pub(crate) fn last(&self) -> usize {
         self.shape.last().copied().unwrap_or(1)
     }
 
-    fn slice<T: Plain>(&self) -> &[T] {
+    pub(crate) fn slice<T: Plain>(&self) -> &[T] {
         &self.block.as_slice(self.offset + self.len())[self.offset..]
     }
 

@@ -1,8 +1,9 @@
 //! Clipping and AdamW over flat buffers.
 
-use elapid_tensor::AdamW;
+use elapid_tensor::{AdamW, Clipping};
 
 use crate::CpuBackend;
+use crate::comm;
 use crate::math;
 use crate::tensor::{Buffer, Tensor};
 
@@ -10,14 +11,22 @@ use crate::tensor::{Buffer, Tensor};
 const PIECE: usize = 1 << 16;
 
 /// `[norm, factor, finite]`; see the contract.
-pub(crate) fn clip(backend: &CpuBackend, grads: &Buffer, loss: &Tensor, scale: f32, max_norm: f32) -> Tensor {
+pub(crate) fn clip(backend: &CpuBackend, grads: &Buffer, loss: &Tensor, clipping: &Clipping<'_>) -> Tensor {
+    let &Clipping { scale, max_norm, uncounted, over } = clipping;
     let grads = grads.f32();
     let mut squares = vec![0.0f64; grads.len().div_ceil(PIECE)];
     backend.workers.rows(&mut squares, 1, 1, |piece, sum| {
-        let part = &grads[piece * PIECE..grads.len().min((piece + 1) * PIECE)];
-        sum[0] = backend.isa.run(|| math::sum_of_squares(part));
+        let (mut from, to) = (piece * PIECE, grads.len().min((piece + 1) * PIECE));
+        let gaps = uncounted.iter().map(|range| (range.start, range.end));
+        for (gap, after) in gaps.chain([(to, to)]) {
+            let part = &grads[from..gap.clamp(from, to)];
+            sum[0] += backend.isa.run(|| math::sum_of_squares(part));
+            from = after.clamp(from, to);
+        }
     });
-    let norm = (squares.iter().sum::<f64>().sqrt() * f64::from(scale)) as f32;
+    let own = squares.iter().sum();
+    let squares = over.iter().fold(own, |sum, &group| comm::sum(&**backend.group(group), sum));
+    let norm = (squares.sqrt() * f64::from(scale)) as f32;
     let clip = if max_norm > 0.0 { (max_norm / (norm + 1e-6)).min(1.0) } else { 1.0 };
     let finite = norm.is_finite() && loss.f32()[0].is_finite();
     backend.scalars(&[norm, scale * clip, f32::from(u8::from(finite))], &[3])

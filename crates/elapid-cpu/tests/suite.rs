@@ -6,7 +6,13 @@ use elapid_cpu::{CpuBackend, CpuOptions, Isa};
 use elapid_tensor::suite;
 
 fn backend(threads: usize, isa: Isa) -> CpuBackend {
-    CpuBackend::new(&CpuOptions { threads: Some(threads), isa: Some(isa), poison: true }).unwrap()
+    CpuBackend::new(&CpuOptions {
+        threads: Some(threads),
+        isa: Some(isa),
+        poison: true,
+        ..CpuOptions::default()
+    })
+    .unwrap()
 }
 
 #[test]

@@ -5,7 +5,9 @@
 //! what earlier micro-steps left there. Nothing is read back to the host inside an op, so that a backend may
 //! record instead of computing.
 
-use crate::flat::{FlatShape, Slot};
+use std::ops::Range;
+
+use crate::flat::{FlatShape, Row, Slot};
 use crate::layer_loop::LayerLoop;
 
 /// A label that takes no part in the loss.
@@ -31,7 +33,7 @@ pub enum NormGroup {
     Across,
 }
 
-/// The constants of the `mamba2` op.
+/// The constants of the `mamba2` op. Where tensor-parallel ranks share a model, heads and groups are those of one rank.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Mamba2Spec {
     /// H.
@@ -50,6 +52,9 @@ pub struct Mamba2Spec {
     pub dt_limit: (f32, f32),
     /// Width of the gated norm's mean.
     pub norm: NormGroup,
+    /// So many neighbouring tensor-parallel ranks share each mean of the gated norm, the first of them at a multiple of
+    /// that number; 1: each mean is a rank's own.
+    pub norm_ranks: usize,
     /// Added to the mean square of the gated norm.
     pub norm_eps: f32,
 }
@@ -70,7 +75,7 @@ impl Mamba2Spec {
         self.inner() + self.conv_channels() + self.heads
     }
 
-    /// Channels that share one mean of the gated norm.
+    /// Channels of this rank that share one mean of the gated norm.
     pub fn norm_width(&self) -> usize {
         match self.norm {
             NormGroup::PerGroup => self.inner() / self.groups,
@@ -174,6 +179,35 @@ pub struct Sink<'a, B: Backend> {
     pub slot: &'a Slot,
 }
 
+/// Ranks that work together. Every rank belongs to one of each kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Group {
+    /// Ranks that share a batch and cut the parameters among themselves.
+    Tp,
+    /// Ranks that hold the same parameters and share the samples.
+    Dp,
+}
+
+/// How gradients become one norm, and what they are multiplied by.
+#[derive(Clone, Copy, Debug)]
+pub struct Clipping<'a> {
+    /// 1 / number of labels that count, over the whole global batch.
+    pub scale: f32,
+    /// The norm that the gradients keep to; 0 or less: any.
+    pub max_norm: f32,
+    /// Elements of the buffer that another rank counts: in order, without overlaps.
+    pub uncounted: &'a [Range<usize>],
+    /// The squares are summed over the ranks of these groups.
+    pub over: &'a [Group],
+}
+
+impl Clipping<'_> {
+    /// For a rank that holds all gradients.
+    pub fn alone(scale: f32, max_norm: f32) -> Self {
+        Self { scale, max_norm, uncounted: &[], over: &[] }
+    }
+}
+
 /// Host scalars of one AdamW update.
 #[derive(Clone, Copy, Debug)]
 pub struct AdamW {
@@ -200,6 +234,8 @@ pub trait Backend: Sized + Sync + 'static {
     type Tensor: Clone + Send + Sync + 'static;
     /// A flat buffer of [`FlatShape`]: parameters, gradients or moments.
     type Buffer: Send + Sync;
+    /// A row on its way between the ranks.
+    type Pending: Send;
 
     // --- host and device ---
 
@@ -234,10 +270,12 @@ pub trait Backend: Sized + Sync + 'static {
 
     // --- ops ---
 
-    /// Rows of `table` `[V, D]` at `ids` `[B, L]`: `[B, L, D]` in `out` dtype.
+    /// Rows of `table` `[V, D]` at `ids` `[B, L]`: `[B, L, D]` in `out` dtype. Where tensor-parallel ranks share the
+    /// vocabulary, rank r holds the rows from r·V on, and a token of another rank gives zeros.
     fn embedding(&self, table: &Self::Tensor, ids: &Self::Tensor, out: DType) -> Self::Tensor;
 
-    /// Adds the rows of `dy` `[B, L, D]` to the rows `ids` of the table's gradient `[V, D]`.
+    /// Adds the rows of `dy` `[B, L, D]` to the rows `ids` of the table's gradient `[V, D]`, as far as they are this
+    /// rank's.
     fn embedding_adjoint(&self, ids: &Self::Tensor, dy: &Self::Tensor, d_table: Sink<'_, Self>);
 
     /// `x / sqrt(mean(x²) + eps) · weight` over the last axis D, in `out` dtype; the mean in fp32.
@@ -265,6 +303,16 @@ pub trait Backend: Sized + Sync + 'static {
         d_weight: Sink<'_, Self>,
         d_bias: Option<&Slot>,
     ) -> Self::Tensor;
+
+    /// `x [.., O] + bias [O]` in the dtype of `x`.
+    fn add_bias(&self, x: &Self::Tensor, bias: &Self::Tensor) -> Self::Tensor;
+
+    /// Adds the sum of the rows of `dy` to the gradient of the bias. The cotangent of `x` is `dy` itself.
+    fn add_bias_adjoint(&self, dy: &Self::Tensor, d_bias: Sink<'_, Self>);
+
+    /// `x [B, L, ..]` with axis 1 made `len` long: cut off at its end, or filled up with zeros there. The adjoint is the
+    /// same op with the old length.
+    fn resize(&self, x: &Self::Tensor, len: usize) -> Self::Tensor;
 
     /// `a + b` in the dtype of `a`. Its adjoint is [`Backend::cast`] to either side.
     fn add(&self, a: &Self::Tensor, b: &Self::Tensor) -> Self::Tensor;
@@ -304,20 +352,76 @@ pub trait Backend: Sized + Sync + 'static {
     /// Sum over positions of the cross entropy of `softmax(x · weightᵀ)` against `labels`, fp32, shape `[]`.
     /// `x` `[B, L, D]`, `weight` `[V, D]`, `labels` `[B, L]` with [`IGNORE_LABEL`] where there is none.
     /// Works in blocks of positions: the `[B, L, V]` logits never exist at once.
-    fn head_loss(&self, x: &Self::Tensor, weight: &Self::Tensor, labels: &Self::Tensor) -> Self::Tensor;
+    ///
+    /// Where tensor-parallel ranks share the vocabulary, rank r holds the rows from r·V on, and the softmax is over the
+    /// first `vocab` tokens of all ranks together: rows beyond are padding (trap T11). Every rank gets the same loss.
+    fn head_loss(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Tensor,
+        labels: &Self::Tensor,
+        vocab: usize,
+    ) -> Self::Tensor;
 
     /// [`Backend::head_loss`] and its adjoint in one pass over the blocks: (loss, cotangent of `x`). The loss is the
-    /// end of every training graph, so its own cotangent is 1; adds to the gradient of `weight`.
+    /// end of every training graph, so its own cotangent is 1; adds to the gradient of `weight`. The cotangent of `x` is
+    /// the share of this rank's rows.
     fn head_loss_adjoint(
         &self,
         x: &Self::Tensor,
         weight: &Self::Tensor,
         labels: &Self::Tensor,
+        vocab: usize,
         d_weight: Sink<'_, Self>,
     ) -> (Self::Tensor, Self::Tensor);
 
     /// fp32 logits `x [.., D] · weight [V, D]ᵀ`, for decoding.
     fn logits(&self, x: &Self::Tensor, weight: &Self::Tensor) -> Self::Tensor;
+
+    // --- ranks ---
+    // All ranks of a group call the same of these in the same order. Sums are in fp32 and in rank order: the same bits
+    // on every rank. In a group of one they give back what they are given.
+
+    /// Ranks in this rank's group.
+    fn group_size(&self, group: Group) -> usize;
+
+    /// This rank's number in its group, from 0.
+    fn group_rank(&self, group: Group) -> usize;
+
+    /// Σ of `x` over the ranks, in the dtype of `x`.
+    fn all_reduce(&self, x: &Self::Tensor, group: Group) -> Self::Tensor;
+
+    /// The largest of `x` over the ranks, by element. fp32.
+    fn all_reduce_max(&self, x: &Self::Tensor, group: Group) -> Self::Tensor;
+
+    /// The `x` of all ranks one after the other along `axis`, in rank order.
+    fn all_gather(&self, x: &Self::Tensor, axis: usize, group: Group) -> Self::Tensor;
+
+    /// This rank's part of Σ of `x` over the ranks, cut along `axis` into equal parts; the conjugate of
+    /// [`Backend::all_gather`].
+    fn reduce_scatter(&self, x: &Self::Tensor, axis: usize, group: Group) -> Self::Tensor;
+
+    /// Replaces what lies at `slot` by its sum over the ranks.
+    fn all_reduce_slot(&self, buffer: &mut Self::Buffer, slot: &Slot, group: Group);
+
+    /// Replaces what lies at `slot` by its sum over `ranks` neighbouring tensor-parallel ranks, the first of them at a
+    /// multiple of that number. fp32.
+    fn sum_slot_over_neighbours(&self, buffer: &mut Self::Buffer, slot: &Slot, ranks: usize);
+
+    /// Replaces a row of `shard` by this rank's part of Σ of that row of `whole` over the ranks. The rows of `whole`
+    /// are as many times longer as there are ranks. What the row of `whole` holds afterwards is not specified.
+    fn reduce_scatter_row(&self, whole: &mut Self::Buffer, row: Row, shard: &mut Self::Buffer, group: Group);
+
+    /// Begins to sum a row of `buffer` over the ranks while this one goes on computing. `scatter`: only this rank's part
+    /// of the sum is wanted. Until [`Backend::finish_sum`] the rank uses `group` for nothing but further rows.
+    fn start_sum(&self, buffer: &Self::Buffer, row: Row, scatter: bool, group: Group) -> Self::Pending;
+
+    /// Waits for the sum and replaces by it the row of `to`: a buffer of the same extents, or of this rank's parts.
+    fn finish_sum(&self, pending: Self::Pending, to: &mut Self::Buffer);
+
+    /// Replaces a row of `whole` by the ranks' rows of `shard`, rounded to the dtype of `whole`. The rows of `whole` may
+    /// be shorter than all ranks' together: then they hold the last elements, in fp32.
+    fn all_gather_row(&self, shard: &Self::Buffer, row: Row, whole: &mut Self::Buffer, group: Group);
 
     // --- recording ---
 
@@ -336,8 +440,9 @@ pub trait Backend: Sized + Sync + 'static {
 
     /// From the accumulated gradients of the token-loss sum: `[norm, factor, finite]`, fp32. `norm` is the global
     /// norm of the gradients times `scale`; `factor` = scale · min(1, max_norm / (norm + 1e-6)), what a gradient is
-    /// multiplied by (`max_norm` ≤ 0: no clipping); `finite` is 1 where norm and `loss` are finite, else 0.
-    fn clip(&self, grads: &Self::Buffer, loss: &Self::Tensor, scale: f32, max_norm: f32) -> Self::Tensor;
+    /// multiplied by (`max_norm` ≤ 0: no clipping); `finite` is 1 where norm and `loss` are finite, else 0. The same on
+    /// all ranks of the groups that it sums over, if `loss` is.
+    fn clip(&self, grads: &Self::Buffer, loss: &Self::Tensor, clipping: &Clipping<'_>) -> Self::Tensor;
 
     /// One decoupled AdamW update of fp32 `params` and moments `m`, `v` with gradients `grads · clip.factor`; nothing
     /// changes where `clip.finite` is 0. Weight decay applies to the first `decayed` elements of each row

@@ -48,6 +48,29 @@ impl FlatShape {
         }
     }
 
+    /// All rows, in the order in which they lie.
+    pub fn rows(&self) -> impl DoubleEndedIterator<Item = Row> + use<> {
+        (0..self.layers).map(Row::Layer).chain([Row::Shared])
+    }
+
+    /// The slot that covers a row.
+    pub fn whole(&self, row: Row) -> Slot {
+        let len = match row {
+            Row::Shared => self.shared,
+            Row::Layer(_) => self.row,
+        };
+        Slot { row, offset: 0, shape: vec![len] }
+    }
+
+    /// Extents of one of `ranks` equal parts of every row.
+    ///
+    /// # Panics
+    /// If a row cannot be dealt out evenly.
+    pub fn shard(&self, ranks: usize) -> Self {
+        assert!(self.row.is_multiple_of(ranks) && self.shared.is_multiple_of(ranks), "{self:?} / {ranks}");
+        Self { layers: self.layers, row: self.row / ranks, shared: self.shared / ranks }
+    }
+
     /// Elements of `slot` inside the whole buffer.
     pub fn range(&self, slot: &Slot) -> Range<usize> {
         let start = self.start(slot.row) + slot.offset;

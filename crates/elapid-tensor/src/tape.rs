@@ -5,8 +5,8 @@
 //! remembers nothing. A [watched](Tape::watched) tape shows every tensor that it makes to whoever looks for the first
 //! one that is wrong.
 
-use crate::backend::{Backend, DType, Mamba2Inputs, Mamba2Spec, Mamba2Weights, Sink, State};
-use crate::flat::Slot;
+use crate::backend::{Backend, DType, Group, Mamba2Inputs, Mamba2Spec, Mamba2Weights, Sink, State};
+use crate::flat::{Row, Slot};
 use crate::layer_loop::{LayerLoop, Traced};
 
 /// A parameter: its value in compute dtype and the place of its gradient.
@@ -88,7 +88,11 @@ struct Backprop<'g, B: Backend> {
     grads: &'g mut B::Buffer,
     cotangents: Vec<Option<B::Tensor>>,
     watch: Option<&'g Watch<'g, B::Tensor>>,
+    done: Option<&'g mut RowDone<'g, B>>,
 }
+
+/// Told of each layer's row of gradients once nothing will be added to it any more.
+pub type RowDone<'a, B> = dyn FnMut(&B, &mut <B as Backend>::Buffer, Row) + 'a;
 
 impl<B: Backend> Backprop<'_, B> {
     fn take(&mut self, id: usize) -> Option<B::Tensor> {
@@ -130,6 +134,7 @@ pub struct Tape<'a, B: Backend> {
     adjoints: Vec<Adjoint<'a, B>>,
     vars: usize,
     watch: Option<&'a Watch<'a, B::Tensor>>,
+    done: Option<&'a mut RowDone<'a, B>>,
     /// The layer that is running.
     layer: Option<usize>,
 }
@@ -146,7 +151,7 @@ pub type LayerBody<'a, B> = dyn for<'t> Fn(
 impl<'a, B: Backend> Tape<'a, B> {
     /// A tape that computes and remembers nothing.
     pub fn inference(backend: &'a B) -> Self {
-        Self { backend, grads: None, adjoints: Vec::new(), vars: 0, watch: None, layer: None }
+        Self { backend, grads: None, adjoints: Vec::new(), vars: 0, watch: None, done: None, layer: None }
     }
 
     /// A tape whose [`Tape::backward`] adds parameter gradients to `grads`.
@@ -158,6 +163,11 @@ impl<'a, B: Backend> Tape<'a, B> {
     /// computed stays the same; reading it back takes its time.
     pub fn watched(self, watch: Option<&'a Watch<'a, B::Tensor>>) -> Self {
         Self { watch, ..self }
+    }
+
+    /// Tells `done` of every layer whose gradients are complete, as [`Tape::backward`] comes past it.
+    pub fn telling(self, done: Option<&'a mut RowDone<'a, B>>) -> Self {
+        Self { done, ..self }
     }
 
     /// The device this tape runs on.
@@ -256,6 +266,76 @@ impl<'a, B: Backend> Tape<'a, B> {
         })
     }
 
+    /// See [`Backend::add_bias`].
+    pub fn add_bias(&mut self, x: &Var<B::Tensor>, bias: &Weight<B::Tensor>) -> Var<B::Tensor> {
+        let value = self.backend.add_bias(&x.value, &bias.value);
+        let (id, slot) = (x.id, bias.slot.clone());
+        self.record(value, move |pass, dy| {
+            let backend = pass.backend;
+            backend.add_bias_adjoint(&dy, pass.sink(&slot));
+            pass.give(id, dy);
+        })
+    }
+
+    /// An op with one input and no parameter.
+    fn unary(
+        &mut self,
+        x: &Var<B::Tensor>,
+        op: impl FnOnce(&B, &B::Tensor) -> B::Tensor,
+        adjoint: impl FnOnce(&B, B::Tensor) -> B::Tensor + 'a,
+    ) -> Var<B::Tensor> {
+        let (value, id) = (op(self.backend, &x.value), x.id);
+        self.record(value, move |pass, dy| {
+            let dx = adjoint(pass.backend, dy);
+            pass.give(id, dx);
+        })
+    }
+
+    /// True where this rank has no tensor-parallel neighbours, and `x` stands for what an op among them would give.
+    fn alone(&self) -> bool {
+        self.backend.group_size(Group::Tp) == 1
+    }
+
+    /// `x`, which is the same on all tensor-parallel ranks, where each goes on with it in its own way: the cotangents
+    /// are summed. Conjugate of [`Self::reduce_from_tp`].
+    pub fn copy_to_tp(&mut self, x: &Var<B::Tensor>) -> Var<B::Tensor> {
+        if self.alone() {
+            return x.clone();
+        }
+        self.unary(x, |_, x| x.clone(), |backend, dy| backend.all_reduce(&dy, Group::Tp))
+    }
+
+    /// The sum of `x` over the tensor-parallel ranks, which go on with it in the same way.
+    pub fn reduce_from_tp(&mut self, x: &Var<B::Tensor>) -> Var<B::Tensor> {
+        if self.alone() {
+            return x.clone();
+        }
+        self.unary(x, |backend, x| backend.all_reduce(x, Group::Tp), |_, dy| dy)
+    }
+
+    /// `[B, L, ..]` from the parts `[B, ⌈L / ranks⌉, ..]` of the sequence that the tensor-parallel ranks hold, of which
+    /// the last may be filled up (trap T17); each rank goes on with it in its own way. Conjugate of
+    /// [`Self::reduce_scatter_sequence`].
+    pub fn gather_sequence(&mut self, x: &Var<B::Tensor>, len: usize) -> Var<B::Tensor> {
+        if self.alone() {
+            return x.clone();
+        }
+        self.unary(x, move |backend, x| gather_sequence(backend, x, len), scatter_sequence)
+    }
+
+    /// This rank's part `[B, ⌈L / ranks⌉, ..]` of the sum of `x` `[B, L, ..]` over the tensor-parallel ranks.
+    pub fn reduce_scatter_sequence(&mut self, x: &Var<B::Tensor>) -> Var<B::Tensor> {
+        if self.alone() {
+            return x.clone();
+        }
+        let len = self.backend.shape(&x.value)[1];
+        self.unary(
+            x,
+            |backend, x| scatter_sequence(backend, x.clone()),
+            move |backend, dy| gather_sequence(backend, &dy, len),
+        )
+    }
+
     /// See [`Backend::add`].
     pub fn add(&mut self, a: &Var<B::Tensor>, b: &Var<B::Tensor>) -> Var<B::Tensor> {
         let value = self.backend.add(&a.value, &b.value);
@@ -338,15 +418,16 @@ impl<'a, B: Backend> Tape<'a, B> {
         x: &Var<B::Tensor>,
         weight: &Weight<B::Tensor>,
         labels: &B::Tensor,
+        vocab: usize,
     ) -> B::Tensor {
         let site = self.site("head_loss", Some(&weight.slot));
         let Some(grads) = self.grads.as_deref_mut() else {
-            let loss = self.backend.head_loss(&x.value, &weight.value, labels);
+            let loss = self.backend.head_loss(&x.value, &weight.value, labels, vocab);
             self.show(&site, &loss);
             return loss;
         };
         let sink = Sink { buffer: grads, slot: &weight.slot };
-        let (loss, dx) = self.backend.head_loss_adjoint(&x.value, &weight.value, labels, sink);
+        let (loss, dx) = self.backend.head_loss_adjoint(&x.value, &weight.value, labels, vocab, sink);
         self.show(&site, &loss);
         let (id, slot) = (x.id, weight.slot.clone());
         self.adjoints.push(Box::new(move |pass| {
@@ -367,12 +448,20 @@ impl<'a, B: Backend> Tape<'a, B> {
         checkpointing: Checkpointing,
         body: std::rc::Rc<LayerBody<'a, B>>,
     ) -> Var<B::Tensor> {
-        // Nobody can watch the inside of a traced body: it has no values.
-        if let Some(recorder) = self.backend.layer_loop().filter(|_| n > 0 && self.watch.is_none()) {
+        // Nobody can watch the inside of a traced body, which has no values, nor hear of its layers one by one.
+        let alone = self.watch.is_none() && self.done.is_none();
+        if let Some(recorder) = self.backend.layer_loop().filter(|_| n > 0 && alone) {
             return self.layers_as_loop(recorder, n, x, states, checkpointing, &body);
         }
         for layer in 0..n {
             self.layer = Some(layer);
+            if self.done.is_some() {
+                self.adjoints.push(Box::new(move |pass| {
+                    if let Some(done) = &mut pass.done {
+                        done(pass.backend, pass.grads, Row::Layer(layer));
+                    }
+                }));
+            }
             let before = states.as_ref().and_then(|s| s.get(layer)).cloned();
             let (out, after) = if self.grads.is_some() && checkpointing == Checkpointing::Block {
                 self.layer_run_again(layer, x, before, &body)
@@ -473,7 +562,13 @@ impl<'a, B: Backend> Tape<'a, B> {
         wanted: &[&Var<B::Tensor>],
     ) -> Vec<Option<B::Tensor>> {
         let grads = self.grads.expect("backward needs a training tape");
-        let mut pass = Backprop { backend: self.backend, grads, cotangents: Vec::new(), watch: self.watch };
+        let mut pass = Backprop {
+            backend: self.backend,
+            grads,
+            cotangents: Vec::new(),
+            watch: self.watch,
+            done: self.done,
+        };
         pass.cotangents.resize_with(self.vars, || None);
         for (var, cotangent) in seeds {
             pass.give(var.id, cotangent.clone());
@@ -488,6 +583,15 @@ impl<'a, B: Backend> Tape<'a, B> {
     pub fn leaf(&mut self, value: B::Tensor) -> Var<B::Tensor> {
         self.variable(value)
     }
+}
+
+fn gather_sequence<B: Backend>(backend: &B, x: &B::Tensor, len: usize) -> B::Tensor {
+    backend.resize(&backend.all_gather(x, 1, Group::Tp), len)
+}
+
+fn scatter_sequence<B: Backend>(backend: &B, x: B::Tensor) -> B::Tensor {
+    let len = backend.shape(&x)[1].next_multiple_of(backend.group_size(Group::Tp));
+    backend.reduce_scatter(&backend.resize(&x, len), 1, Group::Tp)
 }
 
 fn zeros_like<B: Backend>(backend: &B, x: &B::Tensor) -> B::Tensor {

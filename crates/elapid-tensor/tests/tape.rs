@@ -20,6 +20,7 @@ const SPEC: Mamba2Spec = Mamba2Spec {
     chunk: 2,
     dt_limit: (0.0, f32::INFINITY),
     norm: NormGroup::PerGroup,
+    norm_ranks: 1,
     norm_eps: 1e-3,
 };
 const LAYERS: usize = 2;
@@ -112,7 +113,7 @@ fn loss(
     let x = trunk(tape, params, (&TOKENS, &DOCUMENTS), checkpointing, states);
     let [embedding, norm] = shared_slots().map(|slot| weight(params, slot));
     let x = tape.rms_norm(&x, &norm, EPS, DType::F32);
-    tape.head_loss(&x, &embedding, &OracleBackend.tensor_i32(&LABELS, &[B, L])).values[0]
+    tape.head_loss(&x, &embedding, &OracleBackend.tensor_i32(&LABELS, &[B, L]), V).values[0]
 }
 
 /// Random states before position 0.

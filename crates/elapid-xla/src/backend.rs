@@ -4,8 +4,8 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use elapid_tensor::{
-    AdamW, Backend, DType, FlatShape, LayerLoop, Mamba2Grads, Mamba2Inputs, Mamba2Output, Mamba2Sinks,
-    Mamba2Spec, Mamba2Weights, Sink, Slot, State,
+    AdamW, Backend, Clipping, DType, FlatShape, Group, LayerLoop, Mamba2Grads, Mamba2Inputs, Mamba2Output,
+    Mamba2Sinks, Mamba2Spec, Mamba2Weights, Row, Sink, Slot, State,
 };
 
 use crate::buffer::{XlaBuffer, index, update};
@@ -266,6 +266,8 @@ pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Backend for XlaBackend {
     type Tensor = XlaTensor;
     type Buffer = XlaBuffer;
+    /// A row of a sum over one rank: [`Backend::finish_sum`] finds it where it was.
+    type Pending = (Slot, XlaTensor);
 
     fn tensor(&self, values: &[f32], shape: &[usize], dtype: DType) -> XlaTensor {
         assert_eq!(values.len(), shape.iter().product::<usize>(), "values for {shape:?}");
@@ -370,6 +372,24 @@ impl Backend for XlaBackend {
         ops::linear::adjoint(self.scope("linear_adjoint", Some(weight)), x, weight, dy, d_weight, d_bias)
     }
 
+    fn add_bias(&self, x: &XlaTensor, bias: &XlaTensor) -> XlaTensor {
+        ops::linear::add_bias(self.scope("add_bias", Some(bias)), x, bias)
+    }
+
+    fn add_bias_adjoint(&self, dy: &XlaTensor, d_bias: Sink<'_, Self>) {
+        self.scope("add_bias_adjoint", None);
+        let dy = self.get(dy);
+        let rows: Vec<usize> = (0..dy.dims().len() - 1).collect();
+        self.sink(d_bias.buffer, d_bias.slot, dy.to(Type::F32).sum(&rows));
+    }
+
+    fn resize(&self, x: &XlaTensor, len: usize) -> XlaTensor {
+        self.scope("resize", None);
+        let x = self.get(x);
+        let old = x.dims()[1];
+        self.keep(x.slice(1, 0, old.min(len)).pad(1, 0, len.saturating_sub(old)))
+    }
+
     fn add(&self, a: &XlaTensor, b: &XlaTensor) -> XlaTensor {
         self.scope("add", None);
         let (a, b) = (self.get(a), self.get(b));
@@ -409,8 +429,8 @@ impl Backend for XlaBackend {
         ops::mamba2::adjoint(scope, spec, inputs, weights, saved, dy, d_state, grads, sinks)
     }
 
-    fn head_loss(&self, x: &XlaTensor, weight: &XlaTensor, labels: &XlaTensor) -> XlaTensor {
-        ops::head::loss(self.scope("head_loss", Some(weight)), x, weight, labels, None).0
+    fn head_loss(&self, x: &XlaTensor, weight: &XlaTensor, labels: &XlaTensor, vocab: usize) -> XlaTensor {
+        ops::head::loss(self.scope("head_loss", Some(weight)), x, weight, labels, vocab, None).0
     }
 
     fn head_loss_adjoint(
@@ -418,16 +438,69 @@ impl Backend for XlaBackend {
         x: &XlaTensor,
         weight: &XlaTensor,
         labels: &XlaTensor,
+        vocab: usize,
         d_weight: Sink<'_, Self>,
     ) -> (XlaTensor, XlaTensor) {
         let scope = self.scope("head_loss_adjoint", Some(weight));
-        let (loss, dx) = ops::head::loss(scope, x, weight, labels, Some(d_weight));
+        let (loss, dx) = ops::head::loss(scope, x, weight, labels, vocab, Some(d_weight));
         (loss, dx.expect("asked for"))
     }
 
     fn logits(&self, x: &XlaTensor, weight: &XlaTensor) -> XlaTensor {
         self.scope("logits", Some(weight));
         self.keep(ops::linear::product(self.get(x), self.get(weight)))
+    }
+
+    fn group_size(&self, _: Group) -> usize {
+        1
+    }
+
+    fn group_rank(&self, _: Group) -> usize {
+        0
+    }
+
+    fn all_reduce(&self, x: &XlaTensor, _: Group) -> XlaTensor {
+        x.clone()
+    }
+
+    fn all_reduce_max(&self, x: &XlaTensor, _: Group) -> XlaTensor {
+        x.clone()
+    }
+
+    fn all_gather(&self, x: &XlaTensor, _: usize, _: Group) -> XlaTensor {
+        x.clone()
+    }
+
+    fn reduce_scatter(&self, x: &XlaTensor, _: usize, _: Group) -> XlaTensor {
+        x.clone()
+    }
+
+    fn all_reduce_slot(&self, _: &mut XlaBuffer, _: &Slot, _: Group) {}
+
+    fn sum_slot_over_neighbours(&self, _: &mut XlaBuffer, _: &Slot, ranks: usize) {
+        assert_eq!(ranks, 1, "a recorded module is one rank's");
+    }
+
+    fn reduce_scatter_row(&self, whole: &mut XlaBuffer, row: Row, shard: &mut XlaBuffer, group: Group) {
+        let pending = self.start_sum(whole, row, true, group);
+        self.finish_sum(pending, shard);
+    }
+
+    fn start_sum(&self, buffer: &XlaBuffer, row: Row, _: bool, _: Group) -> (Slot, XlaTensor) {
+        let slot = buffer.shape.whole(row);
+        let values = self.view(buffer, &slot);
+        (slot, values)
+    }
+
+    fn finish_sum(&self, (slot, values): (Slot, XlaTensor), to: &mut XlaBuffer) {
+        to.replace(self, &slot, &values);
+    }
+
+    fn all_gather_row(&self, shard: &XlaBuffer, row: Row, whole: &mut XlaBuffer, _: Group) {
+        let to = whole.shape.whole(row);
+        let from = shard.shape.whole(row).len() - to.len();
+        let values = self.view(shard, &Slot { offset: from, ..to.clone() });
+        whole.replace(self, &to, &values);
     }
 
     fn layer_loop(&self) -> Option<&dyn LayerLoop<Self>> {
@@ -443,8 +516,8 @@ impl Backend for XlaBackend {
         (self.keep(self.graph.element(held, 0)), self.keep(self.graph.element(held, 1)))
     }
 
-    fn clip(&self, grads: &XlaBuffer, loss: &XlaTensor, scale: f32, max_norm: f32) -> XlaTensor {
-        ops::update::clip(self.scope("clip", None), grads, loss, scale, max_norm)
+    fn clip(&self, grads: &XlaBuffer, loss: &XlaTensor, clipping: &Clipping<'_>) -> XlaTensor {
+        ops::update::clip(self.scope("clip", None), grads, loss, clipping)
     }
 
     fn adamw(

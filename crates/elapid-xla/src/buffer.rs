@@ -127,6 +127,16 @@ impl XlaBuffer {
         XlaTensor::new(shape, Source::Part { of: backend.place(&array), row, offset: slot.offset })
     }
 
+    /// Replaces what lies at `slot`, which must not lie in the body of a loop, by `values`, rounded.
+    pub(crate) fn replace(&mut self, backend: &XlaBackend, slot: &Slot, values: &XlaTensor) {
+        self.flush(backend);
+        let array = backend.get(self.part(slot.row).tensor(backend, self.dtype));
+        let (old, start) = at(array, slot);
+        let new = update(array, backend.get(values).to(array.ty()).reshape(&old.dims()), &start);
+        let new = backend.keep(new);
+        self.part_mut(slot.row).set(new);
+    }
+
     /// Replaces the values at `slot`.
     pub(crate) fn write(&mut self, backend: &XlaBackend, slot: &Slot, values: &[f32]) {
         assert_eq!(values.len(), slot.len(), "values for {slot:?}");
@@ -172,17 +182,20 @@ fn same_kind(a: Row, b: Row) -> bool {
     (a == Row::Shared) == (b == Row::Shared)
 }
 
-/// `array` with `piece` added at `slot`: read, add, write back in place.
-fn add_at<'g>(array: Value<'g>, slot: &Slot, piece: Value<'g>) -> Value<'g> {
+/// What lies at `slot` of an array, and where that begins.
+fn at<'g>(array: Value<'g>, slot: &Slot) -> (Value<'g>, Vec<Value<'g>>) {
     let (from, to) = (slot.offset, slot.offset + slot.len());
     let (ranges, start) = match slot.row {
         Row::Layer(layer) => (vec![(layer, layer + 1), (from, to)], vec![layer, from]),
         Row::Shared => (vec![(from, to)], vec![from]),
     };
-    let old = array.slices(&ranges);
-    let new = old + piece.reshape(&old.dims());
-    let start: Vec<Value<'_>> = start.into_iter().map(|i| index(array.graph, i)).collect();
-    update(array, new, &start)
+    (array.slices(&ranges), start.into_iter().map(|i| index(array.graph, i)).collect())
+}
+
+/// `array` with `piece` added at `slot`: read, add, write back in place.
+fn add_at<'g>(array: Value<'g>, slot: &Slot, piece: Value<'g>) -> Value<'g> {
+    let (old, start) = at(array, slot);
+    update(array, old + piece.reshape(&old.dims()), &start)
 }
 
 /// An s32 scalar.

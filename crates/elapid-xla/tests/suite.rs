@@ -42,6 +42,16 @@ fn linear() {
 }
 
 #[test]
+fn add_bias() {
+    check(suite::add_bias);
+}
+
+#[test]
+fn resize() {
+    check(suite::resize);
+}
+
+#[test]
 fn add_and_cast() {
     check(suite::add_and_cast);
 }

@@ -1,5 +1,6 @@
 //! Errors for people: what is wrong, with the value and the file, and what to do about it.
 
+use std::cell::Cell;
 use std::io::{ErrorKind, Write};
 use std::path::Path;
 
@@ -63,10 +64,26 @@ impl Error {
     }
 }
 
-/// Writes a line to stderr. Unlike `eprintln!` it does not panic where nobody reads any more (`elapid train 2>&1 |
+thread_local! {
+    static QUIET: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether this thread says nothing: of several ranks one speaks.
+pub(crate) fn quiet() -> bool {
+    QUIET.get()
+}
+
+/// From now on this thread says nothing, or speaks again.
+pub(crate) fn set_quiet(quiet: bool) {
+    QUIET.set(quiet);
+}
+
+/// Writes a line to stderr, unless this thread is [`quiet`]. Unlike `eprintln!` it does not panic where nobody reads any more (`elapid train 2>&1 |
 /// head`): a run does not end for that.
 pub(crate) fn say(line: impl std::fmt::Display) {
-    let _ = writeln!(std::io::stderr(), "{line}");
+    if !quiet() {
+        let _ = writeln!(std::io::stderr(), "{line}");
+    }
 }
 
 /// The candidate most like `name`, where one is like it at all.

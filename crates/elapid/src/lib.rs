@@ -8,6 +8,7 @@ pub mod error;
 pub mod generate;
 mod memory;
 pub mod model;
+pub mod parallel;
 pub mod record;
 pub mod train;
 

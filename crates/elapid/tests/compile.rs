@@ -36,7 +36,8 @@ fn modules_text_and_manifest() {
             assert!(inputs[at(0)].0.ends_with(".must_alias_input"), "{name}");
         }
     }
-    let inputs = |module: usize| ports(module, "inputs").into_iter().map(|(name, _)| name).collect::<Vec<_>>();
+    let inputs =
+        |module: usize| ports(module, "inputs").into_iter().map(|(name, _)| name).collect::<Vec<_>>();
     // The rate of a step and the like come in from outside: one module serves all steps.
     for scalar in ["scale", "lr", "bias_correction1", "bias_correction2_root"] {
         assert!(inputs(1).contains(&scalar.to_owned()), "{scalar} of {:?}", inputs(1));

@@ -38,15 +38,24 @@ fn predicted_memory_is_that_of_the_process() {
         ..ModelConfig::preset("tiny").unwrap()
     };
     std::fs::write(dir.join("config.json"), config.to_json()).unwrap();
-    for (dtype, checkpointing) in
-        [("float32", "none"), ("float32", "block"), ("bfloat16", "none"), ("bfloat16", "block")]
-    {
-        let run = format!("{dtype}-{checkpointing}");
+    for (dtype, checkpointing, mesh) in [
+        ("float32", "none", ""),
+        ("float32", "block", ""),
+        ("bfloat16", "none", ""),
+        ("bfloat16", "block", ""),
+        ("float32", "none", "--tp 2"),
+        ("bfloat16", "none", "--tp 2 --sequence-parallel-enabled"),
+        ("bfloat16", "block", "--tp 2"),
+        ("bfloat16", "none", "--dp 2 --use-zero-1"),
+    ] {
+        let run = format!("{dtype}-{checkpointing}{}", mesh.replace(' ', ""));
         #[rustfmt::skip]
-        let out = elapid(dir, &[
+        let mut args = vec![
             "train", "--model", "config.json", "--data-dir", "data", "--batch", "2", "--max-steps", "2", "--threads", "2",
             "--dtype", dtype, "--activation-checkpointing", checkpointing, "--output-dir", &run,
-        ]);
+        ];
+        args.extend(mesh.split_whitespace());
+        let out = elapid(dir, &args);
         let line = out.lines().find_map(|line| line.strip_prefix("peak memory ")).expect("a line on memory");
         let (measured, predicted) = line.split_once(" (predicted ").unwrap();
         let ratio = mebibytes(predicted.trim_end_matches(')')) / mebibytes(measured);

@@ -9,7 +9,7 @@ use elapid::config::ModelConfig;
 use elapid::model::init::{Init, initialise};
 use elapid::model::layout::Layout;
 use elapid::model::pretrained::{FileDType, MAX_SHARD_SIZE, export_warning, load_weights, save};
-use elapid_tensor::{NormGroup, Slot};
+use elapid_tensor::NormGroup;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use tempfile::TempDir;
@@ -53,7 +53,15 @@ fn save_shards(
     flat: &[f32],
 ) -> Result<(), Error> {
     let layout = Layout::new(config);
-    save(dir, config, &layout, dtype, max_shard, |slot: &Slot| flat[layout.flat.range(slot)].to_vec())
+    save(dir, config, &layout, dtype, max_shard, stretches(&layout, flat))
+}
+
+/// Gives stretches of the tensors that lie in `flat`.
+fn stretches(layout: &Layout, flat: &[f32]) -> impl Fn(&str, usize, usize) -> Vec<f32> {
+    move |name, first, count| {
+        let (_, slot, _) = layout.iter().find(|(found, _, _)| found == name).unwrap();
+        flat[layout.flat.range(&slot)][first..first + count].to_vec()
+    }
 }
 
 /// The weight files of a folder.
@@ -108,9 +116,9 @@ fn no_more_than_a_few_mib_of_a_model_are_in_memory() {
     let dir = TempDir::new().unwrap();
     let config = ModelConfig { vocab_size: 300_000, ..config() };
     let (layout, flat) = (Layout::new(&config), weights(&config));
-    let source = |slot: &Slot| {
-        assert!(slot.len() <= 1 << 20, "{slot:?} at once");
-        flat[layout.flat.range(slot)].to_vec()
+    let source = |name: &str, first, count| {
+        assert!(count <= 1 << 20, "{count} elements of {name} at once");
+        stretches(&layout, &flat)(name, first, count)
     };
     save(dir.path(), &config, &layout, FileDType::F32, MAX_SHARD_SIZE, source).unwrap();
     assert!(load_flat(dir.path()).unwrap() == flat);

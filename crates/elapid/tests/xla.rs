@@ -179,7 +179,8 @@ fn agrees(
     }
 
     // Evaluation and decoding of the same parameters on both sides.
-    for (part, values) in ["layers", "shared"].into_iter().zip(arrays(&cpu, trainer.model().masters(), flat)) {
+    for (part, values) in ["layers", "shared"].into_iter().zip(arrays(&cpu, trainer.model().masters(), flat))
+    {
         device.set(&format!("compute.{part}"), Literal::Bf16(values.clone()));
         device.set(&format!("masters.{part}"), Literal::F32(values));
     }

@@ -9,6 +9,39 @@ use crate::memory::Block;
 use crate::parallel::{ROWS, Shared};
 use crate::tensor::Tensor;
 
+/// Sums that the ranks which share a mean come to together: `count` a row, of which `local(row, sums, scratch of 2·E)`
+/// gives this rank's share. None where no mean is shared.
+fn over_ranks(
+    backend: &CpuBackend,
+    dims: &Dims,
+    count: usize,
+    local: impl Fn(usize, &mut [f32], &mut [f32]) + Sync,
+) -> Option<Vec<f32>> {
+    let ranks = dims.spec.norm_ranks;
+    (ranks > 1).then(|| {
+        let mut sums = vec![0.0; dims.rows() * count];
+        backend.workers.rows(&mut sums, count, ROWS, |first, part| {
+            let mut scratch = backend.pool.take::<f32>(2 * dims.e);
+            let scratch = scratch.as_mut_slice::<f32>(2 * dims.e);
+            backend.isa.run(|| {
+                for (row, sums) in (first..).zip(part.chunks_exact_mut(count)) {
+                    local(row, sums, scratch);
+                }
+            });
+        });
+        backend.sum_over_neighbours(&mut sums, ranks);
+        sums
+    })
+}
+
+/// y·silu(z), in place of y.
+#[inline(always)]
+fn gate(y: &mut [f32], z: &[f32]) {
+    for (y, z) in y.iter_mut().zip(z) {
+        *y *= math::silu(*z);
+    }
+}
+
 /// `[B, L, E]` in the dtype of the projection, from the scan's output `y` `[B·L, E]`.
 pub(super) fn forward(
     backend: &CpuBackend,
@@ -17,27 +50,30 @@ pub(super) fn forward(
     params: &Params,
     y: &Block,
 ) -> Tensor {
-    let (e, rows) = (dims.e, dims.rows());
+    let (e, rows, width) = (dims.e, dims.rows(), dims.spec.norm_width());
+    let groups = e / width;
+    let channels = (width * dims.spec.norm_ranks) as f32;
     let y = y.as_slice::<f32>(rows * e);
+    let z = inputs.projected.floats();
+    let squares = over_ranks(backend, dims, groups, |row, sums, scratch| {
+        let (v, scratch) = scratch.split_at_mut(e);
+        v.copy_from_slice(&y[row * e..][..e]);
+        gate(v, z.row(row * dims.proj, scratch));
+        sums.iter_mut().zip(v.chunks_exact(width)).for_each(|(sum, v)| *sum = math::dot(v, v));
+    });
     backend.build(&[dims.batch, dims.len, e], inputs.projected.dtype(), e, |row, out, scratch| {
         out.copy_from_slice(&y[row * e..][..e]);
-        one_row(dims, params, out, inputs.projected.floats().row(row * dims.proj, scratch));
-    })
-}
-
-/// The gated norm of one row in place: `y` `[E]`, `z` `[E]`.
-#[inline(always)]
-pub(super) fn one_row(dims: &Dims, params: &Params, y: &mut [f32], z: &[f32]) {
-    let width = dims.spec.norm_width();
-    for (y, z) in y.iter_mut().zip(z) {
-        *y *= math::silu(*z);
-    }
-    for (v, w) in y.chunks_exact_mut(width).zip(params.norm_weight.chunks_exact(width)) {
-        let r = 1.0 / (math::dot(v, v) / width as f32 + dims.spec.norm_eps).sqrt();
-        for (v, w) in v.iter_mut().zip(w) {
-            *v *= r * w;
+        gate(out, z.row(row * dims.proj, scratch));
+        for (group, (v, w)) in
+            out.chunks_exact_mut(width).zip(params.norm_weight.chunks_exact(width)).enumerate()
+        {
+            let square = squares.as_ref().map_or_else(|| math::dot(v, v), |s| s[row * groups + group]);
+            let r = 1.0 / (square / channels + dims.spec.norm_eps).sqrt();
+            for (v, w) in v.iter_mut().zip(w) {
+                *v *= r * w;
+            }
         }
-    }
+    })
 }
 
 /// Adjoint: the cotangent of y `[B·L, E]` and, in the columns of `d_projected`, of z; the gradient of the weight `[E]`.
@@ -53,6 +89,21 @@ pub(super) fn adjoint(
     d_projected: &Shared<'_, f32>,
 ) -> (Block, Vec<f32>) {
     let (e, rows, width) = (dims.e, dims.rows(), dims.spec.norm_width());
+    let groups = e / width;
+    let channels = (width * dims.spec.norm_ranks) as f32;
+    // Σ v² and Σ u·v of each group.
+    let sums = over_ranks(backend, dims, 2 * groups, |row, sums, scratch| {
+        let (v, scratch) = scratch.split_at_mut(e);
+        v.copy_from_slice(&y[row * e..][..e]);
+        gate(v, inputs.projected.floats().row(row * dims.proj, scratch));
+        let dy = dy.floats().row(row * e, scratch);
+        for (group, sums) in sums.chunks_exact_mut(2).enumerate() {
+            let range = group * width..(group + 1) * width;
+            let (v, dy, w) = (&v[range.clone()], &dy[range.clone()], &params.norm_weight[range]);
+            sums[0] = math::dot(v, v);
+            sums[1] = math::sum_map([dy, w, v], |[dy, w, v]| dy * w * v);
+        }
+    });
     let pieces = rows.div_ceil(ROWS);
     let mut d_scan = backend.pool.take::<f32>(rows * e);
     let mut partial = backend.pool.zeros::<f32>(pieces * e);
@@ -69,13 +120,14 @@ pub(super) fn adjoint(
                 let y = &y[row * e..][..e];
                 inputs.projected.floats().load(row * dims.proj, z);
                 dy.floats().load(row * e, u);
-                for ((v, y), z) in v.iter_mut().zip(y).zip(&*z) {
-                    *v = y * math::silu(*z);
-                }
-                for from in (0..e).step_by(width) {
-                    let to = from + width;
+                v.copy_from_slice(y);
+                gate(v, z);
+                for group in 0..groups {
+                    let (from, to) = (group * width, (group + 1) * width);
                     let (v, u) = (&mut v[from..to], &mut u[from..to]);
-                    let r = 1.0 / (math::dot(v, v) / width as f32 + dims.spec.norm_eps).sqrt();
+                    let sums = sums.as_ref().map(|sums| &sums[(row * groups + group) * 2..][..2]);
+                    let square = sums.map_or_else(|| math::dot(v, v), |sums| sums[0]);
+                    let r = 1.0 / (square / channels + dims.spec.norm_eps).sqrt();
                     for (((g, v), u), w) in d_weight[from..to]
                         .iter_mut()
                         .zip(&*v)
@@ -85,7 +137,8 @@ pub(super) fn adjoint(
                         *g += *u * v * r;
                         *u *= w;
                     }
-                    let slope = math::dot(u, v) / width as f32 * r * r * r;
+                    let product = sums.map_or_else(|| math::dot(u, v), |sums| sums[1]);
+                    let slope = product / channels * r * r * r;
                     for (v, u) in v.iter_mut().zip(&*u) {
                         *v = r * u - *v * slope;
                     }

@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use super::Clip;
 use crate::backend::{
-    AdamW, Backend, DType, Mamba2Grads, Mamba2Inputs, Mamba2Output, Mamba2Sinks, Mamba2Spec, Mamba2Weights,
-    Sink, State,
+    AdamW, Backend, Clipping, DType, Group, Mamba2Grads, Mamba2Inputs, Mamba2Output, Mamba2Sinks, Mamba2Spec,
+    Mamba2Weights, Sink, State,
 };
-use crate::flat::{FlatShape, Slot};
+use crate::flat::{FlatShape, Row, Slot};
 
 /// Computes every op in f64 by its definition. F32 tensors and buffers are not rounded, Bf16 ones are.
 #[derive(Clone, Copy, Debug, Default)]
@@ -87,6 +87,14 @@ impl OracleBuffer {
     }
 }
 
+/// Fills a row of `to` with the end of that row of `from`.
+fn copy_end(from: &OracleBuffer, row: Row, to: &mut OracleBuffer) {
+    let (from_row, to_row) = (from.shape.whole(row), to.shape.whole(row));
+    let source = &from.values[from.shape.range(&from_row)];
+    let end = source[from_row.len() - to_row.len()..].to_vec();
+    to.values.splice(to.shape.range(&to_row), rounded(end, to.dtype));
+}
+
 fn slices(inputs: &Mamba2Inputs<OracleTensor>) -> Mamba2Inputs<&[f64]> {
     Mamba2Inputs {
         projected: &inputs.projected.values,
@@ -108,6 +116,7 @@ fn state(spec: &Mamba2Spec, batch: usize, state: State<Vec<f64>>) -> State<Oracl
 impl Backend for OracleBackend {
     type Tensor = OracleTensor;
     type Buffer = OracleBuffer;
+    type Pending = (Row, OracleBuffer);
 
     fn tensor(&self, values: &[f32], shape: &[usize], dtype: DType) -> OracleTensor {
         make(values.iter().copied().map(f64::from).collect(), shape, dtype)
@@ -196,6 +205,28 @@ impl Backend for OracleBackend {
         x.like(dx)
     }
 
+    fn add_bias(&self, x: &OracleTensor, bias: &OracleTensor) -> OracleTensor {
+        x.like(x.values.iter().zip(bias.values.iter().cycle()).map(|(x, b)| x + b).collect())
+    }
+
+    fn add_bias_adjoint(&self, dy: &OracleTensor, d_bias: Sink<'_, Self>) {
+        let mut sums = vec![0.0; dy.width()];
+        dy.values.chunks(dy.width()).for_each(|row| super::add_scaled(&mut sums, 1.0, row));
+        d_bias.buffer.add(d_bias.slot, &sums);
+    }
+
+    fn resize(&self, x: &OracleTensor, len: usize) -> OracleTensor {
+        let mut shape = x.shape.clone();
+        let old = std::mem::replace(&mut shape[1], len);
+        let width: usize = shape[2..].iter().product();
+        let cut = |row: &[f64]| {
+            let mut row = row.to_vec();
+            row.resize(len * width, 0.0);
+            row
+        };
+        make(x.values.chunks(old * width).flat_map(cut).collect(), &shape, x.dtype)
+    }
+
     fn add(&self, a: &OracleTensor, b: &OracleTensor) -> OracleTensor {
         a.like(a.values.iter().zip(b.values.iter()).map(|(a, b)| a + b).collect())
     }
@@ -215,6 +246,7 @@ impl Backend for OracleBackend {
         weights: &Mamba2Weights<OracleTensor>,
         _save: bool,
     ) -> Mamba2Output<OracleTensor> {
+        assert_eq!(spec.norm_ranks, 1, "the oracle is one rank");
         let batch = inputs.projected.shape[0];
         let weights = weights.as_ref().map(|w| w.values.as_slice());
         let (y, last) = super::mamba2(spec, batch, &slices(inputs), &weights);
@@ -251,8 +283,15 @@ impl Backend for OracleBackend {
         }
     }
 
-    fn head_loss(&self, x: &OracleTensor, weight: &OracleTensor, labels: &OracleTensor) -> OracleTensor {
-        let loss = super::head_loss(&x.values, &weight.values, &labels.ids(), x.width());
+    fn head_loss(
+        &self,
+        x: &OracleTensor,
+        weight: &OracleTensor,
+        labels: &OracleTensor,
+        vocab: usize,
+    ) -> OracleTensor {
+        let width = x.width();
+        let loss = super::head_loss(&x.values, &weight.values[..vocab * width], &labels.ids(), width);
         make(vec![loss], &[], DType::F32)
     }
 
@@ -261,9 +300,13 @@ impl Backend for OracleBackend {
         x: &OracleTensor,
         weight: &OracleTensor,
         labels: &OracleTensor,
+        vocab: usize,
         d_weight: Sink<'_, Self>,
     ) -> (OracleTensor, OracleTensor) {
-        let (loss, dx, dw) = super::head_loss_adjoint(&x.values, &weight.values, &labels.ids(), x.width());
+        let width = x.width();
+        let (loss, dx, mut dw) =
+            super::head_loss_adjoint(&x.values, &weight.values[..vocab * width], &labels.ids(), width);
+        dw.resize(weight.values.len(), 0.0);
         d_weight.buffer.add(d_weight.slot, &dw);
         (make(vec![loss], &[], DType::F32), x.like(dx))
     }
@@ -273,8 +316,57 @@ impl Backend for OracleBackend {
         make(logits, &x.shape_to(weight.shape[0]), DType::F32)
     }
 
-    fn clip(&self, grads: &OracleBuffer, loss: &OracleTensor, scale: f32, max_norm: f32) -> OracleTensor {
-        let clip = super::clip(&grads.values, loss.values[0], f64::from(scale), f64::from(max_norm));
+    fn group_size(&self, _: Group) -> usize {
+        1
+    }
+
+    fn group_rank(&self, _: Group) -> usize {
+        0
+    }
+
+    fn all_reduce(&self, x: &OracleTensor, _: Group) -> OracleTensor {
+        x.clone()
+    }
+
+    fn all_reduce_max(&self, x: &OracleTensor, _: Group) -> OracleTensor {
+        x.clone()
+    }
+
+    fn all_gather(&self, x: &OracleTensor, _: usize, _: Group) -> OracleTensor {
+        x.clone()
+    }
+
+    fn reduce_scatter(&self, x: &OracleTensor, _: usize, _: Group) -> OracleTensor {
+        x.clone()
+    }
+
+    fn all_reduce_slot(&self, _: &mut OracleBuffer, _: &Slot, _: Group) {}
+
+    fn sum_slot_over_neighbours(&self, _: &mut OracleBuffer, _: &Slot, ranks: usize) {
+        assert_eq!(ranks, 1, "the oracle is one rank");
+    }
+
+    fn reduce_scatter_row(&self, whole: &mut OracleBuffer, row: Row, shard: &mut OracleBuffer, _: Group) {
+        copy_end(whole, row, shard);
+    }
+
+    fn start_sum(&self, buffer: &OracleBuffer, row: Row, _: bool, _: Group) -> (Row, OracleBuffer) {
+        (row, buffer.clone())
+    }
+
+    fn finish_sum(&self, (row, sum): (Row, OracleBuffer), to: &mut OracleBuffer) {
+        copy_end(&sum, row, to);
+    }
+
+    fn all_gather_row(&self, shard: &OracleBuffer, row: Row, whole: &mut OracleBuffer, _: Group) {
+        copy_end(shard, row, whole);
+    }
+
+    fn clip(&self, grads: &OracleBuffer, loss: &OracleTensor, clipping: &Clipping<'_>) -> OracleTensor {
+        let mut counted = grads.values.clone();
+        clipping.uncounted.iter().for_each(|range| counted[range.clone()].fill(0.0));
+        let (scale, max_norm) = (f64::from(clipping.scale), f64::from(clipping.max_norm));
+        let clip = super::clip(&counted, loss.values[0], scale, max_norm);
         make(vec![clip.norm, clip.factor, f64::from(u8::from(clip.finite))], &[3], DType::F32)
     }
 

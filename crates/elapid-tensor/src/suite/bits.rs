@@ -2,7 +2,7 @@
 
 use super::check::{Check, read_all, write_all};
 use crate::backend::{
-    AdamW, Backend, DType, Mamba2Inputs, Mamba2Spec, Mamba2Weights, NormGroup, Sink, State,
+    AdamW, Backend, Clipping, DType, Mamba2Inputs, Mamba2Spec, Mamba2Weights, NormGroup, Sink, State,
 };
 use crate::flat::{FlatShape, Row, Slot};
 
@@ -51,7 +51,7 @@ fn model_ops<B: Backend>(backend: &B, dtype: DType) -> Vec<f32> {
         backend.embedding(&table, &ids, dtype),
         backend.rms_norm(&x, &norm, 1e-5, dtype),
         backend.linear(&x, &weight, Some(&bias)),
-        backend.head_loss(&x, &table, &ids),
+        backend.head_loss(&x, &table, &ids, v),
         backend.logits(&x, &table),
     ];
     backend.embedding_adjoint(&ids, &x, Sink { buffer: &mut grads, slot: &to_table });
@@ -60,7 +60,7 @@ fn model_ops<B: Backend>(backend: &B, dtype: DType) -> Vec<f32> {
     let sink = Sink { buffer: &mut grads, slot: &to_weight };
     out.push(backend.linear_adjoint(&x, &weight, &dy, sink, Some(&to_bias)));
     let sink = Sink { buffer: &mut grads, slot: &to_head };
-    let (loss, dx) = backend.head_loss_adjoint(&x, &table, &ids, sink);
+    let (loss, dx) = backend.head_loss_adjoint(&x, &table, &ids, v, sink);
     out.extend([loss, dx]);
     let mut values: Vec<f32> = out.iter().flat_map(|t| backend.values(t)).collect();
     values.extend(read_all(backend, &grads, shape));
@@ -77,6 +77,7 @@ fn mixer<B: Backend>(backend: &B, dtype: DType) -> Vec<f32> {
         chunk: 64,
         dt_limit: (0.0, f32::INFINITY),
         norm: NormGroup::PerGroup,
+        norm_ranks: 1,
         norm_eps: 1e-5,
     };
     let mut check = Check::new(backend, "bits", "");
@@ -126,7 +127,7 @@ fn update<B: Backend>(backend: &B) -> Vec<f32> {
         write_all(backend, &mut buffer, shape, &values);
         buffer
     });
-    let clip = backend.clip(&grads, &backend.tensor(&[1.0], &[], F32), 0.5, 1.0);
+    let clip = backend.clip(&grads, &backend.tensor(&[1.0], &[], F32), &Clipping::alone(0.5, 1.0));
     let hyper = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: 3 };
     backend.adamw(&hyper, (70_000, 30_000), &clip, &grads, &mut params, &mut m, &mut v);
     let mut values = backend.values(&clip);

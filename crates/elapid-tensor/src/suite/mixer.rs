@@ -56,6 +56,7 @@ const SPEC: Mamba2Spec = Mamba2Spec {
     chunk: 64,
     dt_limit: (0.0, f32::INFINITY),
     norm: NormGroup::PerGroup,
+    norm_ranks: 1,
     norm_eps: 1e-5,
 };
 

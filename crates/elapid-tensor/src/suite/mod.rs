@@ -8,7 +8,7 @@
 //! Where the contract leaves a choice, the suite reads it so:
 //!
 //! - Weight and bias of `linear`, of the convolution, the table of `embedding` and the weight of `head_loss` come in
-//!   the dtype of the activations; norm weights, `dt_bias`, `a_log`, `d`, states and their cotangents are fp32.
+//!   the dtype of the activations, that of `add_bias` also in bf16 beside fp32; norm weights, `dt_bias`, `a_log`, `d`, states and their cotangents are fp32.
 //! - The conv state after the last position is an exact copy of inputs, those of the last document only, with
 //!   zeros where that is shorter than K − 1.
 //! - Δt passes its gradient at the ends of `dt_limit` as well, as `torch.clamp` does.
@@ -22,7 +22,7 @@ mod update;
 
 pub use bits::bits;
 pub use mixer::mamba2;
-pub use ops::{add_and_cast, embedding, head_loss, linear, rms_norm};
+pub use ops::{add_and_cast, add_bias, embedding, head_loss, linear, resize, rms_norm};
 pub use update::{adamw, clip, flat_buffers};
 
 use crate::backend::Backend;
@@ -60,7 +60,19 @@ impl fmt::Display for Report {
 
 /// Every check of this suite.
 pub fn check_all<B: Backend>(backend: &B) -> Vec<Report> {
-    let checks = [flat_buffers, embedding, rms_norm, linear, add_and_cast, mamba2, head_loss, clip, adamw];
+    let checks = [
+        flat_buffers,
+        embedding,
+        rms_norm,
+        linear,
+        add_bias,
+        resize,
+        add_and_cast,
+        mamba2,
+        head_loss,
+        clip,
+        adamw,
+    ];
     checks.iter().flat_map(|check| check(backend)).collect()
 }
 

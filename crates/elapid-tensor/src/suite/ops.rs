@@ -107,6 +107,52 @@ pub fn linear<B: Backend>(backend: &B) -> Vec<Report> {
     reports
 }
 
+/// [`Backend::add_bias`] and its adjoint.
+pub fn add_bias<B: Backend>(backend: &B) -> Vec<Report> {
+    let mut reports = Vec::new();
+    for (dtype, kind) in [(F32, F32), (F32, Bf16), (Bf16, Bf16)] {
+        for [b, l, o] in [[1, 1, 1], [2, 5, 33], [2, 63, 257]] {
+            let mut check = Check::new(backend, "add_bias", format!("B{b} L{l} O{o} {dtype:?} + {kind:?}"));
+            let shape = [b, l, o];
+            let (x, bias) = (check.random(&shape, dtype, 1.0), check.random_parameter(&[o], kind, 1.0));
+            let want: Vec<f64> = x.host.iter().zip(bias.host.iter().cycle()).map(|(x, b)| x + b).collect();
+            let y = backend.add_bias(&x.device, &bias.device);
+            check.compare("y", &y, &want, &shape, dtype, rounded_once(dtype));
+            let dy = check.random(&shape, dtype, 1.0);
+            let sums: Vec<f64> = (0..o).map(|i| dy.host.iter().skip(i).step_by(o).sum()).collect();
+            let wanted = [Gradient { name: "bias", shape: &[o], want: &sums, tolerance: FP32 }];
+            check.gradients(&wanted, |buffer, slots| {
+                backend.add_bias_adjoint(&dy.device, Sink { buffer, slot: &slots[0] });
+            });
+            reports.extend(check.finish());
+        }
+    }
+    reports
+}
+
+/// [`Backend::resize`].
+pub fn resize<B: Backend>(backend: &B) -> Vec<Report> {
+    let mut reports = Vec::new();
+    for dtype in [F32, Bf16] {
+        for (rest, old, new) in
+            [(&[3, 5][..], 7, 7), (&[3, 5], 7, 4), (&[3, 5], 4, 9), (&[], 5, 8), (&[], 8, 5)]
+        {
+            let mut check = Check::new(backend, "resize", format!("B2 L{old} {rest:?} to {new} {dtype:?}"));
+            let x = check.random(&[&[2, old], rest].concat(), dtype, 1.0);
+            let width: usize = rest.iter().product();
+            let mut want = vec![0.0; 2 * new * width];
+            for (to, from) in want.chunks_mut(new * width).zip(x.host.chunks(old * width)) {
+                let len = to.len().min(from.len());
+                to[..len].copy_from_slice(&from[..len]);
+            }
+            let y = backend.resize(&x.device, new);
+            check.compare("y", &y, &want, &[&[2, new], rest].concat(), dtype, 0.0);
+            reports.extend(check.finish());
+        }
+    }
+    reports
+}
+
 /// [`Backend::add`] and [`Backend::cast`].
 pub fn add_and_cast<B: Backend>(backend: &B) -> Vec<Report> {
     let mut reports = Vec::new();
@@ -139,19 +185,21 @@ pub fn add_and_cast<B: Backend>(backend: &B) -> Vec<Report> {
 pub fn head_loss<B: Backend>(backend: &B) -> Vec<Report> {
     let mut reports = Vec::new();
     for dtype in [F32, Bf16] {
-        for ([b, l, d, v], labelled, scale) in [
-            ([1, 1, 8, 5], "all labelled", 1.0),
-            ([2, 63, 32, 257], "all labelled", 1.0),
-            ([2, 257, 24, 1001], "some ignored", 1.0),
-            ([1, 64, 16, 33], "all ignored", 1.0),
-            ([1, 65, 16, 33], "some ignored, large logits", 50.0),
+        // The last size is that of the vocabulary among the V rows of the table.
+        for ([b, l, d, v, vocab], labelled, scale) in [
+            ([1, 1, 8, 5, 5], "all labelled", 1.0),
+            ([2, 63, 32, 257, 257], "all labelled", 1.0),
+            ([2, 257, 24, 1001, 1001], "some ignored", 1.0),
+            ([2, 63, 16, 40, 33], "some ignored, padded vocabulary", 1.0),
+            ([1, 64, 16, 33, 33], "all ignored", 1.0),
+            ([1, 65, 16, 33, 33], "some ignored, large logits", 50.0),
         ] {
             let case = format!("B{b} L{l} D{d} V{v} {labelled} {dtype:?}");
             let mut check = Check::new(backend, "head_loss", case);
             let x = check.random(&[b, l, d], dtype, scale);
             let weight = check.random_parameter(&[v, d], dtype, scale.sqrt());
-            let mut labels = check.whole(b * l, 0, v as i32);
-            labels[b * l - 1] = v as i32 - 1;
+            let mut labels = check.whole(b * l, 0, vocab as i32);
+            labels[b * l - 1] = vocab as i32 - 1;
             let ignored = check.uniform(b * l, 0.0, 1.0);
             for (label, chance) in labels.iter_mut().zip(ignored) {
                 if labelled == "all ignored" || (labelled.contains("some") && chance < 0.4) {
@@ -159,16 +207,18 @@ pub fn head_loss<B: Backend>(backend: &B) -> Vec<Report> {
                 }
             }
             let on_device = backend.tensor_i32(&labels, &[b, l]);
-            let (loss, dx, dw) = oracle::head_loss_adjoint(&x.host, &weight.host, &labels, d);
+            let (loss, dx, mut dw) =
+                oracle::head_loss_adjoint(&x.host, &weight.host[..vocab * d], &labels, d);
+            dw.resize(v * d, 0.0);
 
-            let got = backend.head_loss(&x.device, &weight.device, &on_device);
+            let got = backend.head_loss(&x.device, &weight.device, &on_device, vocab);
             check.compare("loss", &got, &[loss], &[], F32, FP32);
             // A logit of some hundreds is itself off by 2⁻²⁴ of that, and its exponential by as much relatively.
             let tolerance = if scale > 1.0 { 1e-3 } else { FP32 }.max(rounded_inside(dtype));
             let wanted = [Gradient { name: "weight", shape: &[v, d], want: &dw, tolerance }];
             let (got, got_dx) = check.gradients(&wanted, |buffer, slots| {
                 let sink = Sink { buffer, slot: &slots[0] };
-                backend.head_loss_adjoint(&x.device, &weight.device, &on_device, sink)
+                backend.head_loss_adjoint(&x.device, &weight.device, &on_device, vocab, sink)
             });
             check.compare("loss beside its adjoint", &got, &[loss], &[], F32, FP32);
             check.compare("cotangent of x", &got_dx, &dx, &[b, l, d], dtype, tolerance);

@@ -2,7 +2,7 @@
 
 use super::Report;
 use super::check::{Check, FP32, read_all, rounded, same_bits, widened, write_all};
-use crate::backend::{AdamW, Backend, DType};
+use crate::backend::{AdamW, Backend, Clipping, DType};
 use crate::flat::{FlatShape, Row, Slot};
 use crate::oracle::{self, Clip};
 
@@ -87,7 +87,7 @@ fn report_clip<B: Backend>(
     let backend = check.backend;
     let mut buffer = backend.buffer(shape, F32);
     write_all(backend, &mut buffer, shape, grads);
-    let got = backend.clip(&buffer, &backend.tensor(&[loss], &[], F32), scale, max_norm);
+    let got = backend.clip(&buffer, &backend.tensor(&[loss], &[], F32), &Clipping::alone(scale, max_norm));
     let scalars = [loss, scale, max_norm].map(f64::from);
     let want = oracle::clip(&widened(grads), scalars[0], scalars[1], scalars[2]);
     let well_formed = backend.shape(&got) == [3] && backend.dtype(&got) == F32;

@@ -8,6 +8,9 @@ use crate::hlo::Type;
 use crate::hlo::graph::{DotAxes, Value};
 use crate::tensor::XlaTensor;
 
+/// A logit that no softmax notices, and finite.
+const MASKED: f64 = -30000.0;
+
 /// Even blocks (from, to) of `rows` positions, so that a block times the vocabulary keeps to the backend's limit.
 pub(super) fn blocks(
     backend: &XlaBackend,
@@ -30,18 +33,24 @@ pub(crate) fn loss(
     x: &XlaTensor,
     weight: &XlaTensor,
     labels: &XlaTensor,
+    vocab: usize,
     d_weight: Option<Sink<'_, XlaBackend>>,
 ) -> (XlaTensor, Option<XlaTensor>) {
     let (x, weight, labels) = (backend.get(x), backend.get(weight), backend.get(labels));
-    let (shape, vocab) = (x.dims(), weight.dims()[0]);
+    let (shape, columns) = (x.dims(), weight.dims()[0]);
     let rows = labels.shape().elements();
     let (flat, labels) = (x.reshape(&[rows, shape[shape.len() - 1]]), labels.reshape(&[rows]));
     let (mut losses, mut d_rows, mut d_sum) = (Vec::new(), Vec::new(), None::<Value<'_>>);
-    for (from, to) in blocks(backend, rows, vocab) {
+    for (from, to) in blocks(backend, rows, columns) {
         let (x, labels) = (flat.slice(0, from, to), labels.slice(0, from, to));
-        let dims = [to - from, vocab];
-        let logits = product(x, weight); // [rows, V]
-        let hot = one_hot(labels, vocab);
+        let dims = [to - from, columns];
+        let mut logits = product(x, weight); // [rows, V]
+        if vocab < columns {
+            // T11: what lies beyond the vocabulary is padding.
+            let is_token = backend.graph.iota(&dims, 1).compare_to("LT", vocab as f64);
+            logits = is_token.select(logits, backend.graph.full(Type::F32, &dims, MASKED));
+        }
+        let hot = one_hot(labels, columns);
         // An ignored label is negative and lights no column.
         let counts = labels.compare_to("GE", 0.0).to(Type::F32);
         let top = logits.max(&[1]);

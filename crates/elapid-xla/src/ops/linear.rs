@@ -22,10 +22,20 @@ pub(crate) fn forward(
     let x = backend.get(x);
     let mut y = product(x, backend.get(weight));
     if let Some(bias) = bias {
-        let dims = y.dims();
-        y = y + backend.get(bias).to(Type::F32).expand(&dims, &[dims.len() - 1]);
+        y = y + row(backend, bias, y);
     }
     backend.keep(y.to(x.ty()))
+}
+
+/// `bias` `[O]` repeated to the shape of `y` `[.., O]`, fp32.
+fn row<'g>(backend: &'g XlaBackend, bias: &XlaTensor, y: Value<'g>) -> Value<'g> {
+    let dims = y.dims();
+    backend.get(bias).to(Type::F32).expand(&dims, &[dims.len() - 1])
+}
+
+pub(crate) fn add_bias(backend: &XlaBackend, x: &XlaTensor, bias: &XlaTensor) -> XlaTensor {
+    let x = backend.get(x);
+    backend.keep((x.to(Type::F32) + row(backend, bias, x)).to(x.ty()))
 }
 
 /// Σ over all axes but the last of `a [.., O]` times `b [.., I]`: `[O, I]`, fp32.

@@ -1,6 +1,6 @@
 //! Clipping and AdamW. Everything is elementwise over whole buffers, so that a compiler can work in place.
 
-use elapid_tensor::AdamW;
+use elapid_tensor::{AdamW, Clipping};
 
 use crate::backend::XlaBackend;
 use crate::buffer::XlaBuffer;
@@ -18,9 +18,10 @@ pub(crate) fn clip(
     backend: &XlaBackend,
     grads: &XlaBuffer,
     loss: &XlaTensor,
-    scale: f32,
-    max_norm: f32,
+    clipping: &Clipping<'_>,
 ) -> XlaTensor {
+    let Clipping { scale, max_norm, uncounted, .. } = *clipping;
+    assert!(uncounted.is_empty(), "a rank alone counts everything");
     let graph = &backend.graph;
     let scale = backend.get(&backend.scalar_input("scale", scale));
     let arrays: Vec<Value<'_>> = grads.arrays(backend).iter().flatten().map(|a| backend.get(a)).collect();

@@ -9,18 +9,10 @@ use serde_json::Value;
 
 use crate::Error;
 use crate::data::Order;
+use crate::parallel::Mesh;
 
 /// Version of the format that this build writes, and the only one so far.
 const VERSION: u32 = 1;
-
-/// How the ranks that wrote a checkpoint were arranged.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Mesh {
-    /// Data-parallel ranks.
-    pub dp: usize,
-    /// Tensor-parallel ranks.
-    pub tp: usize,
-}
 
 /// What tells one dataset from another.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -116,11 +108,12 @@ const SEAL: &str = ",\n  \"crc32\": \"";
 
 impl Manifest {
     pub(super) fn new(
+        mesh: Mesh,
         progress: Progress,
         files: BTreeMap<String, FileInfo>,
         tensors: BTreeMap<String, LogicalTensor>,
     ) -> Self {
-        Self { version: VERSION, mesh: Mesh { dp: 1, tp: 1 }, progress, files, tensors }
+        Self { version: VERSION, mesh, progress, files, tensors }
     }
 
     /// JSON whose last field is the checksum of what stands before that field.
@@ -211,7 +204,7 @@ mod tests {
         let half = |at| Piece { file: "a".into(), name: "w".into(), offset: vec![at, 0], shape: vec![2, 3] };
         let tensor = LogicalTensor { shape: vec![4, 3], dtype: "F32".into(), pieces: vec![half(0), half(2)] };
         let (files, tensors) = ([("a".to_owned(), file)].into(), [("model.w".to_owned(), tensor)].into());
-        Manifest::new(progress, files, tensors)
+        Manifest::new(Mesh::SINGLE, progress, files, tensors)
     }
 
     fn read(text: &[u8]) -> Result<Manifest, String> {

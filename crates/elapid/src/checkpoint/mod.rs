@@ -5,6 +5,7 @@
 //! AdamW's moments. It says for each of them which blocks lie in which file, so that any mesh can read what any other
 //! has written. [`Store`] is the folder in which the checkpoints of a run lie side by side.
 
+mod held;
 mod manifest;
 mod piece;
 mod store;
@@ -14,7 +15,9 @@ use std::path::{Path, PathBuf};
 
 use elapid_tensor::Slot;
 
-pub use manifest::{Data, FileInfo, LogicalTensor, Manifest, Mesh, Piece, Progress};
+pub use held::State;
+pub(crate) use held::{carried_cuts_of, carried_name};
+pub use manifest::{Data, FileInfo, LogicalTensor, Manifest, Piece, Progress};
 pub(crate) use piece::write;
 pub use store::Store;
 pub(crate) use store::{Lock, put, write_files};
@@ -118,8 +121,8 @@ impl Checkpoint {
         ModelConfig::load(&self.dir.join(CONFIG))
     }
 
-    /// Reads one of the three states of every parameter into `sink`, one tensor at a time, row-major. `prefix` is one of
-    /// [`PREFIXES`].
+    /// Reads one of the three states of every parameter into `sink`, one tensor at a time: the part that the rank of
+    /// `layout` holds, row-major. `prefix` is one of [`PREFIXES`].
     ///
     /// # Errors
     /// A tensor that is missing or has another shape; a file that cannot be read.
@@ -129,7 +132,7 @@ impl Checkpoint {
         layout: &Layout,
         mut sink: impl FnMut(&Slot, &[f32]),
     ) -> Result<(), Error> {
-        for (name, slot, _) in layout.iter() {
+        for (name, slot, info) in layout.iter() {
             let name = format!("{prefix}.{name}");
             let fault = |what: String| {
                 Error::new(format!("{name} {what} in {}", self.dir.display())).with_hint(
@@ -137,10 +140,10 @@ impl Checkpoint {
                 )
             };
             let (shape, values) = self.tensor(&name)?.ok_or_else(|| fault("is missing".into()))?;
-            if shape != slot.shape {
-                return Err(fault(format!("is {shape:?} instead of {:?}", slot.shape)));
+            if shape != info.shape {
+                return Err(fault(format!("is {shape:?} instead of {:?}", info.shape)));
             }
-            sink(&slot, &values);
+            sink(&slot, &info.cuts(layout.share).slice(&values));
         }
         Ok(())
     }

@@ -1,16 +1,18 @@
 //! The folder of a run's checkpoints: one is written aside and put into place by one rename.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use elapid_tensor::Backend;
 
+use serde::{Deserialize, Serialize};
+
 use super::piece::{write, write_tensors};
-use super::{CONFIG, FileInfo, LogicalTensor, MANIFEST, Manifest, PREFIXES, Piece, Progress};
+use super::{CONFIG, FileInfo, LogicalTensor, MANIFEST, Manifest, Piece, Progress, State};
 use crate::Error;
 use crate::config::ModelConfig;
-use crate::model::Layout;
+use crate::parallel::{Mesh, Rank};
 
 /// Names the newest checkpoint, for whoever asks no [`Store`].
 const LATEST: &str = "latest";
@@ -25,8 +27,8 @@ pub struct Store {
     tag: Option<String>,
     /// How many to keep; None: all.
     keep: Option<usize>,
-    /// Held, not read.
-    _lock: Lock,
+    /// Held, not read. None: the first rank holds it.
+    _lock: Option<Lock>,
 }
 
 /// A folder that no other process works in, until this is dropped or the process ends.
@@ -113,23 +115,31 @@ impl Drop for Aside {
 }
 
 /// Puts the folder `name` into `dir`: written aside by `content`, brought to disk, renamed. One of that name is
-/// replaced. Whoever calls holds a [`Lock`] of `dir`.
+/// replaced. All ranks call this together; the first one holds a [`Lock`] of `dir`.
 pub(crate) fn put(
+    rank: &Rank,
     dir: &Path,
     name: &str,
     content: impl FnOnce(&Path) -> Result<(), Error>,
 ) -> Result<PathBuf, Error> {
-    let (place, aside) = (dir.join(name), Aside(dir.join(format!(".{name}.partial"))));
-    if aside.0.exists() {
-        // A process was killed here.
-        fs::remove_dir_all(&aside.0).map_err(|cause| Error::io("remove", &aside.0, &cause))?;
-    }
-    fs::create_dir(&aside.0).map_err(|cause| Error::io("create", &aside.0, &cause))?;
-    content(&aside.0)?;
-    sync(&aside.0)?;
-    let _old = retire(dir, name)?;
-    fs::rename(&aside.0, &place).map_err(|cause| Error::io("write", &place, &cause))?;
-    sync(dir)?;
+    let (place, aside) = (dir.join(name), dir.join(format!(".{name}.partial")));
+    let mut made = None;
+    rank.from_first(|| {
+        if aside.exists() {
+            // A process was killed here.
+            fs::remove_dir_all(&aside).map_err(|cause| Error::io("remove", &aside, &cause))?;
+        }
+        fs::create_dir(&aside).map_err(|cause| Error::io("create", &aside, &cause))?;
+        made = Some(Aside(aside.clone()));
+        Ok(())
+    })?;
+    content(&aside)?;
+    rank.from_first(|| {
+        sync(&aside)?;
+        let _old = retire(dir, name)?;
+        fs::rename(&aside, &place).map_err(|cause| Error::io("write", &place, &cause))?;
+        sync(dir)
+    })?;
     Ok(place)
 }
 
@@ -149,13 +159,22 @@ impl Store {
     /// # Errors
     /// The folder cannot be made or written, or another process has it.
     pub fn open(dir: &Path, tag: Option<String>, keep: Option<usize>) -> Result<Self, Error> {
-        let store = Self { _lock: Lock::new(dir, "--checkpoint-dir")?, dir: dir.to_owned(), tag, keep };
+        let lock = Lock::new(dir, "--checkpoint-dir")?;
+        let store = Self { _lock: Some(lock), ..Self::of_first_rank(dir, tag, keep)? };
         for entry in fs::read_dir(dir).map_err(|cause| Error::io("read", dir, &cause))?.flatten() {
             if entry.file_name().to_string_lossy().starts_with(ASIDE) {
                 fs::remove_dir_all(entry.path()).map_err(|e| Error::io("remove", &entry.path(), &e))?;
             }
         }
         Ok(store)
+    }
+
+    /// The store that the first rank has opened, as the other ranks know it.
+    ///
+    /// # Errors
+    /// None; as [`Self::open`].
+    pub fn of_first_rank(dir: &Path, tag: Option<String>, keep: Option<usize>) -> Result<Self, Error> {
+        Ok(Self { dir: dir.to_owned(), tag, keep, _lock: None })
     }
 
     /// Where it is.
@@ -171,27 +190,26 @@ impl Store {
         Ok(list(&self.dir)?.pop())
     }
 
-    /// Writes a checkpoint of `state` (masters and moments) and of the tensors `carried`: aside, every file on disk, then one rename. One tensor at a time is in memory. A
-    /// checkpoint of the same name is replaced. Afterwards the oldest ones go, where only so many are kept.
+    /// Writes a checkpoint of `state`: aside, every file on disk, then one rename. All ranks call this together; each
+    /// writes the blocks that it holds, one at a time in memory, into the same folder. A checkpoint of the same name is
+    /// replaced. Afterwards the oldest ones go, where only so many are kept.
     ///
     /// # Errors
     /// The disk is full, or gone. What was there before is still there.
     pub fn save<B: Backend>(
         &self,
+        rank: &Rank,
         backend: &B,
-        config: &ModelConfig,
-        layout: &Layout,
-        state: [&B::Buffer; 3],
-        carried: &[(String, B::Tensor)],
+        state: &State<'_, B>,
         progress: Progress,
     ) -> Result<PathBuf, Error> {
         let step = progress.step;
         let tag = self.tag.as_ref().map_or(String::new(), |tag| format!("-{tag}"));
         let name = format!("step-{step:08}{tag}");
-        let content = |aside: &Path| write_files(aside, backend, config, layout, state, carried, progress);
-        let place = put(&self.dir, &name, content)
+        let content = |aside: &Path| write_files(aside, rank, backend, state, progress);
+        put(rank, &self.dir, &name, content)
             .and_then(|place| {
-                self.point_to(&name)?;
+                rank.from_first(|| self.point_to(&name).and_then(|()| self.prune(step)))?;
                 Ok(place)
             })
             .map_err(|error| {
@@ -199,9 +217,7 @@ impl Store {
                 error.with_hint(format!(
                     "{what}checkpoints written before are whole, --resume auto goes on from them"
                 ))
-            })?;
-        self.prune(step)?;
-        Ok(place)
+            })
     }
 
     /// Makes `latest` name that checkpoint.
@@ -224,44 +240,74 @@ impl Store {
     }
 }
 
-/// Writes the files of a checkpoint into `dir`.
+/// What a rank has written: its file, where it holds any block, and the blocks of each tensor.
+#[derive(Serialize, Deserialize)]
+struct Pieces {
+    file: Option<(String, FileInfo)>,
+    /// (name, logical extents, block)
+    blocks: Vec<(String, Vec<usize>, Piece)>,
+}
+
+/// Writes the files of a checkpoint into `dir`; all ranks call this together.
 pub(crate) fn write_files<B: Backend>(
     dir: &Path,
+    rank: &Rank,
     backend: &B,
-    config: &ModelConfig,
-    layout: &Layout,
-    state: [&B::Buffer; 3],
-    carried: &[(String, B::Tensor)],
+    state: &State<'_, B>,
     progress: Progress,
 ) -> Result<(), Error> {
-    const PIECE: &str = "rank-00000.safetensors";
-    let slots: Vec<_> = PREFIXES
+    let pieces = rank.gather(write_pieces(dir, rank, backend, state)?);
+    rank.from_first(|| write_manifest(dir, rank.mesh(), state.model.config(), progress, pieces))
+}
+
+fn write_pieces<B: Backend>(
+    dir: &Path,
+    rank: &Rank,
+    backend: &B,
+    state: &State<'_, B>,
+) -> Result<Pieces, Error> {
+    let file = format!("rank-{:05}.safetensors", rank.number());
+    let held = state.held(backend);
+    if held.is_empty() {
+        return Ok(Pieces { file: None, blocks: Vec::new() });
+    }
+    let mut count = HashMap::new();
+    let entries: Vec<_> = held
         .iter()
-        .zip(state)
-        .flat_map(|(prefix, buffer)| {
-            layout.iter().map(move |(name, slot, _)| (format!("{prefix}.{name}"), buffer, slot))
+        .map(|block| {
+            // The only block of a tensor has its name, further ones of the same file a number as well.
+            let nth = count.entry(&block.tensor).and_modify(|n| *n += 1).or_insert(0);
+            let name = if *nth == 0 { block.tensor.clone() } else { format!("{}#{nth}", block.tensor) };
+            (name, block.shape.clone())
         })
         .collect();
-    let parameters = slots.iter().map(|(name, _, slot)| (name.clone(), slot.shape.clone()));
-    let entries: Vec<_> =
-        parameters.chain(carried.iter().map(|(name, t)| (name.clone(), backend.shape(t)))).collect();
-    let values = |place: usize| match slots.get(place) {
-        Some((_, buffer, slot)) => backend.values(&backend.view(buffer, slot)),
-        None => backend.values(&carried[place - slots.len()].1),
-    };
-    let json = config.to_json();
-    let files: BTreeMap<String, FileInfo> = [
-        (CONFIG.to_owned(), write(&dir.join(CONFIG), |out| out.write_all(json.as_bytes()))?),
-        (PIECE.to_owned(), write_tensors(&dir.join(PIECE), &entries, values)?),
-    ]
-    .into();
-    // One rank holds every tensor whole.
-    let tensors = entries.into_iter().map(|(name, shape)| {
-        let offset = vec![0; shape.len()];
-        let piece = Piece { file: PIECE.into(), name: name.clone(), offset, shape: shape.clone() };
-        (name, LogicalTensor { shape, dtype: "F32".into(), pieces: vec![piece] })
+    let info = write_tensors(&dir.join(&file), &entries, |place| held[place].values(backend))?;
+    let blocks = held.into_iter().zip(entries).map(|(block, (name, shape))| {
+        let piece = Piece { file: file.clone(), name, offset: block.offset, shape };
+        (block.tensor, block.logical, piece)
     });
-    let manifest = Manifest::new(progress, files, tensors.collect());
+    Ok(Pieces { blocks: blocks.collect(), file: Some((file, info)) })
+}
+
+fn write_manifest(
+    dir: &Path,
+    mesh: Mesh,
+    config: &ModelConfig,
+    progress: Progress,
+    pieces: Vec<Pieces>,
+) -> Result<(), Error> {
+    let json = config.to_json();
+    let config = write(&dir.join(CONFIG), |out| out.write_all(json.as_bytes()))?;
+    let mut files = BTreeMap::from([(CONFIG.to_owned(), config)]);
+    let mut tensors = BTreeMap::new();
+    for Pieces { file, blocks } in pieces {
+        files.extend(file);
+        for (name, shape, piece) in blocks {
+            let tensor = LogicalTensor { shape, dtype: "F32".into(), pieces: Vec::new() };
+            tensors.entry(name).or_insert(tensor).pieces.push(piece);
+        }
+    }
+    let manifest = Manifest::new(mesh, progress, files, tensors);
     write(&dir.join(MANIFEST), |out| out.write_all(manifest.to_json().as_bytes()))?;
     Ok(())
 }

@@ -17,7 +17,8 @@ use clap::{ArgAction, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::Error;
 use crate::config::file::words;
-use crate::error::say;
+use crate::error::{quiet, say};
+use crate::parallel;
 
 /// Trains Mamba-2 language models: text in, a Hugging Face compatible model out.
 #[derive(Parser)]
@@ -72,13 +73,17 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Generate(args) => generate::run(&args),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => {
+            parallel::finish();
+            ExitCode::SUCCESS
+        }
         Err(error) => fail(&error),
     }
 }
 
 /// Says what is wrong.
 fn fail(error: &Error) -> ExitCode {
+    parallel::let_the_first_speak();
     let what = if error.signal().is_some() { "stopped" } else { "error" };
     say(format_args!("{what}: {error}"));
     if let Some(hint) = error.hint() {
@@ -134,8 +139,11 @@ fn kebab_case(index: usize, arg: OsString) -> OsString {
     }
 }
 
-/// Prints one line on stdout. A reader that has gone away is no error of ours.
+/// Prints one line on stdout, on the rank that speaks. A reader that has gone away is no error of ours.
 fn print_line(text: &str) -> Result<(), Error> {
+    if quiet() {
+        return Ok(());
+    }
     match writeln!(std::io::stdout(), "{text}") {
         Err(cause) if cause.kind() != std::io::ErrorKind::BrokenPipe => {
             Err(Error::io("write to", Path::new("stdout"), &cause))

@@ -245,7 +245,7 @@ impl ModelConfig {
         Ok(())
     }
 
-    /// The constants of the `mamba2` op.
+    /// The constants of the `mamba2` op of the whole model.
     pub fn spec(&self) -> Mamba2Spec {
         Mamba2Spec {
             heads: self.num_heads,
@@ -256,6 +256,7 @@ impl ModelConfig {
             chunk: self.chunk_size,
             dt_limit: (self.time_step_limit.0 as f32, self.time_step_limit.1 as f32),
             norm: self.norm_group,
+            norm_ranks: 1,
             norm_eps: self.layer_norm_epsilon as f32,
         }
     }

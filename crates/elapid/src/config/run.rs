@@ -10,6 +10,8 @@ use super::{ModelConfig, PRESETS};
 use crate::Error;
 use crate::error::say;
 use crate::model::init::Init;
+use crate::model::shard::check_ranks;
+use crate::parallel::{self, Mesh};
 use crate::train::schedule::{Schedule, Shape};
 
 /// Compute dtype.
@@ -133,7 +135,7 @@ pub struct TrainArgs {
     /// Compute dtype
     #[arg(long, value_enum, default_value = "float32")]
     pub dtype: Dtype,
-    /// Sequences in a micro-step
+    /// Sequences in a micro-step of a rank
     #[arg(long, default_value_t = 1)]
     pub batch: usize,
     /// Micro-steps in an optimizer step
@@ -172,6 +174,21 @@ pub struct TrainArgs {
     /// Clip gradients to this global norm; 0 does not clip
     #[arg(long, default_value_t = 1.0)]
     pub max_grad_norm: f32,
+    /// Ranks that share the model's tensors
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub tp: usize,
+    /// Ranks that share the samples of a step [default: as many as were started, by --tp]
+    #[arg(long, value_name = "N")]
+    pub dp: Option<usize>,
+    /// Cut masters, moments and the update over the data-parallel ranks
+    #[arg(long = "use-zero-1")]
+    pub use_zero_1: bool,
+    /// Cut what lies between the blocks over the tensor-parallel ranks, along the sequence
+    #[arg(long)]
+    pub sequence_parallel_enabled: bool,
+    /// How long a rank waits for the others
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pub comm_timeout: u64,
     /// What layers keep for the backward pass
     #[arg(long, value_enum, default_value = "none")]
     pub activation_checkpointing: ActivationCheckpointing,
@@ -248,6 +265,8 @@ pub struct Run {
     pub keep: Option<usize>,
     /// The learning rate by step.
     pub schedule: Schedule,
+    /// The ranks.
+    pub mesh: Mesh,
 }
 
 impl Run {
@@ -292,13 +311,23 @@ impl TrainArgs {
         at_least_one("--max-steps", self.max_steps)?;
         at_least_one("--logging-interval", self.logging_interval)?;
         check_threads("--threads", self.threads.unwrap_or(1))?;
-        let samples = [self.batch as u64, self.grad_accum_usteps as u64]
+        at_least_one("--comm-timeout", self.comm_timeout)?;
+        let mesh = Mesh::new(self.tp, self.dp, parallel::world_size()?)?;
+        check_ranks(&config, self.tp)?;
+        if self.log_norms && mesh.size() > 1 {
+            return Err(Error::new(format!(
+                "--log-norms needs a single rank, and there are {}",
+                mesh.size()
+            ))
+            .with_hint("leave it out, or give neither --tp nor --dp"));
+        }
+        let samples = [self.batch as u64, self.grad_accum_usteps as u64, mesh.dp as u64]
             .into_iter()
             .try_fold(self.max_steps, |product, factor| product.checked_mul(factor));
         if samples.is_none_or(|samples| samples > MAX_SAMPLES) {
             return Err(Error::new(format!(
-                "--max-steps {} × --grad-accum-usteps {} × --batch {} are too many samples",
-                self.max_steps, self.grad_accum_usteps, self.batch
+                "--max-steps {} × --grad-accum-usteps {} × --batch {} × --dp {} are too many samples",
+                self.max_steps, self.grad_accum_usteps, self.batch, mesh.dp
             ))
             .with_hint(format!("no run reads more than {MAX_SAMPLES}; look for a digit too many")));
         }
@@ -391,7 +420,7 @@ impl TrainArgs {
             max_steps: self.max_steps,
         };
         let args = Self { min_lr: Some(min_lr), output_dir: Some(output_dir.clone()), ..self };
-        Ok(Run { args, config, output_dir, checkpoint_dir, keep, schedule })
+        Ok(Run { args, config, output_dir, checkpoint_dir, keep, schedule, mesh })
     }
 }
 

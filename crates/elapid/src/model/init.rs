@@ -2,7 +2,8 @@
 //!
 //! One code path for every parameter, by role: nothing reinitialises what another part has set. Each tensor draws
 //! from its own stream, derived from the seed and the tensor's name, so its values depend neither on the order nor on
-//! which other tensors exist.
+//! which other tensors exist. A rank that holds a part of a tensor draws all of it, so the model is the same on any number
+//! of ranks.
 
 use elapid_tensor::Slot;
 use rand::{RngExt, SeedableRng};
@@ -43,7 +44,7 @@ pub fn initialise(
 ) {
     for (name, slot, info) in layout.iter() {
         let mut rng = stream(seed, &name);
-        sink(&slot, &values(config, info, scheme, &mut rng));
+        sink(&slot, &info.cuts(layout.share).slice(&values(config, info, scheme, &mut rng)));
     }
 }
 

@@ -5,8 +5,11 @@
 
 use std::fmt;
 
-use elapid_tensor::{DType, FlatShape, Mamba2Spec, Row, Slot};
+use std::ops::Range;
 
+use elapid_tensor::{DType, FlatShape, Mamba2Spec, NormGroup, Row, Slot};
+
+use super::shard::{Cuts, Share};
 use crate::config::ModelConfig;
 
 /// What a parameter is: decides its initial values, its dtype and whether it is decayed.
@@ -107,9 +110,14 @@ impl ParamInfo {
         }
     }
 
-    /// Number of elements.
+    /// Number of elements of the logical tensor.
     pub fn elements(&self) -> usize {
         self.shape.iter().product()
+    }
+
+    /// The part of it that lies on a rank.
+    pub fn cuts(&self, share: Share) -> Cuts {
+        Cuts::new(self, share)
     }
 
     /// Element type in a model that computes in `compute`.
@@ -182,15 +190,50 @@ fn table(config: &ModelConfig) -> (Vec<ParamInfo>, Vec<ParamInfo>) {
 /// Rows are padded to a multiple of this many elements: one cache line of fp32.
 const ROW_MULTIPLE: usize = 16;
 
-/// Parameters in the order of their row, each with its offset.
-fn place(params: Vec<ParamInfo>) -> (Vec<(usize, ParamInfo)>, usize) {
+/// A parameter and where its part lies in the row.
+#[derive(Clone, Debug)]
+struct Placed {
+    offset: usize,
+    /// Extents on this rank.
+    shape: Vec<usize>,
+    info: ParamInfo,
+}
+
+impl Placed {
+    fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+}
+
+/// Parameters in the order of their row, and its length.
+fn place(params: Vec<ParamInfo>, share: Share) -> (Vec<Placed>, usize) {
     let mut end = 0;
     let placed = params.into_iter().map(|info| {
-        let offset = end;
-        end += info.elements();
-        (offset, info)
+        let placed = Placed { offset: end, shape: info.cuts(share).shape(), info };
+        end += placed.len();
+        placed
     });
     (placed.collect(), end.next_multiple_of(ROW_MULTIPLE))
+}
+
+/// A range of a row that several neighbouring tensor-parallel ranks hold copies of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Replica {
+    /// Elements, counted from the start of the row.
+    pub range: Range<usize>,
+    /// How many ranks; the first of them is at a multiple of this number.
+    pub copies: usize,
+    /// Each rank has a part of its gradient, so these must be summed (trap T12). Else they are the same already.
+    pub partial: bool,
+}
+
+/// What an update must know of its rows, or of equal parts of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Weight decay applies to the first elements of each row: (of a layer row, of the shared region).
+    pub decayed: (usize, usize),
+    /// Elements of the buffer that another rank counts in a norm, in order.
+    pub uncounted: Vec<Range<usize>>,
 }
 
 /// Where a layer's parameters lie.
@@ -231,39 +274,126 @@ pub struct SharedSlots {
     pub head: Option<Slot>,
 }
 
-/// All parameters of a model and their places in a flat buffer.
+/// All parameters of a model and their places in the flat buffers of one rank.
 #[derive(Clone, Debug)]
 pub struct Layout {
     /// Extents of the flat buffers.
     pub flat: FlatShape,
     /// Weight decay applies to the first elements of each row: (of a layer row, of the shared region).
     pub decayed: (usize, usize),
-    layer: Vec<(usize, ParamInfo)>,
-    shared: Vec<(usize, ParamInfo)>,
+    /// Whose layout this is.
+    pub share: Share,
+    /// The constants of the `mamba2` op on this rank.
+    pub spec: Mamba2Spec,
+    layer: Vec<Placed>,
+    shared: Vec<Placed>,
 }
 
 impl Layout {
-    /// The layout of a valid configuration.
+    /// The layout of a valid configuration on a single rank.
     pub fn new(config: &ModelConfig) -> Self {
-        let (layer, shared) = table(config);
-        let decayed = |params: &[ParamInfo]| {
-            params.iter().filter(|info| info.role.decayed()).map(ParamInfo::elements).sum()
-        };
-        let decayed = (decayed(&layer), decayed(&shared));
-        let ((layer, row), (shared, shared_len)) = (place(layer), place(shared));
-        let flat = FlatShape { layers: config.num_hidden_layers, row, shared: shared_len };
-        Self { flat, decayed, layer, shared }
+        Self::sharded(config, Share::WHOLE)
     }
 
-    /// The table of a layer, or of the shared region, in memory order.
-    pub fn params(&self, row: Row) -> impl Iterator<Item = (Slot, &ParamInfo)> {
-        let params = match row {
+    /// The layout on one of several tensor-parallel ranks, as many as [`check_ranks`](super::shard::check_ranks)
+    /// allows.
+    pub fn sharded(config: &ModelConfig, share: Share) -> Self {
+        let (layer, shared) = table(config);
+        let ((layer, row), (shared, shared_len)) = (place(layer, share), place(shared, share));
+        let decayed =
+            |params: &[Placed]| params.iter().filter(|p| p.info.role.decayed()).map(Placed::len).sum();
+        let decayed = (decayed(&layer), decayed(&shared));
+        let flat = FlatShape { layers: config.num_hidden_layers, row, shared: shared_len };
+        let spec = config.spec();
+        let norm_ranks = match spec.norm {
+            NormGroup::PerGroup => (share.ranks / spec.groups).max(1),
+            NormGroup::Across => share.ranks,
+        };
+        let (heads, groups) = (spec.heads / share.ranks, (spec.groups / share.ranks).max(1));
+        let spec = Mamba2Spec { heads, groups, norm_ranks, ..spec };
+        Self { flat, decayed, share, spec, layer, shared }
+    }
+
+    /// The same layout with rows that can be dealt out evenly to `ranks`.
+    pub fn dealt_to(mut self, ranks: usize) -> Self {
+        let multiple = ROW_MULTIPLE * ranks;
+        self.flat.row = self.flat.row.next_multiple_of(multiple);
+        self.flat.shared = self.flat.shared.next_multiple_of(multiple);
+        self
+    }
+
+    /// The elements of `slot` that lie in one of `ranks` equal parts of its row, and where in that part the first of them
+    /// is.
+    pub fn within_part(&self, slot: &Slot, ranks: usize, rank: usize) -> (Range<usize>, usize) {
+        let len = self.flat.whole(slot.row).len() / ranks;
+        let within = |end: usize| end.clamp(slot.offset, slot.offset + slot.len()) - slot.offset;
+        let range = within(rank * len)..within((rank + 1) * len);
+        let at = (slot.offset + range.start).saturating_sub(rank * len);
+        (range, at)
+    }
+
+    /// What one of `ranks` equal parts of every row is to the update.
+    pub fn part(&self, ranks: usize, rank: usize) -> Part {
+        let flat = self.flat.shard(ranks);
+        // Elements of a row before `end` that lie in the part, and a range as the part counts it.
+        let before = |end: usize, len: usize| end.saturating_sub(rank * len).min(len);
+        let decayed = (before(self.decayed.0, flat.row), before(self.decayed.1, flat.shared));
+        let uncounted = self.flat.rows().flat_map(|row| {
+            let (len, start) = (flat.whole(row).len(), flat.start(row));
+            self.uncounted(row)
+                .map(move |range| start + before(range.start, len)..start + before(range.end, len))
+        });
+        Part { decayed, uncounted: uncounted.filter(|range| !range.is_empty()).collect() }
+    }
+
+    /// Ranges of a row that a tensor-parallel rank before this one holds, too: a norm over all ranks leaves them out
+    /// (trap T21).
+    fn uncounted(&self, row: Row) -> impl Iterator<Item = Range<usize>> {
+        let replicas = self.replicas(row, false).into_iter();
+        replicas
+            .filter(|replica| !self.share.rank.is_multiple_of(replica.copies))
+            .map(|replica| replica.range)
+    }
+
+    fn row(&self, row: Row) -> &[Placed] {
+        match row {
             Row::Shared => &self.shared,
             Row::Layer(_) => &self.layer,
-        };
-        params
-            .iter()
-            .map(move |(offset, info)| (Slot { row, offset: *offset, shape: info.shape.clone() }, info))
+        }
+    }
+
+    /// The table of a layer, or of the shared region, in memory order. A slot has the extents of this rank's part.
+    pub fn params(&self, row: Row) -> impl Iterator<Item = (Slot, &ParamInfo)> {
+        self.row(row).iter().map(move |placed| {
+            (Slot { row, offset: placed.offset, shape: placed.shape.clone() }, &placed.info)
+        })
+    }
+
+    /// The ranges of a row that other tensor-parallel ranks hold, too. With `sequence_parallel` each rank has seen
+    /// only its part of the sequence where a whole tensor was used.
+    pub fn replicas(&self, row: Row, sequence_parallel: bool) -> Vec<Replica> {
+        let replicas = self.row(row).iter().flat_map(|placed| {
+            let cuts = placed.info.cuts(self.share);
+            // What is cut by segment belongs to heads, and each rank has seen only its own.
+            let partial = sequence_parallel || placed.info.shard != Shard::Replicated;
+            let at = |range: Range<usize>| placed.offset + range.start..placed.offset + range.end;
+            cuts.replicated()
+                .map(|(range, copies)| Replica { range: at(range), copies, partial })
+                .collect::<Vec<_>>()
+        });
+        let mut joined = Vec::<Replica>::new();
+        for replica in replicas {
+            match joined.last_mut() {
+                Some(last)
+                    if last.range.end == replica.range.start
+                        && (last.copies, last.partial) == (replica.copies, replica.partial) =>
+                {
+                    last.range.end = replica.range.end;
+                }
+                _ => joined.push(replica),
+            }
+        }
+        joined
     }
 
     /// Every parameter of the model with its Hugging Face name, in memory order.
@@ -303,9 +433,9 @@ impl Layout {
         }
     }
 
-    /// Number of parameters, padding not counted.
+    /// Number of parameters of the whole model.
     pub fn parameter_count(&self) -> usize {
-        self.iter().map(|(_, slot, _)| slot.len()).sum()
+        self.iter().map(|(_, _, info)| info.elements()).sum()
     }
 
     fn find(&self, row: Row, ending: &str) -> Option<Slot> {
@@ -321,8 +451,8 @@ impl Layout {
 /// groups of weight decay.
 impl fmt::Display for Layout {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let of_layers = self.layer.iter().map(|(_, info)| (self.flat.layers, info));
-        let all: Vec<_> = of_layers.chain(self.shared.iter().map(|(_, info)| (1, info))).collect();
+        let of_layers = self.layer.iter().map(|placed| (self.flat.layers, &placed.info));
+        let all: Vec<_> = of_layers.chain(self.shared.iter().map(|placed| (1, &placed.info))).collect();
         for (title, decayed) in [("weight decay", true), ("no weight decay", false)] {
             let group = || all.iter().filter(|(_, info)| info.role.decayed() == decayed);
             let total: usize = group().map(|(times, info)| times * info.elements()).sum();

@@ -4,6 +4,8 @@ mod causal_lm;
 pub mod init;
 pub mod layout;
 pub mod pretrained;
+pub mod shard;
 
 pub use causal_lm::Mamba2ForCausalLM;
-pub use layout::{LayerSlots, Layout, ParamInfo, Role, Segment, Shard, SharedSlots};
+pub use layout::{LayerSlots, Layout, ParamInfo, Replica, Role, Segment, Shard, SharedSlots};
+pub use shard::Share;

@@ -15,7 +15,7 @@ use safetensors::tensor::{Dtype, Metadata, TensorInfo, TensorView};
 use safetensors::{SafeTensorError, SafeTensors};
 use serde_json::{Value, json};
 
-use super::layout::Layout;
+use super::layout::{Layout, ParamInfo};
 use crate::Error;
 use crate::config::ModelConfig;
 use crate::error::say;
@@ -94,7 +94,8 @@ impl FileDType {
     }
 }
 
-/// Reads the weights of the model folder `dir` into `sink`, one tensor at a time, row-major, as fp32.
+/// Reads the weights of the model folder `dir` into `sink`, one tensor at a time, row-major, as fp32: of each tensor the
+/// part that `layout` says is this rank's.
 ///
 /// The folder holds `model.safetensors` or, where that is absent, the pieces that `model.safetensors.index.json`
 /// names. Nothing reaches `sink` before all names, shapes and element types are found right.
@@ -127,11 +128,11 @@ pub fn load_weights(dir: &Path, layout: &Layout, mut sink: impl FnMut(&Slot, &[f
     let tied_head = if layout.shared().head.is_none() { found.remove(HEAD) } else { None };
 
     check_names(dir, layout, &found)?;
-    for (name, slot, _) in layout.iter() {
-        found[&name].check(&name, &slot.shape)?;
+    for (name, _, info) in layout.iter() {
+        found[&name].check(&name, &info.shape)?;
     }
     if let Some(head) = tied_head {
-        head.check(HEAD, &layout.shared().embedding.shape)?;
+        head.check(HEAD, found[EMBEDDING].view.shape())?;
         if head.values(HEAD)? != found[EMBEDDING].values(EMBEDDING)? {
             return Err(Error::new(format!(
                 "{HEAD} in {} differs from {EMBEDDING}, to which config.json ties it",
@@ -142,8 +143,8 @@ pub fn load_weights(dir: &Path, layout: &Layout, mut sink: impl FnMut(&Slot, &[f
             ));
         }
     }
-    for (name, slot, _) in layout.iter() {
-        sink(&slot, &found[&name].values(&name)?);
+    for (name, slot, info) in layout.iter() {
+        sink(&slot, &info.cuts(layout.share).slice(&found[&name].values(&name)?));
     }
     Ok(())
 }
@@ -278,9 +279,9 @@ fn damaged(path: &Path, cause: &SafeTensorError) -> Error {
 
 /// Writes a model folder that transformers reads: `config.json`, `generation_config.json` and `model.safetensors`, or,
 /// for tensors of more than `max_shard` bytes (as a rule [`MAX_SHARD_SIZE`]), `model-00001-of-0000n.safetensors` and
-/// so on with `model.safetensors.index.json`. All weights are written in `dtype`; a tied head is not written. `source`
-/// gives the fp32 values of a stretch of a parameter, as a slot of one axis; a few MiB are in memory at a time. Files of
-/// these names are replaced, and only by whole ones; weight files of another division are removed afterwards.
+/// so on with `model.safetensors.index.json`. All weights are written in `dtype`; a tied head is not written.
+/// `source(name, first, count)` gives fp32 values of a stretch of a parameter, which are asked for in alphabetical order of
+/// names and from first to last; a few MiB are in memory at a time. Files of these names are replaced, and only by whole ones; weight files of another division are removed afterwards.
 ///
 /// Warns on stderr where transformers would compute something else ([`export_warning`]).
 ///
@@ -292,7 +293,7 @@ pub fn save(
     layout: &Layout,
     dtype: FileDType,
     max_shard: u64,
-    source: impl Fn(&Slot) -> Vec<f32>,
+    mut source: impl FnMut(&str, usize, usize) -> Vec<f32>,
 ) -> Result<(), Error> {
     if let Some(warning) = export_warning(config) {
         say(format_args!("warning: {warning}"));
@@ -321,7 +322,7 @@ pub fn save(
             1 => WEIGHTS.to_owned(),
             n => format!("model-{:05}-of-{n:05}.safetensors", i + 1),
         };
-        files.push(Aside::write(dir, &name, |out| write_tensors(out, shard, dtype, &source))?);
+        files.push(Aside::write(dir, &name, |out| write_tensors(out, shard, dtype, &mut source))?);
         weight_map.extend(shard.iter().map(|(tensor, _)| (tensor.as_str(), name.clone())));
         names.insert(name);
     }
@@ -347,17 +348,17 @@ pub fn save(
 
 /// The tensors of each weight file, in alphabetical order: a file is begun where the next tensor would make the one
 /// before larger than `max_shard` bytes.
-fn shards(layout: &Layout, dtype: FileDType, max_shard: u64) -> Vec<Vec<(String, Slot)>> {
-    let slots: BTreeMap<String, Slot> = layout.iter().map(|(name, slot, _)| (name, slot)).collect();
+fn shards(layout: &Layout, dtype: FileDType, max_shard: u64) -> Vec<Vec<(String, &ParamInfo)>> {
+    let tensors: BTreeMap<String, &ParamInfo> = layout.iter().map(|(name, _, info)| (name, info)).collect();
     let (mut shards, mut size) = (vec![Vec::new()], 0);
-    for (name, slot) in slots {
-        let bytes = slot.len() as u64 * dtype.size() as u64;
+    for (name, info) in tensors {
+        let bytes = info.elements() as u64 * dtype.size() as u64;
         if size + bytes > max_shard && size > 0 {
             shards.push(Vec::new());
             size = 0;
         }
         size += bytes;
-        shards.last_mut().expect("never empty").push((name, slot));
+        shards.last_mut().expect("never empty").push((name, info));
     }
     shards
 }
@@ -444,20 +445,20 @@ impl Drop for Aside {
 /// as u64, JSON header padded with blanks to a multiple of 8, data. Format: the safetensors README.
 fn write_tensors(
     out: &mut Out,
-    tensors: &[(String, Slot)],
+    tensors: &[(String, &ParamInfo)],
     dtype: FileDType,
-    source: &impl Fn(&Slot) -> Vec<f32>,
+    source: &mut impl FnMut(&str, usize, usize) -> Vec<f32>,
 ) -> Written {
     let mut end = 0;
-    let entries = tensors.iter().map(|(name, slot)| {
+    let entries = tensors.iter().map(|(name, info)| {
         let start = end;
-        end += slot.len() * dtype.size();
-        let info = TensorInfo {
+        end += info.elements() * dtype.size();
+        let entry = TensorInfo {
             dtype: dtype.to_safetensors(),
-            shape: slot.shape.clone(),
+            shape: info.shape.clone(),
             data_offsets: (start, end),
         };
-        (name.clone(), info)
+        (name.clone(), entry)
     });
     let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     let header = Metadata::new(Some(format), entries.collect())
@@ -470,13 +471,12 @@ fn write_tensors(
     put(out, &((header.len() + blanks) as u64).to_le_bytes())?;
     put(out, header.as_bytes())?;
     put(out, &b"        "[..blanks])?;
-    for (name, slot) in tensors {
-        for first in (0..slot.len()).step_by(PIECE) {
-            let stretch = vec![PIECE.min(slot.len() - first)];
-            let values = source(&Slot { row: slot.row, offset: slot.offset + first, shape: stretch });
+    for (name, info) in tensors {
+        for first in (0..info.elements()).step_by(PIECE) {
+            let values = source(name, first, PIECE.min(info.elements() - first));
             let bytes = dtype.encode(&values);
             // Looked at after rounding: a finite value may lie beyond what fp16 holds.
-            check_finite(name, &slot.shape, first, &dtype.decode(&bytes)).map_err(|error| {
+            check_finite(name, &info.shape, first, &dtype.decode(&bytes)).map_err(|error| {
                 let fits = !values.iter().all(|value| value.is_finite());
                 let hint = format!("a weight does not fit {}; save as float32 or bfloat16", dtype.name());
                 WriteError::Value(if fits { error } else { error.with_hint(hint) })

@@ -91,11 +91,6 @@ impl RunFolder {
         Ok(log.filter(|_| wanted))
     }
 
-    /// Where it is.
-    pub(super) fn dir(&self) -> &Path {
-        &self.dir
-    }
-
     pub(super) fn write(&self, name: &str, text: &str) -> Result<(), Error> {
         let path = self.dir.join(name);
         fs::write(&path, text).map_err(|cause| Error::io("write", &path, &cause))

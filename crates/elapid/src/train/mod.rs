@@ -7,6 +7,7 @@ mod folder;
 pub mod memory;
 mod nonfinite;
 mod norms;
+pub mod plan;
 mod progress;
 mod resume;
 mod run;

@@ -18,6 +18,7 @@ use crate::Error;
 use crate::checkpoint::{Checkpoint, put, write};
 use crate::config::run::{ActivationCheckpointing, Dtype, TrainArgs};
 use crate::model::Mamba2ForCausalLM;
+use crate::parallel::Rank;
 
 const STEP: &str = "step.json";
 const BATCH: &str = "batch.safetensors";
@@ -95,7 +96,7 @@ impl NonFinite {
             diagnosis: diagnosis.to_json(),
         };
         let json = serde_json::to_string_pretty(&step).expect("plain data") + "\n";
-        put(dir, &format!("nonfinite-step-{:08}", step.step), |aside| {
+        put(&Rank::single(None), dir, &format!("nonfinite-step-{:08}", step.step), |aside| {
             write(&aside.join(STEP), |out| out.write_all(json.as_bytes()))?;
             let path = aside.join(BATCH);
             let tensors = to_safetensors(&recorded.batches)

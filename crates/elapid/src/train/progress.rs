@@ -6,7 +6,7 @@ use std::time::Duration;
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 
 use super::Evaluation;
-use crate::error::say;
+use crate::error::{quiet, say};
 
 /// Figures of one optimizer step.
 #[derive(Clone, Copy, Debug)]
@@ -35,7 +35,7 @@ pub(crate) enum Progress {
 impl Progress {
     /// Steps `first` to `max_steps`.
     pub(crate) fn new(first: u64, max_steps: u64, every: u64) -> Self {
-        if !std::io::stderr().is_terminal() {
+        if quiet() || !std::io::stderr().is_terminal() {
             return Self::Lines { every, first, last: max_steps, started: std::time::Instant::now() };
         }
         let style = ProgressStyle::with_template("step {pos}/{len} {bar:24} {msg}  ETA {eta}")

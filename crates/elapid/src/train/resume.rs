@@ -1,19 +1,22 @@
 //! Going on where a run stopped: which checkpoint, whether it fits, and what it puts back.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use elapid_tensor::{Backend, DType, State};
+use elapid_tensor::{Backend, DType, Group, State};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::folder::RunFolder;
 use super::{Outcome, Trainer};
 use crate::Error;
-use crate::checkpoint::{Checkpoint, Data, PREFIXES, Store};
+use crate::checkpoint::{Checkpoint, Data, PREFIXES, Store, carried_cuts_of, carried_name};
 use crate::config::ModelConfig;
 use crate::config::run::{Resume, Run, TrainArgs};
 use crate::data::{Dataset, Order, Sampler};
 use crate::error::say;
 use crate::model::Mamba2ForCausalLM;
+use crate::model::shard::Cuts;
+use crate::parallel::Rank;
 
 /// Where a run begins.
 pub(super) enum Start {
@@ -25,8 +28,42 @@ pub(super) enum Start {
     Finished(Outcome),
 }
 
-/// What `--resume` says, with what the folders hold.
-pub(super) fn start(run: &Run, folder: &RunFolder, store: &Store) -> Result<Start, Error> {
+/// A [`Start`] as the first rank tells the others.
+#[derive(Serialize, Deserialize)]
+enum Found {
+    Fresh,
+    At(PathBuf),
+    Finished,
+}
+
+/// What `--resume` says, with what the folders hold. All ranks call this together; the first one, which has the run
+/// `folder`, looks.
+pub(super) fn start(
+    run: &Run,
+    rank: &Rank,
+    folder: Option<&RunFolder>,
+    store: &Store,
+) -> Result<Start, Error> {
+    let mut own = None;
+    let found = rank.from_first(|| {
+        let start = look(run, folder.expect("the first rank has the folder"), store)?;
+        let found = match &start {
+            Start::Fresh => Found::Fresh,
+            Start::From(checkpoint) => Found::At(checkpoint.dir().to_owned()),
+            Start::Finished(_) => Found::Finished,
+        };
+        own = Some(start);
+        Ok(found)
+    })?;
+    match (own, found) {
+        (Some(start), _) => Ok(start),
+        (None, Found::Fresh) => Ok(Start::Fresh),
+        (None, Found::At(dir)) => Ok(Start::From(Box::new(Checkpoint::open(&dir)?))),
+        (None, Found::Finished) => Ok(Start::Finished(Outcome::new(run.output_dir.join("hf")))),
+    }
+}
+
+fn look(run: &Run, folder: &RunFolder, store: &Store) -> Result<Start, Error> {
     match &run.args.resume {
         None => {
             folder.refuse_a_run()?;
@@ -159,10 +196,11 @@ pub(super) fn check(
     if old.samples != old.step * per_step {
         return fault(
             format!(
-                "it has read {} samples in {} steps, but --batch {} with --grad-accum-usteps {} makes {per_step} a step",
-                old.samples, old.step, sampler.batch, sampler.accum
+                "it has read {} samples in {} steps, but --batch {} with --grad-accum-usteps {} and --dp {} makes {per_step} a \
+                 step",
+                old.samples, old.step, sampler.batch, sampler.accum, sampler.dp
             ),
-            "the split may change, but not the product --batch × --grad-accum-usteps",
+            "the split may change, but not the product --batch × --grad-accum-usteps × --dp",
         );
     }
     if old.step > run.args.max_steps {
@@ -181,7 +219,8 @@ pub(super) fn check(
 
 /// The flags that have a part in the numbers: not where things go, nor how often.
 fn numeric(settings: &Value) -> Map<String, Value> {
-    const OTHERS: [&str; 10] = [
+    const OTHERS: [&str; 11] = [
+        "comm-timeout",
         "output-dir",
         "checkpoint-dir",
         "checkpoint-freq",
@@ -237,24 +276,7 @@ fn differences(old: &Map<String, Value>, new: &Map<String, Value>) -> Vec<String
         .collect()
 }
 
-/// The states that `--carry-state` carries, by layer, with their names in a checkpoint.
-pub(super) fn carried<T: Clone>(states: &[State<T>]) -> Vec<(String, T)> {
-    let layers = states.iter().enumerate();
-    layers
-        .flat_map(|(layer, state)| {
-            [
-                (carried_name("conv", layer), state.conv.clone()),
-                (carried_name("ssm", layer), state.ssm.clone()),
-            ]
-        })
-        .collect()
-}
-
-fn carried_name(part: &str, layer: usize) -> String {
-    format!("carried.{part}.{layer}")
-}
-
-/// Puts carried states back, of `rows` sequences. Before the first step there are none.
+/// Puts carried states back, of `rows` sequences on each rank. Before the first step there are none.
 pub(super) fn restore_carried<B: Backend>(
     checkpoint: &Checkpoint,
     backend: &B,
@@ -264,7 +286,10 @@ pub(super) fn restore_carried<B: Backend>(
     if trainer.states().is_none() || checkpoint.manifest().progress.step == 0 {
         return Ok(());
     }
-    let tensor = |part: &str, layer: usize| {
+    let (ranks, rank) = (backend.group_size(Group::Dp), backend.group_rank(Group::Dp));
+    let model = trainer.model();
+    let [conv, ssm] = carried_cuts_of(model.layout(), &model.config().spec(), rows);
+    let tensor = |part: &str, layer: usize, cuts: &Cuts| {
         let name = carried_name(part, layer);
         let fault = |what: String| {
             Error::new(format!("{name} {what} in {}", checkpoint.dir().display())).with_hint(
@@ -272,14 +297,16 @@ pub(super) fn restore_carried<B: Backend>(
             )
         };
         let (shape, values) = checkpoint.tensor(&name)?.ok_or_else(|| fault("is missing".into()))?;
-        if shape[0] != rows {
-            return Err(fault(format!("holds {} sequences instead of {rows}", shape[0])));
+        if shape[0] != ranks * rows {
+            return Err(fault(format!("holds {} sequences instead of {}", shape[0], ranks * rows)));
         }
-        Ok(backend.tensor(&values, &shape, DType::F32))
+        let own = values.len() / ranks;
+        let values = cuts.slice(&values[rank * own..][..own]);
+        Ok(backend.tensor(&values, &cuts.shape(), DType::F32))
     };
-    let layers = trainer.model().layout().flat.layers;
-    let states =
-        (0..layers).map(|layer| Ok(State { conv: tensor("conv", layer)?, ssm: tensor("ssm", layer)? }));
+    let layers = model.layout().flat.layers;
+    let states = (0..layers)
+        .map(|layer| Ok(State { conv: tensor("conv", layer, &conv)?, ssm: tensor("ssm", layer, &ssm)? }));
     let states = states.collect::<Result<_, Error>>()?;
     trainer.set_states(states);
     Ok(())
@@ -293,10 +320,5 @@ pub(super) fn restore<B: Backend>(
     rows: usize,
 ) -> Result<(), Error> {
     restore_carried(checkpoint, backend, trainer, rows)?;
-    trainer.replace_state(|layout, state| {
-        for (prefix, buffer) in PREFIXES.into_iter().zip(state) {
-            checkpoint.read(prefix, layout, |slot, values| backend.write_slot(buffer, slot, values))?;
-        }
-        Ok(())
-    })
+    trainer.replace_state(|which, layout, write| checkpoint.read(PREFIXES[which], layout, write))
 }

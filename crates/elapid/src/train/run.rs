@@ -1,7 +1,7 @@
 //! `elapid train`: set up, step, export.
 
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use elapid_cpu::{CpuBackend, CpuOptions};
 use elapid_tensor::{AdamW, Checkpointing, DType, State};
@@ -18,14 +18,15 @@ use super::resume::{self, Start};
 use super::stop::{self, Graceful};
 use super::{Batch, Evaluation, StepReport, Trainer, start};
 use crate::Error;
-use crate::checkpoint::{Checkpoint, Progress as Position, Store, write_files};
+use crate::checkpoint::{Checkpoint, Progress as Position, State as Held, Store, write_files};
 use crate::config::ModelConfig;
 use crate::config::TokenIds;
-use crate::config::run::{ActivationCheckpointing, Dtype, Run, check_threads};
+use crate::config::run::{ActivationCheckpointing, Dtype, Run, TrainArgs, check_threads};
 use crate::data::{Dataset, Order, Sampler, Tokenizer};
 use crate::error::say;
 use crate::model::Mamba2ForCausalLM;
 use crate::model::pretrained::FileDType;
+use crate::parallel::{Launch, Rank, launch};
 
 /// What a finished run left behind.
 #[derive(Clone, Debug)]
@@ -101,19 +102,30 @@ pub fn cpu(threads: Option<usize>) -> Result<CpuBackend, Error> {
 /// Anything that stops it, before the first step where that can be known then; a loss or gradient that is not finite,
 /// before it reaches the parameters; a signal, after a checkpoint ([`Error::signal`]).
 pub fn train(run: &Run) -> Result<Outcome, Error> {
+    let (args, mesh) = (&run.args, run.mesh);
+    let start = Launch { mesh, threads: args.threads, timeout: Duration::from_secs(args.comm_timeout) };
+    Ok(launch(&start, |rank| train_on(run, rank))?.swap_remove(0))
+}
+
+/// What one rank does of it.
+fn train_on(run: &Run, rank: &Rank) -> Result<Outcome, Error> {
+    // Where ranks are processes each has resolved its folders by itself; those of the first one count.
+    let dirs = rank.from_first(|| Ok((run.output_dir.clone(), run.checkpoint_dir.clone())))?;
+    let args = TrainArgs { output_dir: Some(dirs.0.clone()), ..run.args.clone() };
+    let run = &Run { args, output_dir: dirs.0, checkpoint_dir: dirs.1, ..run.clone() };
     let settings = run.to_toml()?;
     let data = open_data(run)?;
     let tokenizer = open_tokenizer(run, &data)?;
     let held_out = HeldOut::open(run, &data)?;
     let blocks = held_out.as_ref().map_or(data.len(), HeldOut::training_blocks);
-    if run.args.carry_state && blocks < run.args.batch {
+    let rows = run.args.batch * run.mesh.dp;
+    if run.args.carry_state && blocks < rows {
         return Err(Error::new(format!(
-            "--carry-state needs a block for each of the {} rows of a batch, but there are {blocks} to train on",
-            run.args.batch
+            "--carry-state needs a block for each of the {rows} rows of a batch, but there are {blocks} to train on"
         ))
         .with_hint("give a smaller --batch, or more data"));
     }
-    let backend = cpu(run.args.threads)?;
+    let backend = rank.cpu()?;
     let memory = Memory::predict(&Demand {
         config: &run.config,
         batch: run.args.batch,
@@ -121,15 +133,21 @@ pub fn train(run: &Run) -> Result<Outcome, Error> {
         dtype: run.args.dtype.compute(),
         checkpointing: run.args.activation_checkpointing.into(),
         threads: backend.threads(),
+        mesh: run.mesh,
+        ranks_here: rank.ranks_here(),
+        zero1: run.args.use_zero_1,
+        sequence_parallel: run.args.sequence_parallel_enabled,
         evaluation: &held_out.as_ref().map_or_else(Vec::new, HeldOut::shapes),
         log_norms: run.args.log_norms,
     });
-    if let Some(warning) = memory.check(run.args.ignore_memory_limit)? {
+    if let Some(warning) = rank.from_first(|| memory.check(run.args.ignore_memory_limit))? {
         say(format_args!("warning: {warning}"));
     }
-    let folder = RunFolder::lock(&run.output_dir)?;
-    let store = Store::open(&run.checkpoint_dir, run.args.tag.clone(), run.keep)?;
-    let from = match resume::start(run, &folder, &store)? {
+    // The first rank keeps the folders; the others are told what it finds there.
+    let folder = rank.is_first().then(|| RunFolder::lock(&run.output_dir)).transpose()?;
+    let open = if rank.is_first() { Store::open } else { Store::of_first_rank };
+    let store = open(&run.checkpoint_dir, run.args.tag.clone(), run.keep)?;
+    let from = match resume::start(run, rank, folder.as_ref(), &store)? {
         Start::Fresh => None,
         Start::From(checkpoint) => Some(*checkpoint),
         Start::Finished(outcome) => {
@@ -137,13 +155,29 @@ pub fn train(run: &Run) -> Result<Outcome, Error> {
             return Ok(outcome);
         }
     };
-    let model = build_model(run, &data, &backend, from.is_some())?;
-    let peak = backend.measure_peak();
+    let mut model = build_model(run, &data, &backend, from.is_some())?
+        .with_sequence_parallel(run.args.sequence_parallel_enabled);
+    if run.args.use_zero_1 {
+        model = model.with_zero1(&backend);
+    }
+    let peak = rank.gather_numbers(backend.measure_peak() as u64).into_iter().sum::<u64>() as f64;
     start::print(run, &data, held_out.as_ref(), &model, &backend, peak, &memory);
-    folder.write("run.toml", &settings)?;
+    let folder = folder.as_ref();
+    folder.map_or(Ok(()), |folder| folder.write("run.toml", &settings))?;
     let held_out = held_out.as_ref();
-    let mut session =
-        Session::new(run, &data, held_out, &folder, &store, &backend, model, tokenizer, from.as_ref(), peak)?;
+    let mut session = Session::new(
+        run,
+        rank,
+        &data,
+        held_out,
+        folder,
+        &store,
+        &backend,
+        model,
+        tokenizer,
+        from.as_ref(),
+        peak,
+    )?;
     session.outcome.predicted_memory = memory.total();
     session.train()
 }
@@ -210,16 +244,18 @@ fn build_model(
 /// A run between its first step and its last.
 struct Session<'a> {
     run: &'a Run,
+    rank: &'a Rank,
     data: &'a Dataset,
     held_out: Option<&'a HeldOut<'a>>,
-    folder: &'a RunFolder,
+    /// On the first rank, which writes metrics and the end.
+    folder: Option<&'a RunFolder>,
     store: &'a Store,
     backend: &'a CpuBackend,
     trainer: Trainer<'a, CpuBackend>,
     sampler: Sampler,
     /// What is exported with the model.
     tokenizer: Option<Tokenizer>,
-    metrics: Log,
+    metrics: Option<Log>,
     norms: Option<Norms<CpuBackend>>,
     progress: Progress,
     /// Steps that were done before.
@@ -235,9 +271,10 @@ impl<'a> Session<'a> {
     /// A session at step 1, or after the step of the checkpoint `from`.
     fn new(
         run: &'a Run,
+        rank: &'a Rank,
         data: &'a Dataset,
         held_out: Option<&'a HeldOut<'a>>,
-        folder: &'a RunFolder,
+        folder: Option<&'a RunFolder>,
         store: &'a Store,
         backend: &'a CpuBackend,
         model: Mamba2ForCausalLM<CpuBackend>,
@@ -259,8 +296,8 @@ impl<'a> Session<'a> {
         let sampler = Sampler {
             len: held_out.map_or(data.len(), HeldOut::training_blocks),
             batch: args.batch,
-            dp: 1,
-            rank: 0,
+            dp: run.mesh.dp,
+            rank: rank.dp_rank(),
             accum: args.grad_accum_usteps,
             order,
         };
@@ -276,10 +313,11 @@ impl<'a> Session<'a> {
             outcome.tokens = position.tokens;
             outcome.seconds = position.seconds;
         }
-        let norms = folder.open_norms(done, args.log_norms)?;
+        let norms = folder.map_or(Ok(None), |folder| folder.open_norms(done, args.log_norms))?;
         let norms = norms.map(|log| Norms::new(backend, &trainer, log));
         Ok(Self {
             run,
+            rank,
             data,
             held_out,
             folder,
@@ -288,7 +326,7 @@ impl<'a> Session<'a> {
             trainer,
             sampler,
             tokenizer,
-            metrics: folder.open_metrics(done)?,
+            metrics: folder.map(|folder| folder.open_metrics(done)).transpose()?,
             norms,
             progress: Progress::new(done + 1, args.max_steps, args.logging_interval),
             done,
@@ -303,34 +341,52 @@ impl<'a> Session<'a> {
         let signals = Graceful::new()?;
         for step in self.done + 1..=args.max_steps {
             self.step(step)?;
-            let signal = signals.caught();
+            let signal = self.agreed(signals.caught());
             let due = args.checkpoint_freq > 0 && step.is_multiple_of(args.checkpoint_freq);
             if due || signal.is_some() || args.save_last_step && step == args.max_steps {
                 let place = self.save(step)?;
                 // One that comes while a checkpoint is written is heard as well.
-                if let Some(signal) = signal.or(signals.caught()) {
+                if let Some(signal) = signal.or(self.agreed(signals.caught())) {
                     self.progress.finish();
                     return Err(stop::after(step, signal, &place));
                 }
             }
         }
         self.progress.finish();
-        self.export()?;
-        self.folder.finish(args.max_steps, &self.outcome)?;
+        let model = self.trainer.into_model().without_zero1(self.backend);
+        // The ranks that hold the same tensors have nothing to add.
+        if self.rank.dp_rank() == 0 {
+            model.save_pretrained(self.backend, &self.outcome.model_dir, FileDType::F32)?;
+        }
+        if let Some(folder) = self.folder {
+            self.tokenizer.map_or(Ok(()), |tokenizer| tokenizer.save(&self.outcome.model_dir))?;
+            folder.finish(args.max_steps, &self.outcome)?;
+        }
         self.outcome.peak_memory = memory::peak_resident();
         Ok(self.outcome)
     }
 
     /// Writes a checkpoint; the lines of its steps reach the disk before it does.
     fn save(&mut self, step: u64) -> Result<PathBuf, Error> {
-        self.metrics.sync()?;
+        if let Some(metrics) = &self.metrics {
+            metrics.sync()?;
+        }
         if let Some(norms) = &self.norms {
             norms.sync()?;
         }
-        let model = self.trainer.model();
-        let carried = resume::carried(self.trainer.states().unwrap_or_default());
-        let (state, position) = (self.trainer.state(), self.position(step));
-        self.store.save(self.backend, model.config(), model.layout(), state, &carried, position)
+        let state = self.state(self.trainer.states());
+        self.store.save(self.rank, self.backend, &state, self.position(step))
+    }
+
+    /// A signal that any rank has caught.
+    fn agreed(&self, caught: Option<i32>) -> Option<i32> {
+        let all = self.rank.gather_numbers(caught.unwrap_or(0) as u64);
+        all.into_iter().find(|&signal| signal > 0).map(|signal| signal as i32)
+    }
+
+    /// What a checkpoint holds, with these carried states.
+    fn state<'s>(&'s self, carried: Option<&'s [State<elapid_cpu::Tensor>]>) -> Held<'s, CpuBackend> {
+        Held { model: self.trainer.model(), buffers: self.trainer.state(), carried }
     }
 
     /// How far the run is after `step`.
@@ -360,10 +416,16 @@ impl<'a> Session<'a> {
         let (mut valid, mut tokens) = (0, 0);
         for micro in 0..args.grad_accum_usteps {
             let batch = self.batch(step, micro)?;
-            self.trainer.micro_step(&batch);
+            if micro + 1 < args.grad_accum_usteps {
+                self.trainer.micro_step(&batch);
+            } else {
+                self.trainer.last_micro_step(&batch);
+            }
             valid += batch.valid();
             tokens += batch.tokens();
         }
+        let valid = self.rank.sum_over_samples(valid as u64) as usize;
+        let tokens = tokens * self.run.mesh.dp;
         if valid == 0 {
             return Err(Error::new(format!("step {step}: the batch has no label that counts"))
                 .with_hint("blocks of one token, or labels that are all -100, teach nothing"));
@@ -425,30 +487,35 @@ impl<'a> Session<'a> {
         before: Option<Vec<State<elapid_cpu::Tensor>>>,
         report: StepReport,
     ) -> Result<Error, Error> {
+        let what = format!(
+            "step {step}: loss {:?} with gradient norm {:?} is not finite; the update was not applied",
+            report.loss, report.grad_norm
+        );
+        let hint = "try a lower --lr, more --warmup-steps or --dtype float32";
+        if self.run.mesh.size() > 1 {
+            return Ok(Error::new(what).with_hint(format!(
+                "{hint}; to find the value, go on from the last checkpoint on a single rank, with --batch {}",
+                self.run.args.batch * self.run.mesh.dp
+            )));
+        }
         let micro_steps = 0..self.run.args.grad_accum_usteps;
         let recorded = Recorded {
             batches: micro_steps.clone().map(|micro| self.batch(step, micro)).collect::<Result<_, _>>()?,
             samples: micro_steps.map(|micro| self.sampler.indices(step - 1, micro)).collect(),
         };
-        let carried = resume::carried(before.as_deref().unwrap_or_default());
-        let diagnosis = diagnose(self.backend, &mut self.trainer, &recorded, before);
-        let error = Error::new(format!(
-            "step {step}: loss {:?} with gradient norm {:?} is not finite; the update was not applied; {diagnosis}; it \
-             read {}",
-            report.loss,
-            report.grad_norm,
-            nonfinite::list(&recorded.samples)
-        ));
-        let place = NonFinite::write(self.folder.dir(), step, &self.run.args, &recorded, &diagnosis, |dir| {
-            let model = self.trainer.model();
-            let (state, position) = (self.trainer.state(), self.position(step - 1));
-            write_files(dir, self.backend, model.config(), model.layout(), state, &carried, position)
+        let diagnosis = diagnose(self.backend, &mut self.trainer, &recorded, before.clone());
+        let error =
+            Error::new(format!("{what}; {diagnosis}; it read {}", nonfinite::list(&recorded.samples)));
+        let dir = &self.run.output_dir;
+        let place = NonFinite::write(dir, step, &self.run.args, &recorded, &diagnosis, |dir| {
+            let state = self.state(before.as_deref());
+            write_files(dir, self.rank, self.backend, &state, self.position(step - 1))
         });
         let repeat = match place {
             Ok(place) => format!("`elapid replay {}` repeats the step", place.display()),
             Err(cause) => format!("the step cannot be kept to be repeated: {cause}"),
         };
-        Ok(error.with_hint(format!("try a lower --lr, more --warmup-steps or --dtype float32; {repeat}")))
+        Ok(error.with_hint(format!("{hint}; {repeat}")))
     }
 
     fn log(&mut self, figures: Figures) -> Result<(), Error> {
@@ -465,15 +532,10 @@ impl<'a> Session<'a> {
                 line["eval_bits_per_byte"] = bits.into();
             }
         }
-        self.metrics.push(&line)?;
+        if let Some(metrics) = &mut self.metrics {
+            metrics.push(&line)?;
+        }
         self.progress.step(&figures);
         Ok(())
-    }
-
-    /// Leaves the model as a Hugging Face folder.
-    fn export(&self) -> Result<(), Error> {
-        let dir = &self.outcome.model_dir;
-        self.trainer.model().save_pretrained(self.backend, dir, FileDType::F32)?;
-        self.tokenizer.as_ref().map_or(Ok(()), |tokenizer| tokenizer.save(dir))
     }
 }

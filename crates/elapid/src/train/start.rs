@@ -8,6 +8,7 @@ use crate::config::run::Run;
 use crate::data::Dataset;
 use crate::error::say;
 use crate::model::Mamba2ForCausalLM;
+use crate::parallel::Mesh;
 
 /// Prints model, data, step, optimizer and device to stderr.
 pub(super) fn print(
@@ -39,7 +40,7 @@ pub(super) fn print(
         ),
     );
     let training = held_out.map_or(data.len(), HeldOut::training_blocks);
-    let per_step = args.batch * args.grad_accum_usteps;
+    let per_step = args.batch * args.grad_accum_usteps * run.mesh.dp;
     row(
         "data",
         format!(
@@ -63,7 +64,7 @@ pub(super) fn print(
         format!(
             "{} tokens = {} sequences × {} micro-steps × {}; {} steps",
             per_step * data.seq_len(),
-            args.batch,
+            args.batch * run.mesh.dp,
             args.grad_accum_usteps,
             data.seq_len(),
             args.max_steps
@@ -94,6 +95,12 @@ pub(super) fn print(
             args.dtype
         ),
     );
+    if run.mesh.size() > 1 {
+        let zero1 = if model.zero1() { ", ZeRO-1" } else { "" };
+        let sequence = if model.sequence_parallel() { ", sequence parallel" } else { "" };
+        let Mesh { dp, tp } = run.mesh;
+        row("ranks", format!("{} = dp {dp} × tp {tp}{zero1}{sequence}", run.mesh.size()));
+    }
     row("memory", format!("{} at most: {memory}", bytes(memory.total())));
     row("run folder", run.output_dir.display().to_string());
     for line in model.layout().to_string().lines() {

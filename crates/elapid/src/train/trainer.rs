@@ -1,6 +1,8 @@
 //! One optimizer step: micro-steps that accumulate gradients, and an update.
 
-use elapid_tensor::{AdamW, Backend, Checkpointing, DType, State, Tape, Watch};
+use std::collections::VecDeque;
+
+use elapid_tensor::{AdamW, Backend, Checkpointing, Clipping, DType, Group, Row, Slot, State, Tape, Watch};
 
 use super::Batch;
 use crate::model::{Layout, Mamba2ForCausalLM};
@@ -27,11 +29,18 @@ impl StepReport {
     }
 }
 
+/// So many rows travel at once: each is a copy.
+pub(super) const UNDER_WAY: usize = 2;
+
 /// A model in training: parameters, accumulated gradients, AdamW's moments.
 pub struct Trainer<'b, B: Backend> {
     backend: &'b B,
     model: Mamba2ForCausalLM<B>,
     grads: B::Buffer,
+    /// With ZeRO-1: this rank's shard of the sum of all ranks' gradients.
+    shard: Option<B::Buffer>,
+    /// Rows of gradients that have been summed over the ranks already.
+    summed: Vec<Row>,
     m: B::Buffer,
     v: B::Buffer,
     /// Sum of token losses since the last update; None before the first micro-step.
@@ -45,13 +54,16 @@ impl<'b, B: Backend> Trainer<'b, B> {
     /// Starts with zero gradients and moments.
     pub fn new(backend: &'b B, model: Mamba2ForCausalLM<B>, checkpointing: Checkpointing) -> Self {
         let flat = model.layout().flat;
-        let zeros = || backend.buffer(flat, DType::F32);
+        let zeros = |flat| backend.buffer(flat, DType::F32);
+        let own = flat.shard(model.part(backend).0);
         Self {
             backend,
+            grads: zeros(flat),
+            summed: Vec::new(),
+            shard: model.zero1().then(|| zeros(own)),
+            m: zeros(own),
+            v: zeros(own),
             model,
-            grads: zeros(),
-            m: zeros(),
-            v: zeros(),
             loss: None,
             checkpointing,
             states: None,
@@ -90,19 +102,29 @@ impl<'b, B: Backend> Trainer<'b, B> {
         [self.model.masters(), &self.m, &self.v]
     }
 
-    /// Lets `write` replace [`Self::state`], and brings the model up to date.
+    /// Replaces [`Self::state`] by what `read` gives of each of the three: every parameter's values on this rank. Brings
+    /// the model up to date; all ranks call this together.
     ///
     /// # Errors
-    /// Those of `write`.
+    /// Those of `read`.
     pub fn replace_state<E>(
         &mut self,
-        write: impl FnOnce(&Layout, [&mut B::Buffer; 3]) -> Result<(), E>,
+        mut read: impl FnMut(usize, &Layout, &mut dyn FnMut(&Slot, &[f32])) -> Result<(), E>,
     ) -> Result<(), E> {
         let Self { backend, model, m, v, .. } = self;
         let layout = model.layout().clone();
-        let result = write(&layout, [model.masters_mut(), m, v]);
+        let (ranks, rank) = model.part(backend);
+        for (which, buffer) in [model.masters_mut(), m, v].into_iter().enumerate() {
+            read(which, &layout, &mut |slot, values| {
+                let (range, offset) = layout.within_part(slot, ranks, rank);
+                if !range.is_empty() {
+                    let here = Slot { row: slot.row, offset, shape: vec![range.len()] };
+                    backend.write_slot(buffer, &here, &values[range]);
+                }
+            })?;
+        }
         model.refresh(backend);
-        result
+        Ok(())
     }
 
     /// Forgets the micro-steps since the last update; `states` are the carried ones before them.
@@ -119,19 +141,44 @@ impl<'b, B: Backend> Trainer<'b, B> {
 
     /// [`Self::micro_step`], each of its tensors shown to `watch`.
     pub fn watched_micro_step(&mut self, batch: &Batch, watch: Option<&Watch<'_, B::Tensor>>) {
-        let backend = self.backend;
-        let mut tape = Tape::training(backend, &mut self.grads).watched(watch);
-        let loss = batch.loss(&mut tape, &self.model, self.states.as_mut(), self.checkpointing);
+        self.run_micro_step(batch, watch, false);
+    }
+
+    /// [`Self::micro_step`] where an update follows. Each layer's gradients travel to the other data-parallel ranks as
+    /// soon as they are complete, while the adjoints of the layers below run.
+    pub fn last_micro_step(&mut self, batch: &Batch) {
+        self.run_micro_step(batch, None, self.backend.group_size(Group::Dp) > 1);
+    }
+
+    fn run_micro_step(&mut self, batch: &Batch, watch: Option<&Watch<'_, B::Tensor>>, send: bool) {
+        let Self { backend, model, grads, shard, summed, .. } = self;
+        let (backend, scatter) = (*backend, shard.is_some());
+        let mut under_way = VecDeque::new();
+        let mut done = |backend: &B, grads: &mut B::Buffer, row| {
+            model.sum_replicas(backend, grads, row);
+            if under_way.len() == UNDER_WAY
+                && let Some(first) = under_way.pop_front()
+            {
+                backend.finish_sum(first, shard.as_mut().unwrap_or(grads));
+            }
+            under_way.push_back(backend.start_sum(grads, row, scatter, Group::Dp));
+            summed.push(row);
+        };
+        let mut tape = Tape::training(backend, grads).watched(watch).telling(send.then_some(&mut done));
+        let loss = batch.loss(&mut tape, model, self.states.as_mut(), self.checkpointing);
         tape.backward(&[], &[]);
+        for pending in under_way {
+            backend.finish_sum(pending, shard.as_mut().unwrap_or(grads));
+        }
         self.loss = Some(match self.loss.take() {
             None => loss,
             Some(sum) => backend.add(&sum, &loss),
         });
     }
 
-    /// Scales the gradients by 1 / `valid`, the number of labels since the last update, clips them to `max_norm`
-    /// (≤ 0: not at all) and applies AdamW. Where loss or gradient is not finite nothing changes and the gradients
-    /// stay for inspection.
+    /// Sums the gradients over the ranks, scales them by 1 / `valid`, the number of all ranks' labels since the last
+    /// update, clips them to `max_norm` (≤ 0: not at all) and applies AdamW. Where loss or gradient is not finite
+    /// nothing changes and the gradients stay for inspection, summed. All ranks call this together and report the same.
     ///
     /// # Panics
     /// Without a micro-step since the last update.
@@ -146,17 +193,30 @@ impl<'b, B: Backend> Trainer<'b, B> {
     }
 
     /// The part of [`Self::update`] that runs on the device: gives [`Backend::clip`]'s outcome and the sum of token
-    /// losses. The gradients stay as they are. Reads nothing back.
+    /// losses. The gradients stay, summed. Reads nothing back.
     ///
     /// # Panics
     /// As [`Self::update`].
     pub fn enqueue_update(&mut self, hyper: &AdamW, max_norm: f32, valid: usize) -> [B::Tensor; 2] {
-        let Self { backend, model, grads, m, v, .. } = self;
+        let Self { backend, model, grads, shard, summed, m, v, .. } = self;
         let loss = self.loss.take().expect("an update follows a micro-step");
-        let clip = backend.clip(grads, &loss, 1.0 / valid as f32, max_norm);
-        let decayed = model.layout().decayed;
-        backend.adamw(hyper, decayed, &clip, grads, model.masters_mut(), m, v);
+        let loss = backend.all_reduce(&loss, Group::Dp);
+        for row in model.layout().flat.rows().filter(|row| !summed.contains(row)) {
+            model.sum_replicas(backend, grads, row);
+            match shard {
+                Some(shard) => backend.reduce_scatter_row(grads, row, shard, Group::Dp),
+                None => backend.all_reduce_slot(grads, &model.layout().flat.whole(row), Group::Dp),
+            }
+        }
+        let (ranks, rank) = model.part(*backend);
+        let part = model.layout().part(ranks, rank);
+        let over: &[_] = if shard.is_some() { &[Group::Tp, Group::Dp] } else { &[Group::Tp] };
+        let clipping = Clipping { scale: 1.0 / valid as f32, max_norm, uncounted: &part.uncounted, over };
+        let total = shard.as_ref().unwrap_or(grads);
+        let clip = backend.clip(total, &loss, &clipping);
+        backend.adamw(hyper, part.decayed, &clip, total, model.masters_mut(), m, v);
         model.refresh(backend);
+        summed.clear();
         [clip, loss]
     }
 
@@ -176,7 +236,7 @@ impl<'b, B: Backend> Trainer<'b, B> {
     /// Without a micro-step since the last update.
     pub fn report(&self, valid: usize) -> StepReport {
         let loss = self.loss.as_ref().expect("a report follows a micro-step");
-        let clip = self.backend.clip(&self.grads, loss, 1.0 / valid as f32, 0.0);
+        let clip = self.backend.clip(&self.grads, loss, &Clipping::alone(1.0 / valid as f32, 0.0));
         StepReport::read(self.backend, loss, &clip, valid)
     }
 

@@ -46,6 +46,7 @@ impl<'g> Dims<'g> {
         let shape = projected.shape();
         let &[batch, len, width] = &shape.dims[..] else { panic!("projected must be [B, L, E + C + H]") };
         assert_eq!(width, spec.projection(), "width of the projection");
+        assert_eq!(spec.norm_ranks, 1, "a rank alone shares no mean");
         let q = spec.chunk.min(MAX_CHUNK).min(len).max(1);
         Self {
             graph: projected.graph,

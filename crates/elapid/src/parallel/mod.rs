@@ -1,0 +1,7 @@
+//! Several ranks that train one model: how they are arranged, started, and how they speak with each other.
+
+mod launch;
+mod mesh;
+
+pub use launch::{Launch, Rank, finish, launch, let_the_first_speak, world_size};
+pub use mesh::{MAX_RANKS, Mesh};

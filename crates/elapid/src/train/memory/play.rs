@@ -1,0 +1,400 @@
+//! Micro-steps on a model of the backend's memory pool. Each function stands for the op of its name and changes with it.
+
+use std::collections::BTreeMap;
+
+use elapid_tensor::{Checkpointing, DType};
+
+use super::Demand;
+
+/// Free blocks beyond this are returned to the system when none of them fits: `MAX_IDLE_LINES` of the backend.
+const MAX_IDLE: u128 = 1 << 30;
+
+/// The backend's memory pool, without the memory. A block is its size; 128 bits, so that no --batch wraps it around.
+#[derive(Default)]
+pub(super) struct Pool {
+    free: BTreeMap<u128, u128>,
+    idle: u128,
+    pub(super) live: u128,
+    pub(super) peak: u128,
+}
+
+impl Pool {
+    fn take(&mut self, size: u128) -> u128 {
+        let size = size.next_multiple_of(64);
+        match self.free.get_mut(&size) {
+            Some(count) if *count > 0 => {
+                *count -= 1;
+                self.idle -= size;
+            }
+            _ if self.idle > MAX_IDLE => {
+                self.free.clear();
+                self.idle = 0;
+            }
+            _ => {}
+        }
+        self.live += size;
+        self.peak = self.peak.max(self.live + self.idle);
+        size
+    }
+
+    fn give(&mut self, blocks: impl IntoIterator<Item = u128>) {
+        for size in blocks {
+            self.live -= size;
+            self.idle += size;
+            *self.free.entry(size).or_default() += 1;
+        }
+    }
+}
+
+/// One run, played through.
+pub(super) struct Play {
+    pub(super) pool: Pool,
+    /// B·L.
+    rows: u128,
+    /// Rows of the residual stream, and of all ranks' together.
+    span: u128,
+    padded: u128,
+    tp: u128,
+    sequence_parallel: bool,
+    batch: u128,
+    threads: u128,
+    /// Bytes of an activation's element, and of the residual stream's.
+    compute: u128,
+    residual: u128,
+    layers: usize,
+    checkpointing: Checkpointing,
+    /// D, E, C, H, V.
+    d: u128,
+    e: u128,
+    c: u128,
+    h: u128,
+    v: u128,
+    /// E + C + H.
+    proj: u128,
+    /// P, N, K.
+    p: u128,
+    n: u128,
+    k: u128,
+    /// Chunk length and chunks of a sequence.
+    q: u128,
+    chunks: u128,
+    /// Blocks of heads over all groups.
+    blocks: u128,
+}
+
+const F32: u128 = 4;
+
+impl Play {
+    pub(super) fn new(demand: &Demand<'_>) -> Self {
+        let mesh = demand.mesh;
+        let spec = demand.layout().spec;
+        let sequence_parallel = demand.sequence_parallel && mesh.tp > 1;
+        let part = demand.length.div_ceil(mesh.tp);
+        let compute = if demand.dtype == DType::F32 { 4 } else { 2 };
+        // The CPU scan's own limits: `MAX_CHUNK` and `HEAD_BLOCK` of its `mamba2`.
+        let q = spec.chunk.min(128).min(demand.length).max(1);
+        Self {
+            pool: Pool::default(),
+            rows: (demand.batch * demand.length) as u128,
+            span: (demand.batch * if sequence_parallel { part } else { demand.length }) as u128,
+            padded: (demand.batch * part * mesh.tp) as u128,
+            tp: mesh.tp as u128,
+            sequence_parallel,
+            batch: demand.batch as u128,
+            threads: demand.threads as u128,
+            compute,
+            residual: if demand.config.residual_in_fp32 { F32 } else { compute },
+            layers: demand.config.num_hidden_layers,
+            checkpointing: demand.checkpointing,
+            d: demand.config.hidden_size as u128,
+            e: spec.inner() as u128,
+            c: spec.conv_channels() as u128,
+            h: spec.heads as u128,
+            v: demand.config.vocab_size.div_ceil(mesh.tp) as u128,
+            proj: spec.projection() as u128,
+            p: spec.head_dim as u128,
+            n: spec.state as u128,
+            k: spec.conv_kernel as u128,
+            q: q as u128,
+            chunks: demand.length.div_ceil(q) as u128,
+            blocks: (spec.groups * (spec.heads / spec.groups).div_ceil(8)) as u128,
+        }
+    }
+
+    /// Forward and backward of one batch. Gives the bytes that are held between the two.
+    pub(super) fn micro_step(&mut self) -> u128 {
+        let Self { rows, span, d, compute, residual, .. } = *self;
+        let mut x = self.embedding();
+        let mut kept = Vec::new();
+        for _ in 0..self.layers {
+            let (out, mut saved) = self.layer(self.checkpointing == Checkpointing::None);
+            saved.push(x);
+            kept.push(saved);
+            x = out;
+        }
+        let hidden = self.pool.take(span * d * compute); // final norm
+        let hidden = self.gather(hidden, d * compute);
+
+        // head_loss computes value and adjoint at once.
+        let dx = self.pool.take(rows * d * F32);
+        self.head();
+        let dy = self.round(dx, rows * d);
+        self.pool.give([hidden]);
+        let held = self.pool.live;
+
+        let dy = self.reduce(dy, d * compute);
+        let mut cotangent = self.pool.take(span * d * residual); // final norm
+        self.pool.give([dy, x]);
+        for saved in kept.into_iter().rev() {
+            cotangent = self.layer_adjoint(saved, cotangent);
+        }
+        let cotangent = self.gather(cotangent, d * residual);
+        let dy = self.cast(rows * d, residual, F32); // embedding
+        self.pool.give(dy.into_iter().chain([cotangent]));
+        held
+    }
+
+    /// The loss of one batch, for an evaluation.
+    pub(super) fn inference(&mut self) {
+        let Self { span, d, compute, .. } = *self;
+        let mut x = self.embedding();
+        for _ in 0..self.layers {
+            let (out, _) = self.layer(false);
+            self.pool.give([x]);
+            x = out;
+        }
+        let hidden = self.pool.take(span * d * compute); // final norm
+        let hidden = self.gather(hidden, d * compute);
+        self.head();
+        self.pool.give([x, hidden]);
+    }
+
+    fn embedding(&mut self) -> u128 {
+        let x = self.pool.take(self.rows * self.d * self.residual);
+        self.reduce(x, self.d * self.residual)
+    }
+
+    /// The sum of a block of `width` bytes a row over the tensor-parallel ranks, or this rank's rows of it.
+    fn reduce(&mut self, block: u128, width: u128) -> u128 {
+        let Self { rows, span, padded, tp, sequence_parallel, .. } = *self;
+        if tp == 1 {
+            return block;
+        }
+        let sum = if sequence_parallel {
+            let filled = (padded > rows).then(|| self.pool.take(padded * width));
+            let turned = self.pool.take(padded * width);
+            let sum = self.pool.take(span * width);
+            self.pool.give(filled.into_iter().chain([turned]));
+            sum
+        } else {
+            self.pool.take(rows * width)
+        };
+        self.pool.give([block]);
+        sum
+    }
+
+    /// All rows from a block of this rank's, of `width` bytes each.
+    fn gather(&mut self, block: u128, width: u128) -> u128 {
+        let Self { rows, padded, batch, sequence_parallel, .. } = *self;
+        if !sequence_parallel {
+            return block;
+        }
+        let mut all = self.pool.take(padded * width);
+        if batch > 1 {
+            let turned = self.pool.take(padded * width);
+            self.pool.give([all]);
+            all = turned;
+        }
+        if padded > rows {
+            let cut = self.pool.take(rows * width);
+            self.pool.give([all]);
+            all = cut;
+        }
+        self.pool.give([block]);
+        all
+    }
+
+    /// What head_loss needs for a moment: the logits of a block of positions, and fp32 copies of its operands.
+    fn head(&mut self) {
+        let Self { rows, d, v, compute, .. } = *self;
+        let x32 = self.cast(rows * d, compute, F32);
+        let weight = self.cast(v * d, compute, F32);
+        let block = ((8 << 20) / v).max(16).min(rows);
+        let logits = self.pool.take(block * v * F32);
+        self.pool.give([logits].into_iter().chain(weight).chain(x32));
+    }
+
+    /// One layer: its output and what the ops save. The last of what is saved, the layer's input, is the caller's.
+    fn layer(&mut self, save: bool) -> (u128, Vec<u128>) {
+        let Self { span, d, e, proj, compute, residual, .. } = *self;
+        let normed = self.pool.take(span * d * compute);
+        let normed = self.gather(normed, d * compute);
+        let projected = self.linear(d, proj);
+        let (y, mut saved) = self.mamba2(save);
+        let out = self.linear(e, d);
+        let out = self.reduce(out, d * compute);
+        let sum = self.pool.take(span * d * residual);
+        self.pool.give([out]);
+        // The order in which the adjoints let go of them.
+        saved = [vec![normed, projected], saved, vec![y]].concat();
+        if !save {
+            self.pool.give(saved.drain(..));
+        }
+        (sum, saved)
+    }
+
+    /// The adjoint of one layer: from the cotangent of its output to that of its input.
+    fn layer_adjoint(&mut self, mut saved: Vec<u128>, dy: u128) -> u128 {
+        let Self { span, d, e, proj, compute, residual, .. } = *self;
+        let x = saved.pop().expect("a layer saves its input");
+        let again = match self.checkpointing {
+            Checkpointing::None => None,
+            Checkpointing::Block => {
+                let (out, inside) = self.layer(true);
+                saved = inside;
+                Some(out)
+            }
+        };
+        let y = saved.pop().expect("the mixer's output");
+        // add: the residual's share is dy itself.
+        let mut d_out = self.cast(span * d, residual, compute);
+        if self.sequence_parallel {
+            let block = d_out.take().unwrap_or_else(|| self.pool.take(span * d * compute));
+            d_out = Some(self.gather(block, d * compute));
+        }
+        let dy_mixer = self.linear_adjoint(e, d);
+        self.pool.give(d_out.into_iter().chain([y]));
+        let d_projected = self.mamba2_adjoint();
+        let normed = saved.remove(0);
+        self.pool.give(saved.into_iter().chain([dy_mixer]));
+        let d_normed = self.linear_adjoint(d, proj);
+        self.pool.give([d_projected, normed]);
+        let d_normed = self.reduce(d_normed, d * compute);
+        let dx_norm = self.pool.take(span * d * residual);
+        let dx = self.pool.take(span * d * residual); // sum of the two ways
+        self.pool.give([d_normed, dx_norm, dy, x].into_iter().chain(again));
+        dx
+    }
+
+    /// `[rows, input]` → `[rows, output]`: the product is fp32 and rounded afterwards.
+    fn linear(&mut self, input: u128, output: u128) -> u128 {
+        let y = self.pool.take(self.rows * output * F32);
+        let x32 = self.cast(self.rows * input, self.compute, F32);
+        let weight = self.cast(output * input, self.compute, F32);
+        self.pool.give(weight.into_iter().chain(x32));
+        self.round(y, self.rows * output)
+    }
+
+    fn linear_adjoint(&mut self, input: u128, output: u128) -> u128 {
+        let dy = self.cast(self.rows * output, self.compute, F32);
+        let x = self.cast(self.rows * input, self.compute, F32);
+        let weight = self.cast(output * input, self.compute, F32);
+        let dx = self.pool.take(self.rows * input * F32);
+        let dx = self.round(dx, self.rows * input);
+        self.pool.give(weight.into_iter().chain(x).chain(dy));
+        dx
+    }
+
+    /// The mixer: its output `[rows, E]`, and what it saves: the scan's output in fp32 and the final state.
+    fn mamba2(&mut self, save: bool) -> (u128, Vec<u128>) {
+        let Self { rows, batch, threads, compute, e, c, p, n, k, q, .. } = *self;
+        let front = self.front(false);
+        let states = self.states();
+        self.scratch(threads, q * p);
+        let last = self.pool.take(batch * e * n * F32);
+        let y = self.pool.take(rows * e * F32);
+        self.scratch(threads, 2 * q * q + q * p);
+        self.pool.give(front.into_iter().chain([states]));
+        let out = self.pool.take(rows * e * compute);
+        let conv = self.pool.take(batch * (k - 1) * c * F32);
+        if !save {
+            self.pool.give([y]);
+            return (out, vec![last, conv]);
+        }
+        (out, vec![y, last, conv])
+    }
+
+    fn mamba2_adjoint(&mut self) -> u128 {
+        let Self { rows, batch, threads, e, c, h, proj, p, n, k, q, chunks, blocks, .. } = *self;
+        let front = self.front(true);
+        let states = self.states();
+        self.scratch(threads, q * p);
+        self.scratch(1, batch * e * n); // state after the last chunk
+        let projected = self.pool.take(rows * proj * F32);
+        let d_scan = self.pool.take(rows * e * F32);
+        self.scratch(1, rows.div_ceil(16) * e); // partial sums of the gated norm's weight
+        let d_states = self.states();
+        self.scratch(threads, q * p);
+        let d_initial = self.pool.take(batch * e * n * F32);
+        let act = self.pool.take(rows * c * F32);
+        let per_block = self.pool.take(blocks * rows * 2 * n * F32);
+        let steps = [(); 2].map(|()| self.pool.take(h * rows * F32));
+        self.scratch(threads, 4 * q * q + 2 * q * p + q * n);
+        self.pool.give([d_scan, states, d_states]);
+        let partial = self.pool.take(batch * chunks * (k + 1) * c * F32);
+        self.scratch(threads, (q + k - 1) * c);
+        self.pool.give([partial]);
+        let d_projected = self.round(projected, rows * proj);
+        self.pool.give(front.into_iter().chain([d_initial, act, per_block]).chain(steps));
+        d_projected
+    }
+
+    /// Conv output (for the adjoint before SiLU too), Δt and its cumulative sum.
+    fn front(&mut self, before_silu: bool) -> Vec<u128> {
+        let Self { rows, threads, c, h, k, q, .. } = *self;
+        let conv = (0..1 + u128::from(before_silu)).map(|_| rows * c);
+        let blocks = conv.chain([h * rows, h * rows]).map(|len| self.pool.take(len * F32)).collect();
+        self.scratch(threads, (q + k - 1) * c + c);
+        blocks
+    }
+
+    /// `[B, chunks, H, P, N]`.
+    fn states(&mut self) -> u128 {
+        self.pool.take(self.batch * self.chunks * self.e * self.n * F32)
+    }
+
+    /// `count` pieces of `len` numbers at a time, for a moment.
+    fn scratch(&mut self, count: u128, len: u128) {
+        let blocks: Vec<u128> = (0..count).map(|_| self.pool.take(len * F32)).collect();
+        self.pool.give(blocks);
+    }
+
+    /// A copy in another element size; None where it is that size already.
+    fn cast(&mut self, len: u128, from: u128, to: u128) -> Option<u128> {
+        (from != to).then(|| self.pool.take(len * to))
+    }
+
+    /// An fp32 result in the compute dtype.
+    fn round(&mut self, block: u128, len: u128) -> u128 {
+        match self.cast(len, F32, self.compute) {
+            None => block,
+            Some(rounded) => {
+                self.pool.give([block]);
+                rounded
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pool_is_that_of_the_backend() {
+        let mut pool = Pool::default();
+        let blocks = [pool.take(100), pool.take(100), pool.take(64)];
+        assert_eq!(blocks, [128, 128, 64]);
+        pool.give(blocks);
+        assert_eq!(pool.take(120), 128);
+        assert_eq!((pool.peak, pool.live, pool.idle), (320, 128, 192));
+        // Another size finds nothing among the free ones, which stay.
+        pool.take(256);
+        assert_eq!(pool.peak, 576);
+        // Above 1 GiB they go.
+        let large = pool.take(2 << 30);
+        pool.give([large]);
+        pool.take(4096);
+        assert_eq!(pool.idle, 0);
+    }
+}
