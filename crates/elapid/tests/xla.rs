@@ -229,6 +229,23 @@ fn steps_equal_those_of_the_cpu() {
         let options = Options { layers, ..Options::default() };
         agrees(&jaxlib, &config(groups, depth, tied), DType::F32, documents, checkpointing, options);
     }
+    let mut rng = ChaCha8Rng::seed_from_u64(11);
+    for _ in 0..4 {
+        let mut one_of = |count: usize| rng.random_range(0..count);
+        let (groups, depth, tied) = ([1, 2, 3, 6][one_of(4)], 1 + one_of(3), one_of(2) == 0);
+        let (documents, layers) = (one_of(2) == 0, [Unrolled, Call, While][one_of(3)]);
+        let checkpointing = [Checkpointing::None, Checkpointing::Block][one_of(2)];
+        let config = ModelConfig {
+            conv_kernel: 1 + one_of(4),
+            chunk_size: [8, 16, 64][one_of(3)],
+            residual_in_fp32: one_of(2) == 0,
+            use_conv_bias: one_of(2) == 0,
+            ..config(groups, depth, tied)
+        };
+        println!("{documents} {checkpointing:?} {layers:?} {config:?}");
+        let options = Options { layers, block: 1 << 10 };
+        agrees(&jaxlib, &config, DType::F32, documents, checkpointing, options);
+    }
     let options = Options::default();
     agrees(&jaxlib, &config(2, 3, true), DType::Bf16, true, Checkpointing::None, options);
     agrees(&jaxlib, &config(3, 2, false), DType::Bf16, false, Checkpointing::Block, options);

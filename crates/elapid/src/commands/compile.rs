@@ -1,6 +1,5 @@
 //! `elapid compile`.
 
-use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -336,7 +335,7 @@ fn neuronx_cc(target: Target, name: &str) -> String {
 
 /// Whether a program of that name can be started from here.
 fn on_path(program: &str) -> bool {
-    let path = std::env::var_os("PATH").unwrap_or(OsString::new());
+    let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path).any(|dir| dir.join(program).is_file())
 }
 

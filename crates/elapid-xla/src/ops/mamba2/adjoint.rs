@@ -132,7 +132,7 @@ impl<'g> Pulled<'g> {
         let into = dy * dims.over(scan.into, p);
         let narrow_into = into.to(compute);
         let before = scan.before(dims);
-        d_cum = d_cum + (dy * scan.from_before(dims)).sum(&[4]);
+        d_cum = d_cum + (dy * scan.of_before(dims)).sum(&[4]);
         let both = |a: &[usize], b: &[usize]| DotAxes {
             batch: [vec![0, 1], vec![0, 1]],
             contract: [a.to_vec(), b.to_vec()],

@@ -133,7 +133,7 @@ impl<'g> Scan<'g> {
     }
 
     /// `[Z, G, R, Q, P]`: what the state before the chunk gives.
-    pub(super) fn from_before(&self, dims: &Dims<'g>) -> Value<'g> {
+    pub(super) fn of_before(&self, dims: &Dims<'g>) -> Value<'g> {
         let seen = self.c.batch_dot(self.before(dims), 2, 3, 4).transpose(&[0, 1, 3, 2, 4]);
         seen * dims.over(self.into, dims.spec.head_dim)
     }
@@ -142,7 +142,7 @@ impl<'g> Scan<'g> {
     pub(super) fn outputs(&self, dims: &Dims<'g>, params: &Params<'g>) -> Value<'g> {
         let within = self.mixing().to(dims.compute).batch_dot(self.x.to(dims.compute), 3, 4, 3);
         let skip = self.x * dims.of_heads(params.d, &self.x.dims());
-        dims.unheads(within + self.from_before(dims) + skip)
+        dims.unheads(within + self.of_before(dims) + skip)
     }
 
     /// `[B, H, P, N]`: the state after the last position.
