@@ -21,7 +21,8 @@ const ALL: [&str; 2] = [
      --activation-checkpointing block --checkpoint-dir ck --checkpoint-freq 4 --tag -x.1 --num-kept-checkpoint 2 \
      --save-last-step --resume auto --checkpoint-load --checkpoint-load-dir from --checkpoint-load-tag t \
      --ignore-memory-limit --logging-interval 3 --log-norms --output-dir out --device cpu --threads 2",
-    "--init-from run/hf --data-dir data --eval-data-dir data --max-steps 2 --carry-state --num-kept-checkpoint -1",
+    "--init-from run/hf --data-dir data --eval-data-dir data --max-steps 2 --carry-state --num-kept-checkpoint -1 \
+     --tp 2 --dp 2 --use-zero-1 --sequence-parallel-enabled --comm-timeout 5",
 ];
 
 #[test]
