@@ -21,6 +21,9 @@ use rand_chacha::ChaCha8Rng;
 const STEPS: u64 = 3;
 const MICRO_STEPS: usize = 2;
 
+/// What rounding may cost AdamW's moments after three steps, in fp32.
+const MOMENTS: f64 = 5e-4;
+
 /// What bf16 may cost losses, norms and logits.
 const BF16: f64 = 2e-2;
 
@@ -170,9 +173,11 @@ fn agrees(
         let narrow = narrow.as_ref().map(|narrow| arrays(&cpu, narrow.state()[which], flat));
         for (part, array) in ["layers", "shared"].into_iter().enumerate() {
             let error = relative_error(device.floats(&format!("{name}.{array}")), &want[part]);
-            // AdamW makes a step of the rounding of the smallest gradient: the CPU's own bf16 is the measure.
+            // AdamW makes a full step of the rounding of the smallest gradient, and the next gradients, which the moments
+            // hold, are taken there. In bf16 the CPU's own is the measure.
+            let exact = if name == "masters" { limit } else { MOMENTS };
             let limit =
-                narrow.as_ref().map_or(limit, |narrow| 2.0 * relative_error(&narrow[part], &want[part]));
+                narrow.as_ref().map_or(exact, |narrow| 2.0 * relative_error(&narrow[part], &want[part]));
             println!("{name}.{array} after {STEPS} steps: error {error:.1e}, limit {limit:.1e}");
             assert!(error < limit, "{name}.{array}: error {error:.1e}, limit {limit:.1e}");
         }
