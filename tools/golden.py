@@ -1,6 +1,6 @@
 """Writes golden files into crates/elapid/tests/golden: what the real libraries produce, for the Rust tests to meet.
 
-    python tools/golden.py [models] [datasets] [tokenizers] [configs]
+    python tools/golden.py [models] [datasets] [tokenizers] [configs] [convert]
 
 Without an argument everything is written anew. Runs on the CPU in about a minute.
 """
@@ -17,6 +17,7 @@ GOLDEN = Path(__file__).resolve().parent.parent / "crates/elapid/tests/golden"
 
 
 def main():
+    import golden_convert
     import golden_data
     import golden_models
 
@@ -25,6 +26,7 @@ def main():
         "datasets": golden_data.write_datasets,
         "tokenizers": golden_data.write_tokenizers,
         "configs": golden_data.write_configs,
+        "convert": golden_convert.write_convert,
     }
     wanted = sys.argv[1:] or list(write)
     for name in wanted:

@@ -70,3 +70,43 @@ fn avx2<R>(f: impl FnOnce() -> R) -> R {
 fn avx512<R>(f: impl FnOnce() -> R) -> R {
     f()
 }
+
+/// The instruction sets that kernels use or could use, and whether this machine has them; by the names of Linux's
+/// `/proc/cpuinfo`. Those of AMX are what the CPU says, whatever the system permits.
+pub fn features() -> Vec<(&'static str, bool)> {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let amx = amx();
+        vec![
+            ("fma", is_x86_feature_detected!("fma")),
+            ("avx2", is_x86_feature_detected!("avx2")),
+            ("avx512f", is_x86_feature_detected!("avx512f")),
+            ("avx512bw", is_x86_feature_detected!("avx512bw")),
+            ("avx512dq", is_x86_feature_detected!("avx512dq")),
+            ("avx512vl", is_x86_feature_detected!("avx512vl")),
+            ("avx512_bf16", is_x86_feature_detected!("avx512bf16")),
+            ("avx512_vnni", is_x86_feature_detected!("avx512vnni")),
+            ("amx_tile", amx[0]),
+            ("amx_bf16", amx[1]),
+            ("amx_int8", amx[2]),
+        ]
+    }
+    #[cfg(target_arch = "aarch64")]
+    {
+        vec![("neon", std::arch::is_aarch64_feature_detected!("neon"))]
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    {
+        Vec::new()
+    }
+}
+
+/// AMX tiles, bf16 and int8, which `std` does not detect yet: bits 24, 22 and 25 of edx in leaf 7 of `cpuid`.
+#[cfg(target_arch = "x86_64")]
+#[allow(unused_unsafe)] // Safe to call from Rust 1.93 on.
+fn amx() -> [bool; 3] {
+    use std::arch::x86_64::{__cpuid, __cpuid_count};
+    // SAFETY: every x86-64 CPU has the instruction, and leaf 0 names the last leaf.
+    let edx = unsafe { if __cpuid(0).eax < 7 { 0 } else { __cpuid_count(7, 0).edx } };
+    [24, 22, 25].map(|bit| edx >> bit & 1 == 1)
+}

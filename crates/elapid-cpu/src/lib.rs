@@ -15,6 +15,7 @@ mod matmul;
 mod memory;
 mod norm;
 mod parallel;
+mod peaks;
 mod ranks;
 mod tensor;
 mod update;
@@ -27,7 +28,8 @@ use elapid_tensor::{
 };
 use half::bf16;
 
-pub use isa::Isa;
+pub use isa::{Isa, features};
+pub use peaks::Peaks;
 pub use tensor::{Buffer, Tensor};
 
 use comm::{Communicator, FloatsMut, Groups, Reduce};

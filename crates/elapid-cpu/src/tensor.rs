@@ -144,11 +144,13 @@ impl Buffer {
         Self { block: Arc::new(block), shape, dtype }
     }
 
-    pub(crate) fn shape(&self) -> FlatShape {
+    /// Extents.
+    pub fn shape(&self) -> FlatShape {
         self.shape
     }
 
-    pub(crate) fn dtype(&self) -> DType {
+    /// Element type.
+    pub fn dtype(&self) -> DType {
         self.dtype
     }
 

@@ -1,11 +1,15 @@
 //! Elapid trains Mamba-2 language models: text → tokens → batches → model → gradients → parameters → checkpoint.
 
+pub mod bench;
 pub mod checkpoint;
 pub mod commands;
 pub mod config;
+pub mod convert;
 pub mod data;
+pub mod doctor;
 pub mod error;
 pub mod generate;
+pub mod inspect;
 mod memory;
 pub mod model;
 pub mod parallel;

@@ -23,7 +23,7 @@ fn exact(flags: &str) {
     let path = |name: &str| dir.path().join(name).display().to_string();
     let in_process = |flags: String| {
         let flags = run::words(&flags).into_iter().map(|word| match word.as_str() {
-            "model.json" | "data" => path(&word),
+            "model.json" | "data" | "other" => path(&word),
             _ => word,
         });
         train(&Train::try_parse_from(flags).unwrap().args.resolve().unwrap()).unwrap();
@@ -59,17 +59,27 @@ fn exact(flags: &str) {
 
 #[test]
 fn t24_every_step_of_a_run_is_a_place_to_go_on_from_in_fp32() {
-    exact("--batch 2 --grad-accum-usteps 3 --shuffle --seed 5 --eval-fraction 0.2 --eval-freq 4");
+    exact("--batch 2 --grad-accum-usteps 2 --shuffle --seed 5 --eval-fraction 0.2 --eval-freq 4");
 }
 
 #[test]
 fn t24_every_step_of_a_run_is_a_place_to_go_on_from_in_bf16() {
-    exact("--batch 3 --grad-accum-usteps 2 --shuffle --dtype bfloat16 --activation-checkpointing block");
+    exact(
+        "--batch 3 --grad-accum-usteps 2 --shuffle --dtype bfloat16 --activation-checkpointing block \
+         --eval-fraction 0.2 --eval-freq 4",
+    );
 }
 
 #[test]
 fn t24_with_carried_states() {
-    exact("--batch 2 --grad-accum-usteps 2 --carry-state");
+    exact("--batch 2 --grad-accum-usteps 2 --carry-state --eval-fraction 0.2 --eval-freq 4");
+}
+
+#[test]
+fn t24_with_carried_states_in_bf16() {
+    exact(
+        "--batch 3 --grad-accum-usteps 2 --carry-state --dtype bfloat16 --eval-data-dir other --eval-freq 4",
+    );
 }
 
 #[test]

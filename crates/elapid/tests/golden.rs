@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use elapid::config::ModelConfig;
 use elapid::data::Sample;
 use elapid::generate::{Sampling, generate};
-use elapid::model::Mamba2ForCausalLM;
+use elapid::model::{Layout, Mamba2ForCausalLM};
 use elapid::train::{Batch, Trainer};
 use elapid_cpu::{CpuBackend, CpuOptions};
 use elapid_tensor::{AdamW, Backend, Checkpointing, DType, Tape};
@@ -62,6 +62,36 @@ impl Golden {
 fn batch(ids: &[i32], length: usize) -> Batch {
     let sample = |row: &[i32]| Sample { input_ids: row.to_vec(), labels: row.to_vec(), documents: None };
     Batch::new(&ids.chunks_exact(length).map(sample).collect::<Vec<_>>())
+}
+
+/// Every value of the grid that the model is held to stands in at least one case, so that dropping a case is noticed.
+#[test]
+fn the_grid_is_covered() {
+    let found: Vec<_> =
+        cases().iter().map(|case| (ModelConfig::load(case).unwrap(), Golden::read(case))).collect();
+    let covers = |name: &str, wanted: &[usize], of: &dyn Fn(&ModelConfig, &Golden) -> usize| {
+        let values: Vec<_> = found.iter().map(|(config, golden)| of(config, golden)).collect();
+        for value in wanted {
+            assert!(values.contains(value), "{name} {value} is in no case");
+        }
+    };
+    covers("G", &[1, 2], &|config, _| config.n_groups);
+    covers("P", &[16, 32, 64], &|config, _| config.head_dim);
+    covers("N", &[16, 64, 128], &|config, _| config.state_size);
+    covers("Q", &[64, 128, 256], &|config, _| config.chunk_size);
+    covers("L", &[1, 63, 255, 257], &|_, golden| golden.shape("input_ids")[1]);
+    covers("tied", &[0, 1], &|config, _| config.tie_word_embeddings.into());
+    covers("bias", &[0, 1], &|config, _| config.use_bias.into());
+    covers("conv bias", &[0, 1], &|config, _| config.use_conv_bias.into());
+    covers("finite limit", &[0, 1], &|config, _| config.time_step_limit.1.is_finite().into());
+    // A loss curve of 20 steps and all gradients, in every case that has a loss.
+    for (config, golden) in &found {
+        let trains = golden.shape("input_ids")[1] > 1;
+        assert_eq!(golden.floats("curve").map(|curve| curve.len()), trains.then_some(20));
+        for (name, ..) in Layout::new(config).iter() {
+            assert_eq!(golden.floats(&format!("grad.{name}")).is_some(), trains, "{name}");
+        }
+    }
 }
 
 fn distance(ours: &[f32], theirs: &[f32]) -> f64 {
@@ -209,7 +239,7 @@ fn training_curve() {
 
 /// T6 and T16: prefill of any length and then steps, with the state carried, give the logits of one forward pass.
 #[test]
-fn forward_equals_prefill_and_steps() {
+fn t6_t16_forward_equals_prefill_and_steps() {
     let (backend, mut worst) = (backend(), Worst::default());
     for case in cases() {
         let golden = Golden::read(&case);

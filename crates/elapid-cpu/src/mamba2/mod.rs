@@ -67,6 +67,10 @@ impl Dims {
     fn new(spec: &Mamba2Spec, projected: &Tensor) -> Self {
         let &[batch, len, proj] = projected.shape() else { panic!("projected must be [B, L, E + C + H]") };
         assert_eq!(proj, spec.projection());
+        Self::of(spec, batch, len)
+    }
+
+    fn of(spec: &Mamba2Spec, batch: usize, len: usize) -> Self {
         assert_eq!(spec.heads % spec.groups, 0);
         let q = spec.chunk.min(MAX_CHUNK).min(len).max(1);
         Self {
@@ -75,7 +79,7 @@ impl Dims {
             len,
             e: spec.inner(),
             c: spec.conv_channels(),
-            proj,
+            proj: spec.projection(),
             q,
             chunks: len.div_ceil(q),
             blocks: (spec.heads / spec.groups).div_ceil(HEAD_BLOCK),
@@ -239,4 +243,40 @@ pub(crate) fn forward(
     let saved =
         if save { vec![Tensor::new(y, &[dims.batch, dims.len, dims.e], DType::F32)] } else { Vec::new() };
     Mamba2Output { y: out, state, saved }
+}
+
+#[cfg(test)]
+mod tests {
+    use elapid_tensor::NormGroup;
+
+    use super::*;
+
+    /// Places of states in a buffer `[B, chunks, H, P, N]` of more than 2³² elements, against exact arithmetic.
+    #[test]
+    fn t23_states_lie_beyond_32_bits() {
+        let spec = Mamba2Spec {
+            heads: 64,
+            head_dim: 128,
+            groups: 8,
+            state: 128,
+            conv_kernel: 4,
+            chunk: 128,
+            dt_limit: (0.0, f32::INFINITY),
+            norm: NormGroup::PerGroup,
+            norm_ranks: 1,
+            norm_eps: 1e-5,
+        };
+        let (batch, chunks) = (128, 64);
+        let len = chunks * MAX_CHUNK;
+        let dims = Dims::of(&spec, batch, len);
+        let at = |b: u128, chunk: u128, head: u128| ((b * 64 + chunk) * 64 + head) * 128 * 128;
+        assert!(at(127, 63, 63) > 1 << 32);
+        for (b, chunk, head) in [(0, 0, 0), (31, 63, 63), (32, 0, 0), (127, 63, 63)] {
+            assert_eq!(dims.state_at(b, chunk, head) as u128, at(b as u128, chunk as u128, head as u128));
+        }
+        let last = dims.unit(dims.units() - 1);
+        assert_eq!((last.b, last.chunk, last.row, last.n), (127, 63, len - MAX_CHUNK, MAX_CHUNK));
+        assert_eq!((last.group, last.heads), (7, 56..64));
+        assert_eq!(dims.rows() as u128 * dims.proj as u128, 128 * 8192 * (2 * 8192 + 2 * 8 * 128 + 64));
+    }
 }

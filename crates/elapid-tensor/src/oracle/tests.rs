@@ -83,7 +83,7 @@ fn head_loss_of_equal_logits_is_the_logarithm_of_their_number() {
 }
 
 #[test]
-fn clip_scales_to_the_wanted_norm_and_flags_what_is_not_finite() {
+fn t21_clip_scales_to_the_wanted_norm_and_flags_what_is_not_finite() {
     let clipped = clip(&[3.0, 4.0], 1.0, 0.5, 1.0);
     assert!((clipped.norm - 2.5).abs() < 1e-12);
     assert!((clipped.factor - 0.5 / 2.500001).abs() < 1e-12);
@@ -229,7 +229,7 @@ fn mamba2_adjoint_is_the_derivative() {
 }
 
 #[test]
-fn mamba2_adjoint_is_the_derivative_where_dt_is_clamped() {
+fn t6_mamba2_adjoint_is_the_derivative_where_dt_is_clamped() {
     let spec = Mamba2Spec { dt_limit: (0.4, 0.9), ..SPEC };
     let case = Case { spec, batch: 1, len: 6, bias: true, documents: None, initial: true, seed: 2 };
     let values = case.values();
@@ -246,7 +246,7 @@ fn mamba2_adjoint_is_the_derivative_where_dt_is_clamped() {
 }
 
 #[test]
-fn documents_packed_equal_documents_alone() {
+fn t4_documents_packed_equal_documents_alone() {
     let packed = Case {
         spec: SPEC,
         batch: 1,
@@ -276,7 +276,7 @@ fn documents_packed_equal_documents_alone() {
 }
 
 #[test]
-fn a_sequence_in_two_stretches_equals_the_whole() {
+fn t16_a_sequence_in_two_stretches_equals_the_whole() {
     let whole = Case { spec: SPEC, batch: 1, len: 7, bias: true, documents: None, initial: false, seed: 4 };
     let values = whole.values();
     let (y, last) = whole.run(&values);
@@ -295,7 +295,7 @@ fn a_sequence_in_two_stretches_equals_the_whole() {
 }
 
 #[test]
-fn one_head_one_channel_by_hand() {
+fn t10_one_head_one_channel_by_hand() {
     // K = 1 with weight 1 and no bias: x, B, C pass through SiLU alone. Two positions.
     let spec =
         Mamba2Spec { heads: 1, head_dim: 1, groups: 1, state: 1, conv_kernel: 1, norm_eps: 0.0, ..SPEC };
@@ -333,4 +333,81 @@ fn bf16_rounds_to_nearest_even() {
         assert_eq!(round_to_bf16(x), want, "{x}");
     }
     assert!(round_to_bf16(f32::NAN).is_nan());
+}
+
+/// One position in which the scan's output is known: no B, so that y = D·silu(x) goes into gate and norm; weight 1 and
+/// no epsilon. E = 8 in two groups, projection `[z 8 | x 8 | B 6 | C 6 | dt 4]`.
+fn skip_alone(norm: NormGroup, z: &[f64], x: &[f64]) -> Vec<f64> {
+    let spec = Mamba2Spec { conv_kernel: 1, norm, norm_eps: 0.0, ..SPEC };
+    let projected = [z, x, &[0.0; 6], &[1.0; 6], &[0.5; 4]].concat();
+    let (channels, ones) = (vec![1.0; spec.conv_channels()], [1.0; 8]);
+    let weights = Mamba2Weights {
+        conv_weight: &channels[..],
+        conv_bias: None,
+        dt_bias: &[0.0; 4][..],
+        a_log: &[0.0; 4],
+        d: &[2.0; 4],
+        norm_weight: &ones,
+    };
+    let inputs = Mamba2Inputs { projected: &projected[..], documents: None, initial: None };
+    mamba2(&spec, 1, &inputs, &weights).0
+}
+
+const Z: [f64; 8] = [0.5, -1.0, 2.0, 1.5, -0.5, 3.0, 1.0, -2.0];
+const X: [f64; 8] = [1.0, 2.0, -1.0, 0.5, 1.5, -2.0, 3.0, 1.0];
+
+fn mean_square(values: &[f64]) -> f64 {
+    dot(values, values) / values.len() as f64
+}
+
+#[test]
+fn t1_the_gated_norm_is_per_group_unless_told_otherwise() {
+    let y = skip_alone(NormGroup::PerGroup, &Z, &X);
+    y.chunks(4).for_each(|group| assert!((mean_square(group) - 1.0).abs() < 1e-12));
+    let y = skip_alone(NormGroup::Across, &Z, &X);
+    assert!((mean_square(&y) - 1.0).abs() < 1e-12);
+    assert!(y.chunks(4).all(|group| (mean_square(group) - 1.0).abs() > 0.1));
+}
+
+#[test]
+fn t15_the_gate_comes_before_the_norm() {
+    let silu = |x: f64| x / (1.0 + (-x).exp());
+    let gated: Vec<f64> = Z.iter().zip(X).map(|(&z, x)| 2.0 * silu(x) * silu(z)).collect();
+    let size = mean_square(&gated).sqrt();
+    let want: Vec<f64> = gated.iter().map(|y| y / size).collect();
+    assert_close("y", &skip_alone(NormGroup::Across, &Z, &X), &want, 1e-12);
+}
+
+/// Each group's B and C serve H/G heads that lie side by side: without the C of group 1, heads 2 and 3 fall silent.
+#[test]
+fn t2_heads_of_a_group_are_neighbours() {
+    let case = Case { spec: SPEC, batch: 1, len: 3, bias: false, documents: None, initial: false, seed: 5 };
+    let mut values = case.values();
+    values.weights.d.fill(0.0);
+    let (inner, state) = (SPEC.inner(), SPEC.state);
+    // C of group 1 is the last segment before dt.
+    let first = 2 * inner + 3 * state;
+    values.projected.chunks_mut(SPEC.projection()).for_each(|row| row[first..first + state].fill(0.0));
+    let (y, _) = case.run(&values);
+    for row in y.chunks(inner) {
+        assert!(row[..inner / 2].iter().all(|&y| y != 0.0) && row[inner / 2..].iter().all(|&y| y == 0.0));
+    }
+}
+
+/// The convolution reads x, B and C of the positions before; z and dt act where they stand.
+#[test]
+fn t10_the_convolution_covers_x_b_and_c_only() {
+    let case = Case { spec: SPEC, batch: 1, len: 2, bias: true, documents: None, initial: false, seed: 6 };
+    let width = SPEC.projection();
+    // Δt = 0 at position 0: it has no way to position 1 but the convolution.
+    let last = |place: usize, more: f64| {
+        let mut values = case.values();
+        values.projected[width - SPEC.heads..width].fill(-1e3);
+        values.projected[place] += more;
+        case.run(&values).0[SPEC.inner()..].to_vec()
+    };
+    let seen = |place: usize| last(place, 0.5) != last(place, 0.0);
+    assert!(!(0..SPEC.inner()).any(seen), "z");
+    assert!((SPEC.inner()..width - SPEC.heads).all(seen), "x, B, C");
+    assert!(!(width - SPEC.heads..width).any(seen), "dt");
 }

@@ -48,6 +48,15 @@ impl Report {
     pub fn passes(&self) -> bool {
         self.error <= self.tolerance
     }
+
+    /// The error over the tolerance; infinite where it is NaN or where no error at all is tolerated.
+    fn share_of_tolerance(&self) -> f64 {
+        match self.error / self.tolerance {
+            _ if self.error == 0.0 => 0.0,
+            share if share.is_nan() => f64::INFINITY,
+            share => share,
+        }
+    }
 }
 
 impl fmt::Display for Report {
@@ -56,6 +65,40 @@ impl fmt::Display for Report {
         let verdict = if self.passes() { "ok" } else { "FAILED" };
         write!(f, "{verdict:6} {op} {tensor}: error {error:.1e}, tolerance {tolerance:.0e} ({case})")
     }
+}
+
+/// What all comparisons of one op came to.
+#[derive(Clone, Debug)]
+pub struct Finding {
+    /// The op.
+    pub op: &'static str,
+    /// How many there were, at least 1.
+    pub comparisons: usize,
+    /// How many of them fail.
+    pub failed: usize,
+    /// The one nearest to its tolerance, or furthest beyond it.
+    pub worst: Report,
+}
+
+/// The reports op by op, in the order in which the ops first appear.
+pub fn findings(reports: &[Report]) -> Vec<Finding> {
+    let mut findings: Vec<Finding> = Vec::new();
+    for report in reports {
+        let failed = usize::from(!report.passes());
+        match findings.iter_mut().find(|finding| finding.op == report.op) {
+            None => {
+                findings.push(Finding { op: report.op, comparisons: 1, failed, worst: report.clone() });
+            }
+            Some(finding) => {
+                finding.comparisons += 1;
+                finding.failed += failed;
+                if report.share_of_tolerance() > finding.worst.share_of_tolerance() {
+                    finding.worst = report.clone();
+                }
+            }
+        }
+    }
+    findings
 }
 
 /// Every check of this suite.
@@ -119,6 +162,30 @@ mod tests {
         assert!(!compared(f32::NAN, DType::F32, &[1]).passes());
         assert!(!compared(1.0, DType::Bf16, &[1]).passes());
         assert!(!compared(1.0, DType::F32, &[1, 1]).passes());
+    }
+
+    #[test]
+    fn findings_count_and_keep_the_worst() {
+        let report = |op, error, tolerance| {
+            let (case, tensor) = (String::new(), String::new());
+            Report { op, case, tensor, error, tolerance }
+        };
+        let nan = report("a", f64::NAN, 1.0);
+        let reports = [
+            report("a", 1e-6, 1e-5),
+            report("b", 0.0, 0.0),
+            report("a", 1e-3, 1e-1),
+            nan,
+            report("b", 1.0, 0.0),
+        ];
+        let found: Vec<_> = findings(&reports[..3])
+            .into_iter()
+            .map(|f| (f.op, f.comparisons, f.failed, f.worst.error))
+            .collect();
+        assert_eq!(found, [("a", 2, 0, 1e-6), ("b", 1, 0, 0.0)]);
+        let found = findings(&reports);
+        assert!(found[0].failed == 1 && found[0].worst.error.is_nan());
+        assert!(found[1].failed == 1 && found[1].worst.error == 1.0);
     }
 
     fn gradient_written(

@@ -123,7 +123,11 @@ impl Manifest {
         format!("{body}{SEAL}{:08x}\"\n}}\n", crc32fast::hash(body.as_bytes()))
     }
 
-    pub(super) fn read(path: &Path) -> Result<Self, Error> {
+    /// Reads a manifest and checks it against itself; of the other files it looks at none.
+    ///
+    /// # Errors
+    /// No such file, damaged, or of another version.
+    pub fn read(path: &Path) -> Result<Self, Error> {
         let fault = |what: String| {
             Error::new(format!("{}: {what}", path.display())).with_hint(
                 "the checkpoint is damaged; take an earlier one, or --resume auto, which finds one",
@@ -173,15 +177,40 @@ impl Manifest {
                     && ends.zip(&tensor.shape).all(|(end, extent)| end.is_some_and(|end| end <= *extent))
                     && self.files.contains_key(&piece.file)
             });
-            let elements = |shape: &[usize]| shape.iter().product::<usize>();
-            let stored: usize =
-                if inside { tensor.pieces.iter().map(|p| elements(&p.shape)).sum() } else { 0 };
-            if !inside || stored != elements(&tensor.shape) || tensor.dtype != "F32" {
+            let elements = |shape: &[usize]| shape.iter().try_fold(1_usize, |all, len| all.checked_mul(*len));
+            // No piece is larger than its file, so that nobody makes room for what is not there.
+            let held = |piece: &Piece| {
+                let elements = elements(&piece.shape).filter(|_| inside)?;
+                let bytes = elements.checked_mul(4)? as u64;
+                self.files.get(&piece.file).is_some_and(|file| bytes <= file.bytes).then_some(elements)
+            };
+            let stored = tensor.pieces.iter().try_fold(0_usize, |sum, piece| sum.checked_add(held(piece)?));
+            if stored.is_none()
+                || stored != elements(&tensor.shape)
+                || tensor.dtype != "F32"
+                || overlap(&tensor.pieces)
+            {
                 return Err(format!("the pieces of {name} do not make it up"));
             }
         }
         Ok(())
     }
+}
+
+/// Whether two of the blocks have an element in common.
+fn overlap(pieces: &[Piece]) -> bool {
+    let apart = |a: &Piece, b: &Piece| {
+        let axes = a.offset.iter().zip(&a.shape).zip(b.offset.iter().zip(&b.shape));
+        axes.into_iter().any(|((from, len), (other, wide))| from + len <= *other || other + wide <= *from)
+    };
+    // Sorted by their first axis, a block overlaps none that begins behind its end.
+    let mut sorted: Vec<&Piece> = pieces.iter().filter(|piece| !piece.shape.contains(&0)).collect();
+    sorted.sort_by_key(|piece| piece.offset.first().copied());
+    sorted.iter().enumerate().any(|(i, a)| {
+        let end = a.offset.first().zip(a.shape.first()).map(|(from, len)| from + len);
+        let near = sorted[i + 1..].iter().take_while(|b| b.offset.first().copied() < end || end.is_none());
+        near.into_iter().any(|b| !apart(a, b))
+    })
 }
 
 #[cfg(test)]
@@ -200,7 +229,7 @@ mod tests {
             data: Data { blocks: 9, seq_len: 16, fingerprint: None, tokenizer: Some("bytes".into()) },
             settings: serde_json::json!({ "lr": 3e-4 }),
         };
-        let file = FileInfo { bytes: 1, crc32: "00000000".into() };
+        let file = FileInfo { bytes: 48, crc32: "00000000".into() };
         let half = |at| Piece { file: "a".into(), name: "w".into(), offset: vec![at, 0], shape: vec![2, 3] };
         let tensor = LogicalTensor { shape: vec![4, 3], dtype: "F32".into(), pieces: vec![half(0), half(2)] };
         let (files, tensors) = ([("a".to_owned(), file)].into(), [("model.w".to_owned(), tensor)].into());
@@ -245,6 +274,22 @@ mod tests {
             }),
             ("an overflow", &|m: &mut Manifest| {
                 m.tensors.get_mut("model.w").unwrap().pieces[1].offset[0] = usize::MAX
+            }),
+            ("an overlap and a gap", &|m: &mut Manifest| {
+                m.tensors.get_mut("model.w").unwrap().pieces[1].offset[0] = 1
+            }),
+            ("more than its file", &|m: &mut Manifest| m.files.get_mut("a").unwrap().bytes = 23),
+            ("more than there is", &|m: &mut Manifest| {
+                let tensor = m.tensors.get_mut("model.w").unwrap();
+                tensor.shape = vec![1 << 40, 3];
+                tensor.pieces.truncate(1);
+                tensor.pieces[0].shape = tensor.shape.clone();
+            }),
+            ("a product that overflows", &|m: &mut Manifest| {
+                let tensor = m.tensors.get_mut("model.w").unwrap();
+                tensor.shape = vec![1 << 40, 1 << 40];
+                tensor.pieces.truncate(1);
+                tensor.pieces[0].shape = tensor.shape.clone();
             }),
             ("an unknown file", &|m: &mut Manifest| {
                 m.tensors.get_mut("model.w").unwrap().pieces[0].file = "b".into()

@@ -18,9 +18,9 @@ use elapid_tensor::Slot;
 pub use held::State;
 pub(crate) use held::{carried_cuts_of, carried_name};
 pub use manifest::{Data, FileInfo, LogicalTensor, Manifest, Piece, Progress};
-pub(crate) use piece::write;
+pub(crate) use piece::{verify, write};
 pub use store::Store;
-pub(crate) use store::{Lock, put, write_files};
+pub(crate) use store::{LATEST, Lock, list, put, write_files};
 
 use crate::Error;
 use crate::config::ModelConfig;
@@ -31,7 +31,7 @@ use piece::PieceFile;
 /// What a parameter's name begins with in a checkpoint: its master and AdamW's first and second moment.
 pub const PREFIXES: [&str; 3] = ["model", "m", "v"];
 
-const MANIFEST: &str = "manifest.json";
+pub(crate) const MANIFEST: &str = "manifest.json";
 const CONFIG: &str = "config.json";
 
 /// Extents and values, row-major.

@@ -92,7 +92,7 @@ fn damaged(path: &Path, what: impl std::fmt::Display) -> Error {
 }
 
 /// Reads the whole file and compares it with what the manifest says.
-pub(super) fn verify(path: &Path, info: &FileInfo) -> Result<(), Error> {
+pub(crate) fn verify(path: &Path, info: &FileInfo) -> Result<(), Error> {
     let mut file = match File::open(path) {
         Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => {
             return Err(damaged(path, "is missing"));

@@ -15,7 +15,7 @@ use crate::config::ModelConfig;
 use crate::parallel::{Mesh, Rank};
 
 /// Names the newest checkpoint, for whoever asks no [`Store`].
-const LATEST: &str = "latest";
+pub(crate) const LATEST: &str = "latest";
 
 /// Everything that is not, or no longer, in place begins with this.
 const ASIDE: &str = ".step-";
@@ -52,6 +52,11 @@ impl Lock {
         }
     }
 
+    /// Whether a process works in the folder.
+    pub(crate) fn is_held(dir: &Path) -> bool {
+        File::open(Self::path(dir)).is_ok_and(|file| file.try_lock_shared().is_err())
+    }
+
     fn path(dir: &Path) -> PathBuf {
         dir.join(".lock")
     }
@@ -70,7 +75,7 @@ impl Drop for Lock {
 }
 
 /// Steps and names of the checkpoints in a folder, oldest first; none where there is no such folder.
-pub(super) fn list(dir: &Path) -> Result<Vec<(u64, String)>, Error> {
+pub(crate) fn list(dir: &Path) -> Result<Vec<(u64, String)>, Error> {
     let entries = match fs::read_dir(dir) {
         Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         entries => entries.map_err(|cause| Error::io("read", dir, &cause))?,

@@ -1,10 +1,16 @@
 //! The subcommands, one file each.
 
+mod bench;
 mod compile;
+mod convert;
+mod diff;
+mod doctor;
 mod eval;
 mod generate;
+mod inspect;
 mod quickstart;
 mod replay;
+mod show;
 mod tokenize;
 mod train;
 
@@ -44,6 +50,16 @@ enum Command {
     Eval(eval::EvalArgs),
     /// Continue a prompt
     Generate(generate::GenerateArgs),
+    /// Models of other programs, in and out
+    Convert(convert::ConvertArgs),
+    /// Compare two models of any formats; exit code 0: equal, 1: different, 2: one cannot be read
+    Diff(diff::DiffArgs),
+    /// Say what a model, dataset, checkpoint or run holds
+    Inspect(inspect::InspectArgs),
+    /// Speed of kernels, training and generation beside this machine's limits
+    Bench(bench::BenchArgs),
+    /// Say what this machine can do, and check every kernel on it
+    Doctor(doctor::DoctorArgs),
 }
 
 /// Runs the command line `args`, program name first. Errors go to stderr as `error:` and `hint:`.
@@ -51,7 +67,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let args = args.into_iter().enumerate().map(|(i, arg)| kebab_case(i, arg)).collect();
     let args = match with_file(args) {
         Ok(args) => args,
-        Err(error) => return fail(&error),
+        Err(error) => return fail(&error, ExitCode::FAILURE),
     };
     let matches = command().try_get_matches_from(args);
     let cli = match matches.and_then(|matches| Cli::from_arg_matches(&matches)) {
@@ -71,25 +87,34 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Compile(args) => compile::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Generate(args) => generate::run(&args),
+        Command::Convert(args) => convert::run(args),
+        Command::Diff(args) => match diff::run(&args) {
+            Ok(true) => Ok(()),
+            Ok(false) => return ExitCode::FAILURE,
+            Err(error) => return fail(&error, ExitCode::from(2)),
+        },
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Bench(args) => bench::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
     };
     match result {
         Ok(()) => {
             parallel::finish();
             ExitCode::SUCCESS
         }
-        Err(error) => fail(&error),
+        Err(error) => fail(&error, ExitCode::FAILURE),
     }
 }
 
-/// Says what is wrong.
-fn fail(error: &Error) -> ExitCode {
+/// Says what is wrong; `code` is the exit code unless a signal asked for it.
+fn fail(error: &Error, code: ExitCode) -> ExitCode {
     parallel::let_the_first_speak();
     let what = if error.signal().is_some() { "stopped" } else { "error" };
     say(format_args!("{what}: {error}"));
     if let Some(hint) = error.hint() {
         say(format_args!("hint: {hint}"));
     }
-    error.signal().map_or(ExitCode::FAILURE, |signal| ExitCode::from(128 + signal as u8))
+    error.signal().map_or(code, |signal| ExitCode::from(128 + signal as u8))
 }
 
 /// All commands. A switch of `train` may be turned off again, `--shuffle=false`: a file may have turned it on.

@@ -229,29 +229,34 @@ fn check_kind(fields: &mut Fields) -> Result<(), Error> {
 }
 
 /// The object of the file.
-struct Fields(Map<String, Value>);
+pub(super) struct Fields(pub(super) Map<String, Value>);
 
 impl Fields {
-    fn take<T: DeserializeOwned>(&mut self, name: &str, expected: &str, default: T) -> Result<T, Error> {
+    pub(super) fn take<T: DeserializeOwned>(
+        &mut self,
+        name: &str,
+        expected: &str,
+        default: T,
+    ) -> Result<T, Error> {
         let Some(value) = self.0.shift_remove(name) else { return Ok(default) };
         let text = value.to_string();
         serde_json::from_value(value).map_err(|_| wrong_type(name, &text, expected))
     }
 
-    fn count(&mut self, name: &str, default: usize) -> Result<usize, Error> {
+    pub(super) fn count(&mut self, name: &str, default: usize) -> Result<usize, Error> {
         self.take(name, "a whole number, 0 or greater", default)
     }
 
-    fn flag(&mut self, name: &str, default: bool) -> Result<bool, Error> {
+    pub(super) fn flag(&mut self, name: &str, default: bool) -> Result<bool, Error> {
         self.take(name, "true or false", default)
     }
 
-    fn number(&mut self, name: &str, default: f64) -> Result<f64, Error> {
+    pub(super) fn number(&mut self, name: &str, default: f64) -> Result<f64, Error> {
         let Some(value) = self.0.shift_remove(name) else { return Ok(default) };
         untagged(&value).ok_or_else(|| wrong_type(name, &value.to_string(), "a number"))
     }
 
-    fn interval(&mut self, name: &str, default: (f64, f64)) -> Result<(f64, f64), Error> {
+    pub(super) fn interval(&mut self, name: &str, default: (f64, f64)) -> Result<(f64, f64), Error> {
         let Some(value) = self.0.shift_remove(name) else { return Ok(default) };
         match value.as_array().map(Vec::as_slice) {
             Some([low, high]) => untagged(low).zip(untagged(high)),
@@ -291,7 +296,7 @@ fn wrong_type(name: &str, value: &str, expected: &str) -> Error {
 }
 
 /// Null, false, zero or empty: what a switched-off field looks like.
-fn is_off(value: &Value) -> bool {
+pub(super) fn is_off(value: &Value) -> bool {
     match value {
         Value::Null => true,
         Value::Bool(on) => !on,
@@ -308,7 +313,7 @@ const SPECIAL: [(&str, f64); 3] =
 
 /// Replaces the bare `Infinity`, `-Infinity` and `NaN` of Python's `json` (outside strings) by the tagged objects of
 /// transformers 5.
-fn tag_bare_floats(text: &str) -> String {
+pub(super) fn tag_bare_floats(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
     let mut in_string = false;
@@ -419,7 +424,7 @@ mod tests {
     }
 
     #[test]
-    fn what_we_do_not_implement_is_refused_by_name() {
+    fn t13_what_we_do_not_implement_is_refused_by_name() {
         for (fields, name) in [
             (r#", "hidden_act": "gelu""#, "hidden_act is \"gelu\""),
             (r#", "rms_norm": false"#, "rms_norm is false"),

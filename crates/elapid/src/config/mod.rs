@@ -8,6 +8,7 @@ pub(crate) mod file;
 mod json;
 mod presets;
 pub mod run;
+mod state_spaces;
 
 use elapid_tensor::{Mamba2Spec, NormGroup};
 use serde::{Deserialize, Serialize};

@@ -1,10 +1,15 @@
 //! Models by name.
 
+use std::path::Path;
+
 use super::{ModelConfig, TokenIds};
 use crate::Error;
 use crate::error::nearest;
 
-/// (name, D, layers, P, G; None: the largest divisor of H up to 8).
+/// G of a preset that states none, where the heads allow it.
+const GROUPS: usize = 8;
+
+/// (name, D, layers, P, G; None: the largest divisor of H up to [`GROUPS`]).
 type Preset = (&'static str, usize, usize, usize, Option<usize>);
 
 /// The sizes of the published state-spaces/mamba2-* checkpoints, then a family of the same sizes with heads twice as
@@ -45,6 +50,17 @@ pub(super) fn groups_for(heads: usize, wanted: usize) -> usize {
 }
 
 impl ModelConfig {
+    /// The model that `--model` names: a preset or, where a file of that name exists, what [`Self::load`] reads.
+    ///
+    /// # Errors
+    /// As [`Self::load`] and [`Self::preset`].
+    pub fn find(name: &str) -> Result<Self, Error> {
+        if PRESETS.contains(&name) || !Path::new(name).exists() {
+            return Self::preset(name);
+        }
+        Self::load(Path::new(name))
+    }
+
     /// The model of that name, one of [`PRESETS`]. The vocabulary is GPT-NeoX's, padded (50288), except for `tiny`,
     /// which is made for the quickstart.
     ///
@@ -76,8 +92,16 @@ impl ModelConfig {
             )));
         };
         let num_heads = 2 * hidden / head_dim;
-        let n_groups = groups.unwrap_or_else(|| groups_for(num_heads, 8));
+        let n_groups = groups.unwrap_or_else(|| groups_for(num_heads, GROUPS));
         Ok(Self { num_heads, head_dim, ..Self::trained_from_scratch(hidden, layers, n_groups) })
+    }
+
+    /// What there is to say of G where it is not what the preset `name` would have.
+    pub(crate) fn groups_note(&self, name: &str) -> Option<String> {
+        let fitted = SIZES.iter().any(|&(preset, .., groups)| preset == name && groups.is_none());
+        (fitted && self.n_groups == groups_for(self.num_heads, GROUPS) && self.n_groups < GROUPS).then(|| {
+            format!("G {} is the largest divisor of H {} up to {GROUPS}", self.n_groups, self.num_heads)
+        })
     }
 
     /// What the presets share: expand 2, N = 128, tied embeddings, and state-spaces' initialisation constants.
@@ -118,6 +142,9 @@ mod tests {
         assert_eq!(ModelConfig::preset("Mamba130M").unwrap().n_groups, 6);
         assert_eq!(ModelConfig::preset("Mamba370M").unwrap().n_groups, 8);
         assert_eq!(ModelConfig::preset("mamba2-130m").unwrap().n_groups, 1);
+        let note = |name| ModelConfig::preset(name).unwrap().groups_note(name);
+        assert_eq!(note("Mamba130M").unwrap(), "G 6 is the largest divisor of H 12 up to 8");
+        assert_eq!((note("Mamba370M"), note("mamba2-130m"), note("tiny")), (None, None, None));
         assert_eq!(groups_for(4, 8), 4);
         assert_eq!(groups_for(7, 8), 7);
         assert_eq!(groups_for(11, 8), 1);

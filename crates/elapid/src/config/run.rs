@@ -6,7 +6,7 @@ use clap::ValueEnum;
 use elapid_tensor::NormGroup;
 use serde::{Deserialize, Serialize};
 
-use super::{ModelConfig, PRESETS};
+use super::ModelConfig;
 use crate::Error;
 use crate::error::say;
 use crate::model::init::Init;
@@ -436,10 +436,7 @@ pub(crate) fn resolve_model(
     rmsnorm_across_groups: bool,
 ) -> Result<(String, ModelConfig), Error> {
     let (name, mut config) = match (model, init_from) {
-        (Some(name), _) if PRESETS.contains(&name) || !Path::new(name).exists() => {
-            (name.to_owned(), ModelConfig::preset(name)?)
-        }
-        (Some(path), _) => (path.to_owned(), ModelConfig::load(Path::new(path))?),
+        (Some(name), _) => (name.to_owned(), ModelConfig::find(name)?),
         (None, Some(dir)) => (dir.display().to_string(), ModelConfig::load(dir)?),
         (None, None) => return Err(Error::new("neither --model nor --init-from is given")),
     };

@@ -27,9 +27,9 @@ use serde_json::Value;
 
 use crate::Error;
 
-pub(super) const STATE: &str = "state.json";
+pub(crate) const STATE: &str = "state.json";
 pub(super) const CARD: &str = "dataset_card.json";
-const DICT: &str = "dataset_dict.json";
+pub(crate) const DICT: &str = "dataset_dict.json";
 const TOKENIZER: &str = "tokenizer";
 
 /// Ends every Arrow stream: a continuation mark and the length 0 (Arrow's columnar format, "IPC Streaming Format").
@@ -248,6 +248,14 @@ impl Dataset {
     /// L.
     pub fn seq_len(&self) -> usize {
         self.seq_len
+    }
+
+    /// The columns that Elapid reads.
+    pub fn columns(&self) -> Vec<&'static str> {
+        let Rows { labels, documents, .. } = &self.batches[0];
+        let optional = [("labels", labels.is_some()), ("document_ids", documents.is_some())];
+        let there = optional.into_iter().filter(|column| column.1).map(|column| column.0);
+        std::iter::once("input_ids").chain(there).collect()
     }
 
     /// What is known of the dataset, where Elapid wrote it.

@@ -9,6 +9,7 @@ mod tokenizer;
 mod writer;
 
 pub use dataset::{Card, Dataset, Sample};
+pub(crate) use dataset::{DICT, STATE};
 pub use pack::{Counts, pack};
 pub use sampler::{Order, Place, Sampler};
 pub use text::{Document, Documents, documents};

@@ -530,7 +530,7 @@ mod tests {
     }
 
     #[test]
-    fn segments_fill_the_sharded_axis() {
+    fn t10_segments_fill_the_sharded_axis() {
         let layout = Layout::new(&config());
         for (name, slot, info) in layout.iter() {
             let (axis, segments) = match &info.shard {

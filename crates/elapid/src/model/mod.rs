@@ -5,6 +5,7 @@ pub mod init;
 pub mod layout;
 pub mod pretrained;
 pub mod shard;
+pub(crate) mod weights;
 
 pub use causal_lm::Mamba2ForCausalLM;
 pub use layout::{LayerSlots, Layout, ParamInfo, Replica, Role, Segment, Shard, SharedSlots};

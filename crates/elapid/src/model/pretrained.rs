@@ -9,90 +9,22 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use elapid_tensor::{NormGroup, Slot};
-use half::{bf16, f16};
-use memmap2::Mmap;
-use safetensors::tensor::{Dtype, Metadata, TensorInfo, TensorView};
-use safetensors::{SafeTensorError, SafeTensors};
+use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::{Value, json};
 
-use super::layout::{Layout, ParamInfo};
+use super::layout::Layout;
+pub use super::weights::FileDType;
+use super::weights::{EMBEDDING, EMBEDDING_ALIAS, PIECE, Weights, check_finite, open_safetensors};
 use crate::Error;
 use crate::config::ModelConfig;
 use crate::error::say;
 
-const WEIGHTS: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+pub(crate) const CONFIG: &str = "config.json";
+pub(crate) const WEIGHTS: &str = "model.safetensors";
+/// What `torch.save` makes of a model.
+pub(crate) const PICKLE: &str = "pytorch_model.bin";
 /// Most bytes of tensors in one file, unless a single one has more: transformers' `max_shard_size`.
 pub const MAX_SHARD_SIZE: u64 = 5_000_000_000;
-/// Elements in memory at a time while a tensor is written.
-const PIECE: usize = 1 << 20;
-const EMBEDDING: &str = "backbone.embeddings.weight";
-/// What state-spaces calls [`EMBEDDING`]; transformers reads it too.
-const EMBEDDING_ALIAS: &str = "backbone.embedding.weight";
-const HEAD: &str = "lm_head.weight";
-
-/// Element type of weights on disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FileDType {
-    /// `float32`.
-    F32,
-    /// `bfloat16`.
-    Bf16,
-    /// `float16`.
-    F16,
-}
-
-impl FileDType {
-    /// The name in a `config.json`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "float32",
-            Self::Bf16 => "bfloat16",
-            Self::F16 => "float16",
-        }
-    }
-
-    /// Bytes of one element.
-    pub fn size(self) -> usize {
-        if self == Self::F32 { 4 } else { 2 }
-    }
-
-    fn from_safetensors(dtype: Dtype) -> Option<Self> {
-        match dtype {
-            Dtype::F32 => Some(Self::F32),
-            Dtype::BF16 => Some(Self::Bf16),
-            Dtype::F16 => Some(Self::F16),
-            _ => None,
-        }
-    }
-
-    fn to_safetensors(self) -> Dtype {
-        match self {
-            Self::F32 => Dtype::F32,
-            Self::Bf16 => Dtype::BF16,
-            Self::F16 => Dtype::F16,
-        }
-    }
-
-    /// Little-endian bytes to values.
-    fn decode(self, bytes: &[u8]) -> Vec<f32> {
-        let (quads, pairs) = (bytes.as_chunks::<4>().0, bytes.as_chunks::<2>().0);
-        match self {
-            Self::F32 => quads.iter().map(|quad| f32::from_le_bytes(*quad)).collect(),
-            Self::Bf16 => pairs.iter().map(|pair| bf16::from_le_bytes(*pair).to_f32()).collect(),
-            Self::F16 => pairs.iter().map(|pair| f16::from_le_bytes(*pair).to_f32()).collect(),
-        }
-    }
-
-    /// Values to little-endian bytes, rounded to nearest even.
-    fn encode(self, values: &[f32]) -> Vec<u8> {
-        match self {
-            Self::F32 => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
-            Self::Bf16 => values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect(),
-            Self::F16 => values.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes()).collect(),
-        }
-    }
-}
 
 /// Reads the weights of the model folder `dir` into `sink`, one tensor at a time, row-major, as fp32: of each tensor the
 /// part that `layout` says is this rank's.
@@ -104,137 +36,93 @@ impl FileDType {
 /// No or damaged files; tensors missing, unexpected, of another shape or of an element type other than fp32, bf16 and
 /// fp16; a `lm_head.weight` that differs from the embedding it is tied to; a value that is not finite.
 pub fn load_weights(dir: &Path, layout: &Layout, mut sink: impl FnMut(&Slot, &[f32])) -> Result<(), Error> {
-    let files = weight_files(dir)?;
-    let maps = files.iter().map(|path| map(path)).collect::<Result<Vec<_>, _>>()?;
-    let mut found = BTreeMap::new();
-    for (path, map) in files.iter().zip(&maps) {
-        let tensors = SafeTensors::deserialize(map).map_err(|cause| damaged(path, &cause))?;
-        for (name, view) in tensors.tensors() {
-            if let Some(Found { path: other, .. }) = found.insert(name.clone(), Found { path, view }) {
-                return Err(Error::new(format!(
-                    "{name} is in {} and in {}",
-                    other.display(),
-                    path.display()
-                ))
-                .with_hint("remove files that do not belong to this model"));
-            }
-        }
+    let weights = open(dir)?.fit(dir, CONFIG, layout)?;
+    for (name, slot, info) in layout.iter() {
+        let tensor = &weights.0[&name];
+        let mut values = vec![0.0; info.elements()];
+        tensor.read(0, &mut values)?;
+        check_finite(&name, &info.shape, 0, &values).map_err(|error| error.at(tensor.path().display()))?;
+        sink(&slot, &info.cuts(layout.share).slice(&values));
     }
+    Ok(())
+}
+
+/// A weight file as it lies on disk.
+#[derive(Clone, Debug)]
+pub struct WeightFile {
+    /// Its path.
+    pub path: PathBuf,
+    /// Its size.
+    pub bytes: u64,
+    /// Parameters in it.
+    pub tensors: usize,
+    /// Their element types.
+    pub dtypes: BTreeSet<String>,
+}
+
+/// Whether the folder holds weights, of whatever kind.
+///
+/// # Errors
+/// It cannot be read.
+pub fn has_weights(dir: &Path) -> Result<bool, Error> {
+    let entries = fs::read_dir(dir).map_err(|cause| Error::io("read", dir, &cause))?;
+    let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+    let index = index_name(WEIGHTS);
+    Ok(names.into_iter().any(|name| [".safetensors", &index, ".bin"].iter().any(|end| name.ends_with(end))))
+}
+
+/// The weight files of the model folder `dir`, whose tensors fit `layout` by names, shapes and element types; no value
+/// is read but those of a tied head.
+///
+/// # Errors
+/// As [`load_weights`], as far as that goes.
+pub fn inspect(dir: &Path, layout: &Layout) -> Result<Vec<WeightFile>, Error> {
+    let weights = open(dir)?.fit(dir, CONFIG, layout)?;
+    let mut files = BTreeMap::<&Path, WeightFile>::new();
+    for tensor in weights.0.values() {
+        let path = tensor.path();
+        let bytes = fs::metadata(path).map_err(|cause| Error::io("read", path, &cause))?.len();
+        let new = WeightFile { path: path.to_owned(), bytes, tensors: 0, dtypes: BTreeSet::new() };
+        let file = files.entry(path).or_insert(new);
+        file.tensors += 1;
+        file.dtypes.insert(tensor.dtype().to_safetensors().to_string());
+    }
+    Ok(files.into_values().collect())
+}
+
+/// The tensors of a model folder, by Hugging Face names, not yet looked at.
+fn open(dir: &Path) -> Result<Weights, Error> {
+    let files = weight_files(dir, WEIGHTS)?.ok_or_else(|| {
+        let hint = if dir.join(PICKLE).exists() {
+            "pytorch_model.bin is a pickle; make a safe file of it with elapid convert --from hf --to hf"
+        } else {
+            "a model folder holds config.json and model.safetensors"
+        };
+        Error::new(format!("there is no {WEIGHTS} in {}", dir.display())).with_hint(hint)
+    })?;
+    let mut found = open_safetensors(&files)?;
+    rename_embedding(&mut found);
+    Ok(found.into())
+}
+
+/// Gives the embedding the name that transformers gives it.
+pub(crate) fn rename_embedding<T>(found: &mut BTreeMap<String, T>) {
     if !found.contains_key(EMBEDDING)
         && let Some(embedding) = found.remove(EMBEDDING_ALIAS)
     {
         found.insert(EMBEDDING.into(), embedding);
     }
-    let tied_head = if layout.shared().head.is_none() { found.remove(HEAD) } else { None };
-
-    check_names(dir, layout, &found)?;
-    for (name, _, info) in layout.iter() {
-        found[&name].check(&name, &info.shape)?;
-    }
-    if let Some(head) = tied_head {
-        head.check(HEAD, found[EMBEDDING].view.shape())?;
-        if head.values(HEAD)? != found[EMBEDDING].values(EMBEDDING)? {
-            return Err(Error::new(format!(
-                "{HEAD} in {} differs from {EMBEDDING}, to which config.json ties it",
-                head.path.display()
-            ))
-            .with_hint(
-                "set \"tie_word_embeddings\": false in config.json to keep both, or remove lm_head.weight",
-            ));
-        }
-    }
-    for (name, slot, info) in layout.iter() {
-        sink(&slot, &info.cuts(layout.share).slice(&found[&name].values(&name)?));
-    }
-    Ok(())
 }
 
-/// A tensor in a file.
-struct Found<'a> {
-    path: &'a Path,
-    view: TensorView<'a>,
-}
-
-impl Found<'_> {
-    /// Shape and element type are as they must be.
-    fn check(&self, name: &str, shape: &[usize]) -> Result<FileDType, Error> {
-        if self.view.shape() != shape {
-            return Err(Error::new(format!(
-                "{name} is {:?} in {}, but config.json makes it {shape:?}",
-                self.view.shape(),
-                self.path.display()
-            ))
-            .with_hint("config.json and weights belong to different models; copy both from the same place"));
-        }
-        FileDType::from_safetensors(self.view.dtype()).ok_or_else(|| {
-            Error::new(format!("{name} in {} has element type {}", self.path.display(), self.view.dtype()))
-                .with_hint("supported are F32, BF16 and F16; save the model in one of them")
-        })
-    }
-
-    /// The values, all finite.
-    fn values(&self, name: &str) -> Result<Vec<f32>, Error> {
-        let values = self.check(name, self.view.shape())?.decode(self.view.data());
-        check_finite(name, self.view.shape(), 0, &values).map_err(|error| error.at(self.path.display()))?;
-        Ok(values)
-    }
-}
-
-/// `values` are those from element `first` of the tensor on.
-fn check_finite(name: &str, shape: &[usize], first: usize, values: &[f32]) -> Result<(), Error> {
-    let Some(at) = values.iter().position(|value| !value.is_finite()) else { return Ok(()) };
-    let value = values[at];
-    let mut at = first + at;
-    let mut index = vec![0; shape.len()];
-    for (axis, extent) in shape.iter().enumerate().rev() {
-        index[axis] = at % extent;
-        at /= extent;
-    }
-    Err(Error::new(format!("{name}{index:?} is {value}"))
-        .with_hint("the model diverged before it was saved, or the values do not fit the element type; use an earlier checkpoint"))
-}
-
-/// Every parameter is there and nothing else.
-fn check_names(dir: &Path, layout: &Layout, found: &BTreeMap<String, Found<'_>>) -> Result<(), Error> {
-    let expected: BTreeSet<String> = layout.iter().map(|(name, _, _)| name).collect();
-    let missing: Vec<&str> =
-        expected.iter().filter(|name| !found.contains_key(*name)).map(String::as_str).collect();
-    let unexpected: Vec<&str> =
-        found.keys().filter(|name| !expected.contains(*name)).map(String::as_str).collect();
-    if missing.is_empty() && unexpected.is_empty() {
-        return Ok(());
-    }
-    let mut message = format!("the weights in {} do not fit config.json:", dir.display());
-    for (what, names) in [("missing", &missing), ("unexpected", &unexpected)] {
-        if !names.is_empty() {
-            message += &format!(" {} {what} ({})", names.len(), names.join(", "));
-        }
-    }
-    let headless =
-        || missing.iter().all(|name| *name == HEAD || found.contains_key(&name["backbone.".len()..]));
-    let hint = if missing == [HEAD] {
-        "the head seems to be the embedding: set \"tie_word_embeddings\": true in config.json"
-    } else if !missing.is_empty() && headless() {
-        "the names lack \"backbone.\": save the model from Mamba2ForCausalLM, not from Mamba2Model"
-    } else {
-        "compare num_hidden_layers, use_bias, use_conv_bias and tie_word_embeddings in config.json with the weights"
-    };
-    Err(Error::new(message).with_hint(hint))
-}
-
-/// The safetensors files of the folder; `model.safetensors` wins over an index, as in transformers.
-fn weight_files(dir: &Path) -> Result<Vec<PathBuf>, Error> {
-    let (single, index) = (dir.join(WEIGHTS), dir.join(INDEX));
-    if single.exists() {
-        return Ok(vec![single]);
+/// The weight files of a folder: `single`, or else those that `<single>.index.json` names, as in transformers. None
+/// where there is neither.
+pub(crate) fn weight_files(dir: &Path, single: &str) -> Result<Option<Vec<PathBuf>>, Error> {
+    let (file, index) = (dir.join(single), dir.join(index_name(single)));
+    if file.exists() {
+        return Ok(Some(vec![file]));
     }
     if !index.exists() {
-        let hint = if dir.join("pytorch_model.bin").exists() {
-            "pytorch_model.bin is a pickle, which runs code when it is read; save the model as safetensors"
-        } else {
-            "a model folder holds config.json and model.safetensors"
-        };
-        return Err(Error::new(format!("there is no {WEIGHTS} in {}", dir.display())).with_hint(hint));
+        return Ok(None);
     }
     let text = fs::read_to_string(&index).map_err(|cause| Error::io("read", &index, &cause))?;
     let value: Value = serde_json::from_str(&text).map_err(|cause| {
@@ -256,7 +144,11 @@ fn weight_files(dir: &Path) -> Result<Vec<PathBuf>, Error> {
         ))
         .with_hint("copy these files as well"));
     }
-    Ok(names.into_iter().map(|name| dir.join(name)).collect())
+    Ok(Some(names.into_iter().map(|name| dir.join(name)).collect()))
+}
+
+fn index_name(single: &str) -> String {
+    format!("{single}.index.json")
 }
 
 /// A name without a folder in it: an index does not lead out of its own folder.
@@ -264,24 +156,12 @@ fn is_file_name(name: &str) -> bool {
     Path::new(name).file_name().is_some_and(|last| last == name)
 }
 
-fn map(path: &Path) -> Result<Mmap, Error> {
-    let file = File::open(path).map_err(|cause| Error::io("open", path, &cause))?;
-    // SAFETY: the map is read-only and dropped when loading ends. Elapid itself replaces model files by renaming, which
-    // leaves a mapped file as it was; a foreign program that shrinks it meanwhile ends this process, as with any map.
-    unsafe { Mmap::map(&file) }.map_err(|cause| Error::io("map", path, &cause))
-}
-
-fn damaged(path: &Path, cause: &SafeTensorError) -> Error {
-    let length = fs::metadata(path).map_or(0, |data| data.len());
-    Error::new(format!("{} ({length} bytes) is not a whole safetensors file: {cause}", path.display()))
-        .with_hint("the file is cut off or damaged; copy it again")
-}
-
 /// Writes a model folder that transformers reads: `config.json`, `generation_config.json` and `model.safetensors`, or,
 /// for tensors of more than `max_shard` bytes (as a rule [`MAX_SHARD_SIZE`]), `model-00001-of-0000n.safetensors` and
 /// so on with `model.safetensors.index.json`. All weights are written in `dtype`; a tied head is not written.
 /// `source(name, first, count)` gives fp32 values of a stretch of a parameter, which are asked for in alphabetical order of
-/// names and from first to last; a few MiB are in memory at a time. Files of these names are replaced, and only by whole ones; weight files of another division are removed afterwards.
+/// names and from first to last; a few MiB are in memory at a time. Files of these names are replaced, and only by whole
+/// ones; weight files of another division are removed afterwards.
 ///
 /// Warns on stderr where transformers would compute something else ([`export_warning`]).
 ///
@@ -294,6 +174,24 @@ pub fn save(
     dtype: FileDType,
     max_shard: u64,
     mut source: impl FnMut(&str, usize, usize) -> Vec<f32>,
+) -> Result<(), Error> {
+    let tensors = layout.iter().map(|(name, _, info)| (name, info.shape.clone())).collect();
+    save_tensors(dir, config, tensors, dtype, max_shard, &mut |name, first, count| {
+        Ok(source(name, first, count))
+    })
+}
+
+/// Gives the fp32 values of a stretch of a tensor: (name, first element, number of elements).
+pub(crate) type Values<'a> = dyn FnMut(&str, usize, usize) -> Result<Vec<f32>, Error> + 'a;
+
+/// As [`save`], of `tensors` of these names and extents.
+pub(crate) fn save_tensors(
+    dir: &Path,
+    config: &ModelConfig,
+    tensors: BTreeMap<String, Vec<usize>>,
+    dtype: FileDType,
+    max_shard: u64,
+    source: &mut Values<'_>,
 ) -> Result<(), Error> {
     if let Some(warning) = export_warning(config) {
         say(format_args!("warning: {warning}"));
@@ -311,10 +209,11 @@ pub fn save(
         "use_cache": config.use_cache,
     });
     let mut files = vec![
-        Aside::write(dir, "config.json", |out| put(out, config.to_json().as_bytes()))?,
-        Aside::write(dir, "generation_config.json", |out| put(out, format!("{generation:#}\n").as_bytes()))?,
+        Aside::text(dir, CONFIG, &config.to_json())?,
+        Aside::text(dir, "generation_config.json", &format!("{generation:#}\n"))?,
     ];
-    let shards = shards(layout, dtype, max_shard);
+    let parameters: usize = tensors.values().map(|shape| elements(shape)).sum();
+    let shards = shards(tensors, dtype, max_shard);
     let mut names = BTreeSet::new();
     let mut weight_map = BTreeMap::new();
     for (i, shard) in shards.iter().enumerate() {
@@ -322,19 +221,17 @@ pub fn save(
             1 => WEIGHTS.to_owned(),
             n => format!("model-{:05}-of-{n:05}.safetensors", i + 1),
         };
-        files.push(Aside::write(dir, &name, |out| write_tensors(out, shard, dtype, &mut source))?);
+        files.push(Aside::write(dir, &name, |out| write_tensors(out, shard, dtype, source))?);
         weight_map.extend(shard.iter().map(|(tensor, _)| (tensor.as_str(), name.clone())));
         names.insert(name);
     }
     if shards.len() > 1 {
-        let parameters = layout.parameter_count();
-        let size = parameters * dtype.size();
         let index = json!({
-            "metadata": { "total_parameters": parameters, "total_size": size },
+            "metadata": { "total_parameters": parameters, "total_size": parameters * dtype.size() },
             "weight_map": weight_map,
         });
-        files.push(Aside::write(dir, INDEX, |out| put(out, format!("{index:#}\n").as_bytes()))?);
-        names.insert(INDEX.to_owned());
+        files.push(Aside::text(dir, &index_name(WEIGHTS), &format!("{index:#}\n"))?);
+        names.insert(index_name(WEIGHTS));
     }
     for file in files {
         file.commit()?;
@@ -348,19 +245,26 @@ pub fn save(
 
 /// The tensors of each weight file, in alphabetical order: a file is begun where the next tensor would make the one
 /// before larger than `max_shard` bytes.
-fn shards(layout: &Layout, dtype: FileDType, max_shard: u64) -> Vec<Vec<(String, &ParamInfo)>> {
-    let tensors: BTreeMap<String, &ParamInfo> = layout.iter().map(|(name, _, info)| (name, info)).collect();
+fn shards(
+    tensors: BTreeMap<String, Vec<usize>>,
+    dtype: FileDType,
+    max_shard: u64,
+) -> Vec<Vec<(String, Vec<usize>)>> {
     let (mut shards, mut size) = (vec![Vec::new()], 0);
-    for (name, info) in tensors {
-        let bytes = info.elements() as u64 * dtype.size() as u64;
+    for (name, shape) in tensors {
+        let bytes = elements(&shape) as u64 * dtype.size() as u64;
         if size + bytes > max_shard && size > 0 {
             shards.push(Vec::new());
             size = 0;
         }
         size += bytes;
-        shards.last_mut().expect("never empty").push((name, info));
+        shards.last_mut().expect("never empty").push((name, shape));
     }
     shards
+}
+
+fn elements(shape: &[usize]) -> usize {
+    shape.iter().product()
 }
 
 /// Removes weight files of an earlier save that was divided otherwise: a reader could take them for these.
@@ -370,7 +274,7 @@ fn remove_other_weights(dir: &Path, keep: &BTreeSet<String>) -> Result<(), Error
         let entry = entry.map_err(|cause| Error::io("read", dir, &cause))?;
         let name = entry.file_name();
         let Some(name) = name.to_str() else { continue };
-        if !keep.contains(name) && (name == WEIGHTS || name == INDEX || is_shard(name)) {
+        if !keep.contains(name) && (name == WEIGHTS || name == index_name(WEIGHTS) || is_shard(name)) {
             fs::remove_file(entry.path()).map_err(|cause| Error::io("remove", &entry.path(), &cause))?;
         }
     }
@@ -396,27 +300,37 @@ pub fn export_warning(config: &ModelConfig) -> Option<String> {
     })
 }
 
-type Out = BufWriter<File>;
-type Written = Result<(), WriteError>;
+pub(crate) type Out = BufWriter<File>;
+pub(crate) type Written = Result<(), WriteError>;
 
 /// What stops a file from being written.
-enum WriteError {
+pub(crate) enum WriteError {
     Io(std::io::Error),
     Value(Error),
 }
 
-fn put(out: &mut Out, bytes: &[u8]) -> Written {
-    out.write_all(bytes).map_err(WriteError::Io)
+impl From<std::io::Error> for WriteError {
+    fn from(cause: std::io::Error) -> Self {
+        Self::Io(cause)
+    }
 }
 
 /// A finished file under a preliminary name; dropped without [`Aside::commit`], it is removed.
-struct Aside {
+pub(crate) struct Aside {
     partial: PathBuf,
     path: PathBuf,
 }
 
 impl Aside {
-    fn write(dir: &Path, name: &str, content: impl FnOnce(&mut Out) -> Written) -> Result<Self, Error> {
+    pub(crate) fn text(dir: &Path, name: &str, text: &str) -> Result<Self, Error> {
+        Self::write(dir, name, |out| Ok(out.write_all(text.as_bytes())?))
+    }
+
+    pub(crate) fn write(
+        dir: &Path,
+        name: &str,
+        content: impl FnOnce(&mut Out) -> Written,
+    ) -> Result<Self, Error> {
         let aside = Self { partial: dir.join(format!(".{name}.partial")), path: dir.join(name) };
         let io = |cause| Error::io("write", &aside.path, &cause);
         let mut out = BufWriter::with_capacity(1 << 20, File::create(&aside.partial).map_err(io)?);
@@ -429,7 +343,7 @@ impl Aside {
         Ok(aside)
     }
 
-    fn commit(self) -> Result<(), Error> {
+    pub(crate) fn commit(self) -> Result<(), Error> {
         fs::rename(&self.partial, &self.path).map_err(|cause| Error::io("write", &self.path, &cause))
     }
 }
@@ -443,22 +357,19 @@ impl Drop for Aside {
 
 /// A safetensors file with the tensors in the order given, byte for byte as the Python library writes it: header length
 /// as u64, JSON header padded with blanks to a multiple of 8, data. Format: the safetensors README.
-fn write_tensors(
+pub(crate) fn write_tensors(
     out: &mut Out,
-    tensors: &[(String, &ParamInfo)],
+    tensors: &[(String, Vec<usize>)],
     dtype: FileDType,
-    source: &mut impl FnMut(&str, usize, usize) -> Vec<f32>,
+    source: &mut Values<'_>,
 ) -> Written {
     let mut end = 0;
-    let entries = tensors.iter().map(|(name, info)| {
+    let entries = tensors.iter().map(|(name, shape)| {
         let start = end;
-        end += info.elements() * dtype.size();
-        let entry = TensorInfo {
-            dtype: dtype.to_safetensors(),
-            shape: info.shape.clone(),
-            data_offsets: (start, end),
-        };
-        (name.clone(), entry)
+        end += elements(shape) * dtype.size();
+        let info =
+            TensorInfo { dtype: dtype.to_safetensors(), shape: shape.clone(), data_offsets: (start, end) };
+        (name.clone(), info)
     });
     let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     let header = Metadata::new(Some(format), entries.collect())
@@ -468,21 +379,33 @@ fn write_tensors(
             WriteError::Value(Error::new(format!("cannot make a safetensors header: {cause}")))
         })?;
     let blanks = header.len().next_multiple_of(8) - header.len();
-    put(out, &((header.len() + blanks) as u64).to_le_bytes())?;
-    put(out, header.as_bytes())?;
-    put(out, &b"        "[..blanks])?;
-    for (name, info) in tensors {
-        for first in (0..info.elements()).step_by(PIECE) {
-            let values = source(name, first, PIECE.min(info.elements() - first));
-            let bytes = dtype.encode(&values);
-            // Looked at after rounding: a finite value may lie beyond what fp16 holds.
-            check_finite(name, &info.shape, first, &dtype.decode(&bytes)).map_err(|error| {
-                let fits = !values.iter().all(|value| value.is_finite());
-                let hint = format!("a weight does not fit {}; save as float32 or bfloat16", dtype.name());
-                WriteError::Value(if fits { error } else { error.with_hint(hint) })
-            })?;
-            put(out, &bytes)?;
-        }
+    out.write_all(&((header.len() + blanks) as u64).to_le_bytes())?;
+    write!(out, "{header}{:blanks$}", "")?;
+    for (name, shape) in tensors {
+        write_values(out, name, shape, dtype, source)?;
+    }
+    Ok(())
+}
+
+/// The values of one tensor, a stretch at a time.
+pub(crate) fn write_values(
+    out: &mut impl Write,
+    name: &str,
+    shape: &[usize],
+    dtype: FileDType,
+    source: &mut Values<'_>,
+) -> Written {
+    let len = elements(shape);
+    for first in (0..len).step_by(PIECE) {
+        let values = source(name, first, PIECE.min(len - first)).map_err(WriteError::Value)?;
+        let bytes = dtype.encode(&values);
+        // Looked at after rounding: a finite value may lie beyond what fp16 holds.
+        check_finite(name, shape, first, &dtype.decode(&bytes)).map_err(|error| {
+            let fits = !values.iter().all(|value| value.is_finite());
+            let hint = format!("a weight does not fit {}; save as float32 or bfloat16", dtype.name());
+            WriteError::Value(if fits { error } else { error.with_hint(hint) })
+        })?;
+        out.write_all(&bytes)?;
     }
     Ok(())
 }

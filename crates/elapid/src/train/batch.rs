@@ -120,7 +120,8 @@ fn forget<B: Backend>(backend: &B, states: &mut Vec<State<B::Tensor>>, kept: &[b
     let zeroed = |tensor: &B::Tensor| {
         let (mut values, shape) = (backend.values(tensor), backend.shape(tensor));
         assert_eq!(shape[0], kept.len(), "states belong to a batch of the same size");
-        let rows = values.chunks_exact_mut(shape[1..].iter().product());
+        // The conv state holds nothing where K = 1.
+        let rows = values.chunks_exact_mut(shape[1..].iter().product::<usize>().max(1));
         rows.zip(kept).filter(|(_, kept)| !**kept).for_each(|(row, _)| row.fill(0.0));
         backend.tensor(&values, &shape, backend.dtype(tensor))
     };

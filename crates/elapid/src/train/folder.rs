@@ -11,10 +11,10 @@ use super::Outcome;
 use crate::Error;
 use crate::checkpoint::Lock;
 
-const METRICS: &str = "metrics.jsonl";
+pub(crate) const METRICS: &str = "metrics.jsonl";
 const NORMS: &str = "norms.jsonl";
 /// Exists from the end of a run's export on.
-const FINISHED: &str = "finished.json";
+pub(crate) const FINISHED: &str = "finished.json";
 
 #[derive(Serialize, Deserialize)]
 struct Finished {

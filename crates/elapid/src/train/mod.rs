@@ -19,6 +19,7 @@ mod trainer;
 pub use batch::{Batch, PAD_DOCUMENT};
 pub use diagnose::{Diagnosis, Extent, Extents, Finding, Recorded, diagnose};
 pub use evaluate::{Evaluation, evaluate, last_blocks};
+pub(crate) use folder::{FINISHED, METRICS};
 pub use nonfinite::{MicroStep, NonFinite, Step};
 pub use run::{Outcome, cpu, train};
 pub use trainer::{StepReport, Trainer};

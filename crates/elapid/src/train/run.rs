@@ -1,6 +1,8 @@
 //! `elapid train`: set up, step, export.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use elapid_cpu::{CpuBackend, CpuOptions};
@@ -95,6 +97,23 @@ pub fn cpu(threads: Option<usize>) -> Result<CpuBackend, Error> {
     })
 }
 
+/// A signal that any rank has caught.
+fn agreed(rank: &Rank, caught: Option<i32>) -> Option<i32> {
+    let all = rank.gather_numbers(caught.unwrap_or(0) as u64);
+    all.into_iter().find(|&signal| signal > 0).map(|signal| signal as i32)
+}
+
+/// FLOP/s of this rank. One that has the machine for itself measures once in a process for each number of threads; those
+/// that share it measure side by side.
+fn peak(rank: &Rank, backend: &CpuBackend) -> f64 {
+    if rank.ranks_here() > 1 {
+        return backend.measure_peak();
+    }
+    static MEASURED: Mutex<BTreeMap<usize, f64>> = Mutex::new(BTreeMap::new());
+    let mut measured = MEASURED.lock().expect("measuring does not panic");
+    *measured.entry(backend.threads()).or_insert_with(|| backend.measure_peak())
+}
+
 /// Trains as `run` says, from step 1 or from a checkpoint, and leaves `metrics.jsonl`, `run.toml` and the model in `hf/` in
 /// the run folder.
 ///
@@ -160,11 +179,13 @@ fn train_on(run: &Run, rank: &Rank) -> Result<Outcome, Error> {
     if run.args.use_zero_1 {
         model = model.with_zero1(&backend);
     }
-    let peak = rank.gather_numbers(backend.measure_peak() as u64).into_iter().sum::<u64>() as f64;
+    let peak = rank.gather_numbers(peak(rank, &backend) as u64).into_iter().sum::<u64>() as f64;
     start::print(run, &data, held_out.as_ref(), &model, &backend, peak, &memory);
     let folder = folder.as_ref();
     folder.map_or(Ok(()), |folder| folder.write("run.toml", &settings))?;
     let held_out = held_out.as_ref();
+    // Before the metrics are there: who sees them may count on a signal being heard.
+    let signals = Graceful::new()?;
     let mut session = Session::new(
         run,
         rank,
@@ -179,7 +200,7 @@ fn train_on(run: &Run, rank: &Rank) -> Result<Outcome, Error> {
         peak,
     )?;
     session.outcome.predicted_memory = memory.total();
-    session.train()
+    session.train(&signals)
 }
 
 /// Opens the dataset and checks it against the model.
@@ -336,17 +357,16 @@ impl<'a> Session<'a> {
         })
     }
 
-    fn train(mut self) -> Result<Outcome, Error> {
+    fn train(mut self, signals: &Graceful) -> Result<Outcome, Error> {
         let args = &self.run.args;
-        let signals = Graceful::new()?;
         for step in self.done + 1..=args.max_steps {
             self.step(step)?;
-            let signal = self.agreed(signals.caught());
+            let signal = agreed(self.rank, signals.caught());
             let due = args.checkpoint_freq > 0 && step.is_multiple_of(args.checkpoint_freq);
             if due || signal.is_some() || args.save_last_step && step == args.max_steps {
                 let place = self.save(step)?;
                 // One that comes while a checkpoint is written is heard as well.
-                if let Some(signal) = signal.or(self.agreed(signals.caught())) {
+                if let Some(signal) = signal.or(agreed(self.rank, signals.caught())) {
                     self.progress.finish();
                     return Err(stop::after(step, signal, &place));
                 }
@@ -362,6 +382,9 @@ impl<'a> Session<'a> {
             self.tokenizer.map_or(Ok(()), |tokenizer| tokenizer.save(&self.outcome.model_dir))?;
             folder.finish(args.max_steps, &self.outcome)?;
         }
+        if let Some(signal) = agreed(self.rank, signals.caught()) {
+            return Err(stop::after_export(signal, &self.outcome.model_dir));
+        }
         self.outcome.peak_memory = memory::peak_resident();
         Ok(self.outcome)
     }
@@ -376,12 +399,6 @@ impl<'a> Session<'a> {
         }
         let state = self.state(self.trainer.states());
         self.store.save(self.rank, self.backend, &state, self.position(step))
-    }
-
-    /// A signal that any rank has caught.
-    fn agreed(&self, caught: Option<i32>) -> Option<i32> {
-        let all = self.rank.gather_numbers(caught.unwrap_or(0) as u64);
-        all.into_iter().find(|&signal| signal > 0).map(|signal| signal as i32)
     }
 
     /// What a checkpoint holds, with these carried states.

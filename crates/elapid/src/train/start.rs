@@ -39,6 +39,11 @@ pub(super) fn print(
             config.vocab_size
         ),
     );
+    if let (Some(name), None) = (&args.model, args.n_groups)
+        && let Some(note) = config.groups_note(name)
+    {
+        row("", format!("{note}; --n-groups chooses another"));
+    }
     let training = held_out.map_or(data.len(), HeldOut::training_blocks);
     let per_step = args.batch * args.grad_accum_usteps * run.mesh.dp;
     row(

@@ -57,10 +57,20 @@ impl Drop for Graceful {
 
 /// What is said of a run that a signal has stopped.
 pub(super) fn after(step: u64, signal: i32, checkpoint: &Path) -> Error {
-    let name = if signal == SIGINT { "Ctrl-C" } else { "SIGTERM" };
-    Error::new(format!("{name} after step {step}, saved in {}", checkpoint.display()))
+    Error::new(format!("{} after step {step}, saved in {}", name(signal), checkpoint.display()))
         .with_hint(
             "the same command with --resume auto goes on from here; name the run folder with --output-dir",
         )
         .by_signal(signal)
+}
+
+/// What is said where a signal came while the model was exported, which was completed.
+pub(super) fn after_export(signal: i32, model: &Path) -> Error {
+    Error::new(format!("{} after the last step, the model is whole in {}", name(signal), model.display()))
+        .with_hint("the run is finished; nothing is left to do")
+        .by_signal(signal)
+}
+
+fn name(signal: i32) -> &'static str {
+    if signal == SIGINT { "Ctrl-C" } else { "SIGTERM" }
 }

@@ -11,36 +11,48 @@ use serde_json::Value;
 
 pub(crate) const VOCAB: u32 = 64;
 
+/// Writes a dataset of random blocks of 16 tokens, with `documents` that begin inside and between blocks.
+pub(crate) fn dataset(dir: &Path, seed: u32, blocks: u64, documents: bool) {
+    let mut writer = DatasetWriter::create(dir, 16, documents).unwrap();
+    let mut x = seed;
+    let mut document = 0;
+    for _ in 0..blocks {
+        let ids: Vec<u32> = (0..16)
+            .map(|_| {
+                x = x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                (x >> 16) % VOCAB
+            })
+            .collect();
+        let begins = |(place, id): (usize, &u32)| *id < 5 || place == 0 && id.is_multiple_of(2);
+        let of_tokens: Vec<i32> = (ids.iter().enumerate())
+            .map(|token| {
+                document += i32::from(begins(token));
+                document
+            })
+            .collect();
+        writer.push(&ids, documents.then_some(&of_tokens)).unwrap();
+    }
+    let card = Card {
+        tokenizer: "none".into(),
+        vocab_size: VOCAB as usize,
+        eos_id: None,
+        seq_len: 16,
+        append_eos: false,
+        document_ids: documents,
+        documents: 1,
+        tokens: blocks * 16,
+        dropped_tokens: 0,
+        bytes: blocks * 16,
+        source: "random".into(),
+    };
+    writer.finish(&card).unwrap();
+}
+
 /// A folder with `data`, `other` (another dataset of the same extents) and `model.json`.
 pub(crate) fn place() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
-    for (name, seed) in [("data", 1), ("other", 2)] {
-        let mut writer = DatasetWriter::create(&dir.path().join(name), 16, false).unwrap();
-        let mut x: u32 = seed;
-        for _ in 0..37 {
-            let ids: Vec<u32> = (0..16)
-                .map(|_| {
-                    x = x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                    (x >> 16) % VOCAB
-                })
-                .collect();
-            writer.push(&ids, None).unwrap();
-        }
-        let card = Card {
-            tokenizer: "none".into(),
-            vocab_size: VOCAB as usize,
-            eos_id: None,
-            seq_len: 16,
-            append_eos: false,
-            document_ids: false,
-            documents: 1,
-            tokens: 37 * 16,
-            dropped_tokens: 0,
-            bytes: 37 * 16,
-            source: "random".into(),
-        };
-        writer.finish(&card).unwrap();
-    }
+    dataset(&dir.path().join("data"), 1, 37, false);
+    dataset(&dir.path().join("other"), 2, 37, false);
     let config = serde_json::json!({
         "model_type": "mamba2", "num_heads": 4, "head_dim": 16, "hidden_size": 32, "expand": 2, "state_size": 8,
         "n_groups": 2, "num_hidden_layers": 2, "vocab_size": VOCAB, "chunk_size": 8, "tie_word_embeddings": true,

@@ -1,0 +1,215 @@
+//! What this machine can do at most, measured: the limits that kernels are held against.
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use crate::CpuBackend;
+
+/// Rates of a machine, with the threads of one backend.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Peaks {
+    /// fp32 multiply-adds that stay in registers, in FLOP/s.
+    pub fma: f64,
+    /// fp32 matrix products ([`CpuBackend::measure_peak`]), in FLOP/s.
+    pub product: f64,
+    /// Dot products of bf16 pairs (`vdpbf16ps`) that stay in registers, in FLOP/s; None where the CPU has no
+    /// `avx512_bf16`.
+    pub bf16: Option<f64>,
+    /// Reading memory, in bytes a second.
+    pub read: f64,
+    /// `a = b + s·c` in memory, in bytes a second, counted as three streams.
+    pub triad: f64,
+}
+
+impl Peaks {
+    /// The most bytes a second that were seen.
+    pub fn bandwidth(&self) -> f64 {
+        self.read.max(self.triad)
+    }
+}
+
+/// Independent sums, enough to hide the latency of a multiply-add and few enough for 16 registers.
+const SUMS: usize = 12;
+const REPETITIONS: usize = 6;
+
+impl CpuBackend {
+    /// Measures the rates of the best instruction set, whatever path this backend takes. `buffer` bytes of memory are
+    /// read and written for the bandwidths; they should be far more than the caches hold.
+    pub fn measure_peaks(&self, buffer: usize) -> Peaks {
+        let (read, triad) = self.bandwidths(buffer / size_of::<f32>() / 3);
+        Peaks { fma: self.fma_rate(), product: self.measure_peak(), bf16: self.bf16_rate(), read, triad }
+    }
+
+    fn fma_rate(&self) -> f64 {
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx512f") {
+                // SAFETY: the CPU has just been asked.
+                return self.rate(16 * 2, |loops| unsafe { x86::fma_avx512(loops) });
+            }
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                // SAFETY: the CPU has just been asked.
+                return self.rate(8 * 2, |loops| unsafe { x86::fma_avx2(loops) });
+            }
+        }
+        self.rate(4 * 2, |loops| self.isa.run(|| fma_portable(loops)))
+    }
+
+    fn bf16_rate(&self) -> Option<f64> {
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16") {
+            // SAFETY: the CPU has just been asked.
+            return Some(self.rate(16 * 4, |loops| unsafe { x86::dot_bf16(loops) }));
+        }
+        None
+    }
+
+    /// FLOP/s of `kernel(loops)`, which does `flops` in each of [`SUMS`] sums a loop.
+    fn rate(&self, flops: usize, kernel: impl Fn(usize) -> f32 + Sync) -> f64 {
+        const LOOPS: usize = 100_000;
+        let pieces = 16 * self.threads();
+        let seconds = self.best(1, || {
+            self.workers.each(pieces, |_| {
+                black_box(kernel(black_box(LOOPS)));
+            })
+        });
+        (pieces * LOOPS * SUMS * flops) as f64 / seconds
+    }
+
+    /// (read, triad) over arrays of `len` numbers, an eighth at a time: a short stretch is seldom disturbed, and by the
+    /// time it comes again caches hold another.
+    fn bandwidths(&self, len: usize) -> (f64, f64) {
+        const CHUNK: usize = 1 << 16;
+        let mut data = vec![0.0f32; 3 * len];
+        // The threads that will read a page write it first: it lies near them.
+        self.workers.rows(&mut data, 1, CHUNK, |first, part| part.fill(first as f32));
+        let stretch = (len / 8).max(1);
+        let bytes = (3 * stretch * size_of::<f32>()) as f64;
+        let mut stretches = data.chunks_exact(3 * stretch).cycle();
+        let read = self.best(8, || {
+            let data = stretches.next().expect("a cycle does not end");
+            self.workers.each(data.len().div_ceil(CHUNK), |piece| {
+                let part = &data[piece * CHUNK..data.len().min((piece + 1) * CHUNK)];
+                black_box(self.isa.run(|| sum_of_bits(part)));
+            });
+        });
+        let (a, rest) = data.split_at_mut(len);
+        let (b, c) = rest.split_at(len);
+        let mut starts = (0..len / stretch).map(|i| i * stretch).cycle();
+        let triad = self.best(8, || {
+            let start = starts.next().expect("a cycle does not end");
+            let (b, c) = (&b[start..], &c[start..]);
+            self.workers.rows(&mut a[start..start + stretch], 1, CHUNK, |first, part| {
+                self.isa.run(|| {
+                    for ((a, b), c) in part.iter_mut().zip(&b[first..]).zip(&c[first..]) {
+                        *a = b + 3.0 * c;
+                    }
+                });
+            });
+        });
+        black_box(&data);
+        (bytes / read, bytes / triad)
+    }
+
+    /// Seconds of the fastest of some runs, `times` the usual number of them.
+    fn best(&self, times: usize, mut run: impl FnMut()) -> f64 {
+        let mut time = || {
+            let start = Instant::now();
+            run();
+            start.elapsed().as_secs_f64()
+        };
+        (0..times * REPETITIONS).map(|_| time()).fold(f64::INFINITY, f64::min)
+    }
+}
+
+/// Reads `x` as four streams at once, which is faster than one: each can be fetched ahead only to the end of its page.
+/// Integers may be summed in any order, so that the compiler does it in vectors.
+#[inline(always)]
+fn sum_of_bits(x: &[f32]) -> u32 {
+    let (a, b) = x.split_at(x.len() / 2);
+    let ((a, b), (c, d)) = (a.split_at(a.len() / 2), b.split_at(b.len() / 2));
+    let rows = a.iter().zip(b).zip(c).zip(d);
+    rows.fold(0, |sum, (((a, b), c), d)| {
+        [a, b, c, d].into_iter().fold(sum, |sum, x| sum.wrapping_add(x.to_bits()))
+    })
+}
+
+/// Four lanes of multiply and add; one instruction where every CPU of the architecture has it.
+#[inline(always)]
+fn fma_portable(loops: usize) -> f32 {
+    let (a, b) = (black_box(0.999f32), black_box(1e-3f32));
+    let mut sums: [f32; 4 * SUMS] = std::array::from_fn(|i| black_box(i as f32));
+    for _ in 0..loops {
+        for x in &mut sums {
+            *x = if cfg!(target_arch = "aarch64") { x.mul_add(a, b) } else { *x * a + b };
+        }
+    }
+    sums.iter().sum()
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+    use std::hint::black_box;
+
+    use super::SUMS;
+
+    /// Different starts, or the compiler would find the sums to be one.
+    fn starts() -> [f32; SUMS] {
+        std::array::from_fn(|i| black_box(i as f32))
+    }
+
+    #[target_feature(enable = "avx512f")]
+    pub(super) fn fma_avx512(loops: usize) -> f32 {
+        let (a, b) = (_mm512_set1_ps(black_box(0.999)), _mm512_set1_ps(black_box(1e-3)));
+        let mut sums = starts().map(|x| _mm512_set1_ps(x));
+        for _ in 0..loops {
+            for x in &mut sums {
+                *x = _mm512_fmadd_ps(*x, a, b);
+            }
+        }
+        sums.iter().map(|x| _mm512_reduce_add_ps(*x)).sum()
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) fn fma_avx2(loops: usize) -> f32 {
+        let (a, b) = (_mm256_set1_ps(black_box(0.999)), _mm256_set1_ps(black_box(1e-3)));
+        let mut sums = starts().map(|x| _mm256_set1_ps(x));
+        for _ in 0..loops {
+            for x in &mut sums {
+                *x = _mm256_fmadd_ps(*x, a, b);
+            }
+        }
+        sums.iter().map(|x| _mm256_cvtss_f32(*x)).sum()
+    }
+
+    /// Two products and two additions in each of 16 lanes.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub(super) fn dot_bf16(loops: usize) -> f32 {
+        let pair = |x| _mm512_cvtne2ps_pbh(_mm512_set1_ps(x), _mm512_set1_ps(x));
+        let (a, b) = (pair(black_box(0.5)), pair(black_box(1e-3)));
+        let mut sums = starts().map(|x| _mm512_set1_ps(x));
+        for _ in 0..loops {
+            for x in &mut sums {
+                *x = _mm512_dpbf16_ps(*x, a, b);
+            }
+        }
+        sums.iter().map(|x| _mm512_reduce_add_ps(*x)).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::{CpuBackend, CpuOptions};
+
+    #[test]
+    fn products_and_streams_stay_below_what_registers_and_caches_give() {
+        let backend = CpuBackend::new(&CpuOptions { threads: Some(2), ..CpuOptions::default() }).unwrap();
+        let peaks = backend.measure_peaks(48 << 20);
+        // The machine is shared: a rate may be halved while it is taken.
+        assert!(peaks.product < 2.0 * peaks.fma, "{peaks:?}");
+        for rate in [peaks.product, peaks.read, peaks.triad, peaks.bf16.unwrap_or(1e9)] {
+            assert!(rate > 1e7 && rate < 1e15, "{peaks:?}");
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! `elapid bench`.
+
+use clap::Subcommand;
+
+use super::show::show;
+use crate::Error;
+use crate::bench::{Setup, decode, kernels, train};
+use crate::config::ModelConfig;
+use crate::config::run::{ActivationCheckpointing, Dtype};
+
+/// Flags of `elapid bench`.
+#[derive(clap::Args)]
+pub(super) struct BenchArgs {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Each kernel by itself
+    Kernels(Common),
+    /// A whole optimizer step on random tokens, op by op
+    Train {
+        #[command(flatten)]
+        common: Common,
+        /// Steps to measure, after one that is not
+        #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
+        steps: u16,
+        /// What layers keep for the backward pass
+        #[arg(long, value_enum, default_value = "none")]
+        activation_checkpointing: ActivationCheckpointing,
+    },
+    /// Generation: a prompt of L tokens in one pass, then one token at a time
+    Decode {
+        #[command(flatten)]
+        common: Common,
+        /// Tokens to generate
+        #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..))]
+        tokens: u16,
+    },
+}
+
+#[derive(clap::Args)]
+struct Common {
+    /// Preset name, or a config.json, or a folder that holds one; weights are random
+    #[arg(long, value_name = "PRESET|PATH", default_value = "mamba2-130m")]
+    model: String,
+    /// Sequences
+    #[arg(long, value_name = "B", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    batch: u32,
+    /// Tokens a sequence
+    #[arg(long, value_name = "L", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    seq_len: u32,
+    /// Compute dtype
+    #[arg(long, value_enum, default_value = "float32")]
+    dtype: Dtype,
+    /// Worker threads [default: one a core]
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+impl Common {
+    fn setup(&self) -> Result<Setup, Error> {
+        Ok(Setup {
+            model: self.model.clone(),
+            config: ModelConfig::find(&self.model)?,
+            batch: self.batch as usize,
+            seq_len: self.seq_len as usize,
+            dtype: self.dtype,
+            threads: self.threads,
+        })
+    }
+}
+
+pub(super) fn run(args: &BenchArgs) -> Result<(), Error> {
+    match &args.what {
+        What::Kernels(common) => {
+            let report = kernels(&common.setup()?)?;
+            show(&report, common.json)?;
+            let refused =
+                report["kernels"].as_array().into_iter().flatten().filter(|row| !row["refused"].is_null());
+            match refused.count() {
+                0 => Ok(()),
+                count => Err(Error::new(format!("{count} kernels do not compute what they should"))
+                    .with_hint("`elapid doctor` shows every check")),
+            }
+        }
+        What::Train { common, steps, activation_checkpointing } => {
+            let report = train(&common.setup()?, usize::from(*steps), (*activation_checkpointing).into())?;
+            show(&report, common.json)
+        }
+        What::Decode { common, tokens } => {
+            show(&decode(&common.setup()?, usize::from(*tokens))?, common.json)
+        }
+    }
+}
