@@ -8,6 +8,7 @@
 use std::ops::Range;
 
 use crate::flat::{FlatShape, Row, Slot};
+use crate::layer_loop::LayerLoop;
 
 /// A label that takes no part in the loss.
 pub const IGNORE_LABEL: i32 = -100;
@@ -421,6 +422,19 @@ pub trait Backend: Sized + Sync + 'static {
     /// Replaces a row of `whole` by the ranks' rows of `shard`, rounded to the dtype of `whole`. The rows of `whole` may
     /// be shorter than all ranks' together: then they hold the last elements, in fp32.
     fn all_gather_row(&self, shard: &Self::Buffer, row: Row, whole: &mut Self::Buffer, group: Group);
+
+    // --- recording ---
+
+    /// A backend that records may run layers as a loop over one traced body; None: one after the other.
+    fn layer_loop(&self) -> Option<&dyn LayerLoop<Self>> {
+        None
+    }
+
+    /// `x` and the cotangent `dy`, for what is computed from `x` a second time instead of being kept: a backend that
+    /// records keeps its compiler from merging the two, and from the second before `dy` is there.
+    fn again(&self, x: &Self::Tensor, dy: Self::Tensor) -> (Self::Tensor, Self::Tensor) {
+        (x.clone(), dy)
+    }
 
     // --- the update ---
 

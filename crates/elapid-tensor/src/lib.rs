@@ -6,6 +6,7 @@
 
 pub mod backend;
 pub mod flat;
+pub mod layer_loop;
 pub mod oracle;
 pub mod suite;
 pub mod tape;
@@ -15,4 +16,5 @@ pub use backend::{
     Mamba2Sinks, Mamba2Spec, Mamba2Weights, NormGroup, Sink, State,
 };
 pub use flat::{FlatShape, Row, Slot};
+pub use layer_loop::{LayerLoop, Looped, Traced};
 pub use tape::{Checkpointing, Kind, Seen, Site, Tape, Var, Watch, Weight};

@@ -7,6 +7,7 @@
 
 use crate::backend::{Backend, DType, Group, Mamba2Inputs, Mamba2Spec, Mamba2Weights, Sink, State};
 use crate::flat::{Row, Slot};
+use crate::layer_loop::{LayerLoop, Traced};
 
 /// A parameter: its value in compute dtype and the place of its gradient.
 #[derive(Clone, Debug)]
@@ -447,6 +448,11 @@ impl<'a, B: Backend> Tape<'a, B> {
         checkpointing: Checkpointing,
         body: std::rc::Rc<LayerBody<'a, B>>,
     ) -> Var<B::Tensor> {
+        // Nobody can watch the inside of a traced body, which has no values, nor hear of its layers one by one.
+        let alone = self.watch.is_none() && self.done.is_none();
+        if let Some(recorder) = self.backend.layer_loop().filter(|_| n > 0 && alone) {
+            return self.layers_as_loop(recorder, n, x, states, checkpointing, &body);
+        }
         for layer in 0..n {
             self.layer = Some(layer);
             if self.done.is_some() {
@@ -475,6 +481,49 @@ impl<'a, B: Backend> Tape<'a, B> {
         x
     }
 
+    /// [`Self::layers`] on a backend that makes a loop of one traced layer.
+    fn layers_as_loop(
+        &mut self,
+        recorder: &dyn LayerLoop<B>,
+        n: usize,
+        x: Var<B::Tensor>,
+        states: Option<&mut Vec<State<B::Tensor>>>,
+        checkpointing: Checkpointing,
+        body: &std::rc::Rc<LayerBody<'a, B>>,
+    ) -> Var<B::Tensor> {
+        let before = states.as_ref().filter(|s| !s.is_empty()).map(|s| s.as_slice());
+        let (input, before) = recorder.begin(n, &x.value, before);
+        let (out, after, dx) = match self.grads.as_deref_mut() {
+            None => {
+                let mut inner = Tape::inference(self.backend);
+                let (out, after) = body(&mut inner, 0, Var::constant(input), before.as_ref());
+                (out, after, None)
+            }
+            Some(grads) => {
+                let mut inner = Tape::training(self.backend, grads);
+                let input = inner.variable(input);
+                let (out, after) = match checkpointing {
+                    Checkpointing::None => body(&mut inner, 0, input.clone(), before.as_ref()),
+                    Checkpointing::Block => inner.layer_run_again(0, input.clone(), before, body),
+                };
+                let dy = recorder.turn(&out.value);
+                let dx = inner.backward(&[(&out, dy)], &[&input]).remove(0);
+                (out, after, Some(dx.expect("a layer depends on its input")))
+            }
+        };
+        let after = states.is_some().then_some(after);
+        let looped = recorder.end(Traced { out: out.value, after, dx }, self.grads.as_deref_mut());
+        if let Some(states) = states {
+            *states = looped.states;
+        }
+        let id = looped.id;
+        self.record(looped.out, move |pass, dy| {
+            let recorder = pass.backend.layer_loop().expect("it recorded the layers");
+            let dx = recorder.adjoint(id, &dy, pass.grads);
+            pass.give(x.id, dx);
+        })
+    }
+
     /// Runs one layer without remembering its inside; its adjoint runs it again on a tape of its own.
     fn layer_run_again(
         &mut self,
@@ -489,9 +538,10 @@ impl<'a, B: Backend> Tape<'a, B> {
         let (out, after) = body(&mut inner, layer, input, before.as_ref());
         let body = body.clone();
         let out = self.record(out.value, move |pass, dy| {
+            let (again, dy) = pass.backend.again(&x.value, dy);
             let mut inner = Tape::training(pass.backend, pass.grads).watched(pass.watch);
             inner.layer = Some(layer);
-            let input = inner.variable(x.value.clone());
+            let input = inner.variable(again);
             let (out, _) = body(&mut inner, layer, input.clone(), before.as_ref());
             let dx = inner.backward(&[(&out, dy)], &[&input]).remove(0);
             if let Some(dx) = dx {

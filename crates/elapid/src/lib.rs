@@ -13,6 +13,7 @@ pub mod inspect;
 mod memory;
 pub mod model;
 pub mod parallel;
+pub mod record;
 pub mod train;
 
 pub use error::Error;

@@ -1,6 +1,7 @@
 //! The subcommands, one file each.
 
 mod bench;
+mod compile;
 mod convert;
 mod diff;
 mod doctor;
@@ -43,6 +44,8 @@ enum Command {
     Train(Box<train::TrainCommand>),
     /// Repeat a training step that was not finite, and say where it went wrong
     Replay(replay::ReplayArgs),
+    /// Write the training step as HLO modules for a Trainium compiler
+    Compile(compile::CompileArgs),
     /// Loss and perplexity of a model on a dataset
     Eval(eval::EvalArgs),
     /// Continue a prompt
@@ -81,6 +84,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Tokenize(args) => tokenize::run(args),
         Command::Train(args) => train::run(*args),
         Command::Replay(args) => replay::run(&args),
+        Command::Compile(args) => compile::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Convert(args) => convert::run(args),

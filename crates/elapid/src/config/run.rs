@@ -293,25 +293,13 @@ impl TrainArgs {
                 say(format_args!("warning: {flag} means nothing here and is passed over"));
             }
         }
-        let model = match (&self.model, &self.init_from) {
-            (Some(model), _) => model.clone(),
-            (None, Some(dir)) => dir.display().to_string(),
-            (None, None) => return Err(Error::new("neither --model nor --init-from is given")),
-        };
-        let mut config = match &self.model {
-            Some(name) => ModelConfig::find(name)?,
-            None => ModelConfig::load(Path::new(&model))?,
-        };
-        if let Some(vocab_size) = self.vocab_size {
-            config.vocab_size = vocab_size;
-        }
-        if let Some(n_groups) = self.n_groups {
-            config.n_groups = n_groups;
-        }
-        if self.rmsnorm_across_groups {
-            config.norm_group = NormGroup::Across;
-        }
-        config.validate()?;
+        let (model, config) = resolve_model(
+            self.model.as_deref(),
+            self.init_from.as_deref(),
+            self.vocab_size,
+            self.n_groups,
+            self.rmsnorm_across_groups,
+        )?;
 
         if self.carry_state && self.shuffle {
             return Err(Error::new("--carry-state and --shuffle exclude each other").with_hint(
@@ -436,13 +424,46 @@ impl TrainArgs {
     }
 }
 
+/// The model that the flags of that name mean, valid: where it comes from, and its configuration.
+///
+/// # Errors
+/// There is no such model, or the flags do not fit it.
+pub(crate) fn resolve_model(
+    model: Option<&str>,
+    init_from: Option<&Path>,
+    vocab_size: Option<usize>,
+    n_groups: Option<usize>,
+    rmsnorm_across_groups: bool,
+) -> Result<(String, ModelConfig), Error> {
+    let (name, mut config) = match (model, init_from) {
+        (Some(name), _) => (name.to_owned(), ModelConfig::find(name)?),
+        (None, Some(dir)) => (dir.display().to_string(), ModelConfig::load(dir)?),
+        (None, None) => return Err(Error::new("neither --model nor --init-from is given")),
+    };
+    if let Some(vocab_size) = vocab_size {
+        config.vocab_size = vocab_size;
+    }
+    if let Some(n_groups) = n_groups {
+        config.n_groups = n_groups;
+    }
+    if rmsnorm_across_groups {
+        config.norm_group = NormGroup::Across;
+    }
+    config.validate()?;
+    Ok((name, config))
+}
+
 /// `parent/name`, or the first free `parent/name-N` from 2 on.
 pub fn free_folder(parent: &Path, name: &str) -> PathBuf {
     let numbered = (2..).map(|n| parent.join(format!("{name}-{n}")));
     std::iter::once(parent.join(name)).chain(numbered).find(|dir| !dir.exists()).expect("numbers do not end")
 }
 
-fn at_least_one(flag: &str, value: u64) -> Result<(), Error> {
+/// Refuses 0.
+///
+/// # Errors
+/// `value` is 0.
+pub(crate) fn at_least_one(flag: &str, value: u64) -> Result<(), Error> {
     if value == 0 { Err(Error::new(format!("{flag} is 0")).with_hint("give 1 or more")) } else { Ok(()) }
 }
 
@@ -459,6 +480,10 @@ pub(crate) fn check_threads(flag: &str, threads: usize) -> Result<(), Error> {
     Ok(())
 }
 
-fn check(flag: &str, value: f64, good: bool, hint: &str) -> Result<(), Error> {
+/// Refuses a value that is not `good`.
+///
+/// # Errors
+/// It is not.
+pub(crate) fn check(flag: &str, value: f64, good: bool, hint: &str) -> Result<(), Error> {
     if good { Ok(()) } else { Err(Error::new(format!("{flag} is {value}")).with_hint(hint)) }
 }

@@ -263,6 +263,11 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
         &self.masters
     }
 
+    /// The bf16 copy; None where the model computes in fp32.
+    pub fn compute(&self) -> Option<&B::Buffer> {
+        self.compute.as_ref()
+    }
+
     /// The fp32 masters. After a change, [`Self::refresh`] is due.
     pub fn masters_mut(&mut self) -> &mut B::Buffer {
         &mut self.masters
@@ -401,17 +406,33 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
 
     /// fp32 logits `[B, L, V]` of all positions, on the host. For checks; generation asks for one position.
     pub fn logits(&self, backend: &B, ids: &B::Tensor) -> Vec<f32> {
+        self.read_logits(backend, &self.device_logits(backend, ids, None))
+    }
+
+    /// fp32 logits `[B, L, V]` of all positions, on the device, where the vocabulary may be padded; `states` as in
+    /// [`Self::hidden`].
+    pub fn device_logits(
+        &self,
+        backend: &B,
+        ids: &B::Tensor,
+        states: Option<&mut Vec<State<B::Tensor>>>,
+    ) -> B::Tensor {
         let mut tape = Tape::inference(backend);
-        let hidden = self.hidden(&mut tape, ids, None, None, Checkpointing::None);
+        let hidden = self.hidden(&mut tape, ids, None, states, Checkpointing::None);
         self.project(backend, &hidden.value)
     }
 
-    /// fp32 logits `[.., V]` of `hidden` `[.., D]`, on the host, from the vocabulary of all tensor-parallel ranks.
-    fn project(&self, backend: &B, hidden: &B::Tensor) -> Vec<f32> {
+    /// fp32 logits `[.., V]` of `hidden` `[.., D]` from the vocabulary of all tensor-parallel ranks, the padding of the
+    /// last one with it.
+    fn project(&self, backend: &B, hidden: &B::Tensor) -> B::Tensor {
         let own = backend.logits(hidden, &self.head(backend).value);
-        let logits = backend.all_gather(&own, backend.shape(&own).len() - 1, Group::Tp);
-        let (vocab, width) = (self.config.vocab_size, *backend.shape(&logits).last().expect("not a scalar"));
-        let values = backend.values(&logits);
+        backend.all_gather(&own, backend.shape(&own).len() - 1, Group::Tp)
+    }
+
+    /// Logits on the host, without padding.
+    fn read_logits(&self, backend: &B, logits: &B::Tensor) -> Vec<f32> {
+        let (vocab, width) = (self.config.vocab_size, *backend.shape(logits).last().expect("not a scalar"));
+        let values = backend.values(logits);
         if width == vocab {
             return values;
         }
@@ -436,6 +457,6 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
         let last: Vec<f32> =
             rows.chunks_exact(shape[1] * d).flat_map(|row| &row[row.len() - d..]).copied().collect();
         let last = backend.tensor(&last, &[shape[0], d], self.dtype);
-        self.project(backend, &last)
+        self.read_logits(backend, &self.project(backend, &last))
     }
 }

@@ -183,6 +183,21 @@ impl<'b, B: Backend> Trainer<'b, B> {
     /// # Panics
     /// Without a micro-step since the last update.
     pub fn update(&mut self, hyper: &AdamW, max_norm: f32, valid: usize) -> StepReport {
+        let [clip, loss] = self.enqueue_update(hyper, max_norm, valid);
+        // The step is enqueued; only now does the host look.
+        let report = StepReport::read(self.backend, &loss, &clip, valid);
+        if report.finite {
+            self.backend.zero_buffer(&mut self.grads);
+        }
+        report
+    }
+
+    /// The part of [`Self::update`] that runs on the device: gives [`Backend::clip`]'s outcome and the sum of token
+    /// losses. The gradients stay, summed. Reads nothing back.
+    ///
+    /// # Panics
+    /// As [`Self::update`].
+    pub fn enqueue_update(&mut self, hyper: &AdamW, max_norm: f32, valid: usize) -> [B::Tensor; 2] {
         let Self { backend, model, grads, shard, summed, m, v, .. } = self;
         let loss = self.loss.take().expect("an update follows a micro-step");
         let loss = backend.all_reduce(&loss, Group::Dp);
@@ -202,12 +217,17 @@ impl<'b, B: Backend> Trainer<'b, B> {
         backend.adamw(hyper, part.decayed, &clip, total, model.masters_mut(), m, v);
         model.refresh(backend);
         summed.clear();
-        // The step is enqueued; only now does the host look.
-        let report = StepReport::read(*backend, &loss, &clip, valid);
-        if report.finite {
-            backend.zero_buffer(grads);
-        }
-        report
+        [clip, loss]
+    }
+
+    /// Sum of token losses since the last update; None before the first micro-step.
+    pub fn loss(&self) -> Option<&B::Tensor> {
+        self.loss.as_ref()
+    }
+
+    /// Goes on from micro-steps that were taken elsewhere, whose losses come to `loss`.
+    pub fn set_loss(&mut self, loss: B::Tensor) {
+        self.loss = Some(loss);
     }
 
     /// What [`Self::update`] would report; nothing is updated.

@@ -1,0 +1,8 @@
+//! The ops as HLO, each with its adjoint.
+
+pub(crate) mod embedding;
+pub(crate) mod head;
+pub(crate) mod linear;
+pub(crate) mod mamba2;
+pub(crate) mod norm;
+pub(crate) mod update;
