@@ -29,17 +29,20 @@ use crate::Error;
 
 pub(super) const STATE: &str = "state.json";
 pub(super) const CARD: &str = "dataset_card.json";
-const DICT: &str = "dataset_dict.json";
-const TOKENIZER: &str = "tokenizer";
+pub(super) const DICT: &str = "dataset_dict.json";
+pub(super) const TOKENIZER: &str = "tokenizer";
 
 /// Ends every Arrow stream: a continuation mark and the length 0 (Arrow's columnar format, "IPC Streaming Format").
-const END_OF_STREAM: &[u8] = &[0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0];
+pub(super) const END_OF_STREAM: &[u8] = &[0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0];
 
 /// Facts about a dataset, in `dataset_card.json`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Card {
     /// What `--tokenizer` said.
     pub tokenizer: String,
+    /// SHA-256 of its `tokenizer.json`.
+    #[serde(default)]
+    pub tokenizer_sha256: Option<String>,
     /// Ids are below this.
     pub vocab_size: usize,
     /// End of text.
@@ -61,6 +64,24 @@ pub struct Card {
     pub bytes: u64,
     /// What `--dataset` said.
     pub source: String,
+    /// What `--text-column` said.
+    #[serde(default)]
+    pub text_column: Option<String>,
+    /// What `--split` said.
+    #[serde(default)]
+    pub source_split: Option<String>,
+    /// Which split this is.
+    #[serde(default)]
+    pub split: Option<String>,
+    /// What `--val-fraction` said.
+    #[serde(default)]
+    pub val_fraction: Option<f64>,
+    /// What `--shuffle-seed` said.
+    #[serde(default)]
+    pub shuffle_seed: Option<u64>,
+    /// Whether only the first documents were read.
+    #[serde(default)]
+    pub dryrun: bool,
 }
 
 impl Card {
@@ -359,7 +380,7 @@ thread_local! {
 
 /// Runs `decode`, with () for a panic in it, of which nothing is printed. `arrow-ipc` (60.1) takes the places of buffers
 /// from the file without a check and panics where they lie outside of it.
-fn quietly<T>(decode: impl FnOnce() -> T) -> Result<T, ()> {
+pub(super) fn quietly<T>(decode: impl FnOnce() -> T) -> Result<T, ()> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
         let usual = panic::take_hook();

@@ -38,6 +38,7 @@ pub(crate) fn place() -> tempfile::TempDir {
             dropped_tokens: 0,
             bytes: 37 * 16,
             source: "random".into(),
+            ..Card::default()
         };
         writer.finish(&card).unwrap();
     }
