@@ -62,7 +62,11 @@ fn token_ids_beyond_the_vocabulary_are_located() {
     no_training(&room, "--data-dir negative", &["row 2 has token -1 at position 5"]);
     room.refuses("eval --model run/hf --data-dir ids", &["row 2 has token 257 at position 5"]);
     // A vocabulary that is too small for a dataset with a card.
-    no_training(&room, "--vocab-size 100", &["data: row 0", "the vocabulary has 100 tokens"]);
+    no_training(
+        &room,
+        "--vocab-size 100",
+        &["tokenizer of data (bytes) has 257 tokens", "the model's vocabulary has 100"],
+    );
 }
 
 #[test]

@@ -12,7 +12,7 @@ mod tokenizer;
 mod units;
 mod writer;
 
-pub use dataset::{Card, Dataset, Sample};
+pub use dataset::{Card, Dataset, PAD_DOCUMENT, Sample};
 pub use sampler::{Order, Place, Sampler};
 pub use sources::{Documents, Part, Source, SourceOptions};
 pub use tokenize::{TokenizeOptions, Tokenized, tokenize};

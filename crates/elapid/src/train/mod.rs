@@ -12,7 +12,7 @@ mod start;
 mod stop;
 mod trainer;
 
-pub use batch::{Batch, PAD_DOCUMENT};
+pub use batch::Batch;
 pub use evaluate::{Evaluation, evaluate, last_blocks};
 pub use run::{Outcome, cpu, train};
 pub use trainer::{StepReport, Trainer};
