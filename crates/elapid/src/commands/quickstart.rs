@@ -8,18 +8,17 @@ use clap::Parser;
 use super::{print_line, train};
 use crate::Error;
 use crate::config::run::{TrainArgs, free_folder};
-use crate::data::{TokenizeOptions, Tokenizer, tokenize};
+use crate::data::{Dataset, TokenizeOptions, Tokenizer, tokenize};
 use crate::generate::{Sampling, generate};
 use crate::model::Mamba2ForCausalLM;
-use crate::train::cpu;
+use crate::train::{cpu, last_blocks};
 
 /// The repository's own documentation and code.
 const TEXT: &str = include_str!(concat!(env!("OUT_DIR"), "/quickstart.txt"));
 
 const SEQ_LEN: usize = 256;
 /// Share of the text that is kept from training, for the evaluation.
-const HELD_OUT: &str = "0.05";
-const PROMPT: &str = "/// The ";
+const HELD_OUT: f64 = 0.05;
 
 /// Flags of `elapid quickstart`.
 #[derive(clap::Args)]
@@ -88,11 +87,15 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<(), Error> {
     let model = Mamba2ForCausalLM::from_pretrained(&backend, model_dir, elapid_tensor::DType::F32)?;
     let tokenizer = Tokenizer::load(&model_dir.display().to_string())?;
     let sampling = Sampling { temperature: 0.7, top_k: 0, top_p: 0.95, seed: 0 };
-    let prompts = [tokenizer.encode(PROMPT)?];
+    let prompt = held_out_words(&data, &tokenizer)?;
+    let prompts = [tokenizer.encode(&prompt)?];
     let is_end = |id| Some(id) == card.eos_id;
     let ids = generate(&backend, &model, &prompts, 200, sampling, is_end, |_, _| {});
-    let sample = format!("{PROMPT}{}", tokenizer.decode(&ids[0]));
-    print_line(&format!("3. a sample, continuing {PROMPT:?}:\n   │ {}", sample.replace('\n', "\n   │ ")))?;
+    let sample = format!("{prompt}{}", tokenizer.decode(&ids[0]));
+    print_line(&format!(
+        "3. a sample, continuing {prompt:?} of the held-out text:\n   │ {}",
+        sample.replace('\n', "\n   │ ")
+    ))?;
 
     let (folder, data, model) = (folder.display(), data.display(), model_dir.display());
     print_line(&format!(
@@ -101,11 +104,23 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<(), Error> {
            {folder}/train/metrics.jsonl  loss and speed of every step\n  \
            {model}  the model (Python: AutoModelForCausalLM.from_pretrained)\n\
          Next:\n  \
-           elapid generate --model {model} --prompt \"let \"\n  \
+           elapid generate --model {model} --prompt \"{prompt}\"\n  \
            elapid eval --model {model} --data-dir {data} --eval-fraction {HELD_OUT}\n  \
            elapid tokenize --dataset YOUR_TEXT --tokenizer bytes --seq-len 1024 --save-path data/mine\n  \
            elapid train --model mamba2-130m --data-dir data/mine --max-steps 1000 --dtype bfloat16"
     ))
+}
+
+/// The first words of the held-out text, without what a shell would take for its own.
+fn held_out_words(data: &Path, tokenizer: &Tokenizer) -> Result<String, Error> {
+    let data = Dataset::open(data)?;
+    let block = data.sample(last_blocks(data.len(), HELD_OUT)?.start)?;
+    let ids: Vec<u32> = block.input_ids.iter().map(|&id| id as u32).collect();
+    let text = tokenizer.decode(&ids);
+    let plain = |word: &&str| word.chars().all(|c| c.is_alphanumeric() || ".,:;-_".contains(c));
+    // The first word may be the end of one.
+    let words: Vec<_> = text.split_whitespace().skip(1).filter(plain).take(3).collect();
+    Ok(if words.is_empty() { "The".into() } else { words.join(" ") })
 }
 
 fn train_flags(args: &QuickstartArgs, data: &Path, folder: &Path) -> Vec<String> {
@@ -113,7 +128,7 @@ fn train_flags(args: &QuickstartArgs, data: &Path, folder: &Path) -> Vec<String>
         ("--model", "tiny".to_owned()),
         ("--vocab-size", "257".to_owned()),
         ("--data-dir", data.display().to_string()),
-        ("--eval-fraction", HELD_OUT.to_owned()),
+        ("--eval-fraction", HELD_OUT.to_string()),
         ("--shuffle", String::new()),
         ("--batch", "8".to_owned()),
         ("--max-steps", args.max_steps.to_string()),
