@@ -18,7 +18,7 @@ fn expected() -> Vec<String> {
 }
 
 fn read(path: &Path, column: &str, split: Option<&str>) -> Result<Vec<String>, Error> {
-    let options = SourceOptions { text_column: column.into(), split: split.map(str::to_owned) };
+    let options = SourceOptions { text_column: column.into(), split: split.map(str::to_owned), config: None };
     let source = Source::open(path, &options)?;
     source.documents(0).map(|part| part.map(|part| part.text)).collect()
 }

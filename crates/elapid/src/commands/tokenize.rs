@@ -11,7 +11,8 @@ use crate::data::{Card, IdType, MAX_SHARD_SIZE, TokenizeOptions, tokenize};
 /// Flags of `elapid tokenize`.
 #[derive(clap::Args)]
 pub(super) struct TokenizeArgs {
-    /// File, folder or glob of text, .jsonl, .json, .csv (.gz, .zst), .parquet, .arrow; or a dataset folder of Python's
+    /// File, folder or glob of text, .jsonl, .json, .csv (.gz, .zst), .parquet, .arrow; a dataset folder of Python's; or a
+    /// dataset's name on the Hugging Face Hub
     #[arg(long, value_name = "PATH")]
     dataset: PathBuf,
     /// Column, or field of a JSON object, that holds the text
@@ -20,7 +21,10 @@ pub(super) struct TokenizeArgs {
     /// Split of a dataset that has several [default: train]
     #[arg(long, value_name = "NAME")]
     split: Option<String>,
-    /// `bytes`, or the path of a tokenizer.json or of the folder that holds one
+    /// Configuration of a dataset on the Hub that has several
+    #[arg(long, value_name = "NAME")]
+    dataset_config: Option<String>,
+    /// `bytes`, the path of a tokenizer.json or of the folder that holds one, or a model's name on the Hub
     #[arg(long, value_name = "SPEC")]
     tokenizer: String,
     /// Tokens a block
@@ -81,6 +85,7 @@ pub(super) fn run(args: TokenizeArgs) -> Result<(), Error> {
         dataset: args.dataset,
         text_column: args.text_column,
         split: args.split,
+        dataset_config: args.dataset_config,
         tokenizer: args.tokenizer,
         seq_len: args.seq_len,
         save_path: args.save_path,

@@ -2,6 +2,7 @@
 
 mod aside;
 mod dataset;
+mod hub;
 mod pack;
 mod pipeline;
 mod progress;

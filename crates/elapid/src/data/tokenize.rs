@@ -33,6 +33,8 @@ pub struct TokenizeOptions {
     pub text_column: String,
     /// Which split of a dataset that has several; None: `train`.
     pub split: Option<String>,
+    /// Which configuration of a dataset on the Hub that has several.
+    pub dataset_config: Option<String>,
     /// As [`Tokenizer::load`] takes it.
     pub tokenizer: String,
     /// Tokens a block, L; at least 2.
@@ -64,6 +66,7 @@ impl Default for TokenizeOptions {
             dataset: PathBuf::new(),
             text_column: "text".into(),
             split: None,
+            dataset_config: None,
             tokenizer: "bytes".into(),
             seq_len: 2048,
             save_path: PathBuf::new(),
@@ -117,8 +120,11 @@ fn tokenize_noting(options: &TokenizeOptions, mut noted: impl FnMut(&Path)) -> R
         0 => std::thread::available_parallelism().map_or(1, usize::from),
         threads => threads,
     };
-    let source_options =
-        SourceOptions { text_column: options.text_column.clone(), split: options.split.clone() };
+    let source_options = SourceOptions {
+        text_column: options.text_column.clone(),
+        split: options.split.clone(),
+        config: options.dataset_config.clone(),
+    };
     let mut source = Source::open(&options.dataset, &source_options)?;
     let ids = options.id_type.resolve(tokenizer.vocab_size())?;
     let plan = plan(options, &source, &tokenizer, ids);
@@ -209,6 +215,7 @@ fn plan(options: &TokenizeOptions, source: &Source, tokenizer: &Tokenizer, ids: 
         "files": files,
         "text_column": options.text_column,
         "split": options.split,
+        "dataset_config": options.dataset_config,
         "tokenizer": tokenizer.hash(),
         "eos": tokenizer.eos_id(),
         "seq_len": options.seq_len,
@@ -302,6 +309,7 @@ impl Work<'_> {
             source: options.dataset.display().to_string(),
             text_column: Some(options.text_column.clone()),
             source_split: options.split.clone(),
+            source_config: options.dataset_config.clone(),
             split: Some(split.to_owned()),
             val_fraction: options.val_fraction,
             shuffle_seed: options.shuffle_seed,

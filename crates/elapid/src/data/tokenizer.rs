@@ -7,6 +7,7 @@ use rayon::iter::{IntoParallelIterator, ParallelIterator};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
+use super::hub;
 use crate::Error;
 
 /// End of text of the `bytes` tokenizer.
@@ -46,19 +47,24 @@ enum Kind {
 
 impl Tokenizer {
     /// `bytes` (ids 0 to 255 are the bytes of UTF-8 text, 256 is `<|endoftext|>`), or the path of a `tokenizer.json`
-    /// or of the folder that holds one. A folder named `bytes` is reached as `./bytes`.
+    /// or of the folder that holds one. A folder named `bytes` is reached as `./bytes`. What does not exist and could be
+    /// a name is looked for on the Hugging Face Hub and downloaded.
     ///
     /// # Errors
-    /// When there is no such file, it is no tokenizer, or its configuration names an end-of-text token that it lacks.
+    /// When there is no such file or model, it is no tokenizer, or its configuration names an end-of-text token that it lacks.
     pub fn load(spec: &str) -> Result<Self, Error> {
         if spec == "bytes" {
             return Ok(Self::bytes());
         }
         let path = Path::new(spec);
+        if !path.exists() && hub::is_name(spec) {
+            let dir = hub::tokenizer(spec, &[TOKENIZER, CONFIG, SPECIAL_TOKENS])?;
+            return Self::load(&dir.display().to_string());
+        }
         let path = if path.is_dir() { path.join(TOKENIZER) } else { path.to_owned() };
         if !path.exists() {
-            let hint = "give `bytes`, the path of a tokenizer.json or of the folder that holds one; nothing is \
-                        downloaded, and transformers' `save_pretrained` writes one for most tokenizers";
+            let hint = "give `bytes`, a model's name on the Hugging Face Hub, or the path of a tokenizer.json or of \
+                        the folder that holds one; transformers' `save_pretrained` writes one for most tokenizers";
             return Err(Error::new(format!("there is no tokenizer {}", path.display())).with_hint(hint));
         }
         let json = read(&path)?;

@@ -43,6 +43,9 @@ pub struct Card {
     /// What `--split` said.
     #[serde(default)]
     pub source_split: Option<String>,
+    /// What `--dataset-config` said.
+    #[serde(default)]
+    pub source_config: Option<String>,
     /// Which split this is.
     #[serde(default)]
     pub split: Option<String>,

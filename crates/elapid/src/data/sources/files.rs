@@ -14,6 +14,7 @@ use super::text::{Json, Lines, Text};
 use super::{Compression, Format, Part, Place, Rows};
 use crate::Error;
 use crate::data::dataset::{DICT, STATE};
+use crate::data::hub;
 
 /// How a source is read.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,11 +23,13 @@ pub struct SourceOptions {
     pub text_column: String,
     /// Which split of a dataset that has several; None: `train`.
     pub split: Option<String>,
+    /// Which configuration of a dataset on the Hub that has several.
+    pub config: Option<String>,
 }
 
 impl Default for SourceOptions {
     fn default() -> Self {
-        Self { text_column: "text".into(), split: None }
+        Self { text_column: "text".into(), split: None, config: None }
     }
 }
 
@@ -56,10 +59,11 @@ impl Source {
     /// What a file holds its name says: `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, `.arrow`, each but the last two
     /// also as `.gz` or `.zst`; any other file is one document of text. Of a folder, these are all files below it,
     /// sorted by path, without hidden ones, folders named `target`, symbolic links and files that are not UTF-8 text;
-    /// where there are Parquet or Arrow files among them, only those.
+    /// where there are Parquet or Arrow files among them, only those. What does not exist and could be a name is looked
+    /// for on the Hugging Face Hub and downloaded.
     ///
     /// # Errors
-    /// `path` or a folder below it cannot be read, or there is no file.
+    /// `path` or a folder below it cannot be read, or there is no file; those of a download.
     pub fn open(path: &Path, options: &SourceOptions) -> Result<Self, Error> {
         let spec = path.to_string_lossy();
         let hint =
@@ -70,6 +74,9 @@ impl Source {
             walk(path, &options.text_column)?
         } else if !path.exists() && spec.contains(['*', '?', '[']) {
             globbed(&spec)?
+        } else if !path.exists() && hub::is_name(&spec) {
+            let files = hub::dataset(&spec, options.config.as_deref(), options.split.as_deref())?;
+            return Self::of_files(&files, options);
         } else {
             vec![Input::new(path, false).map_err(|cause| Error::io("read", path, &cause).with_hint(hint))?]
         };
@@ -81,10 +88,7 @@ impl Source {
     }
 
     /// Files in this order, each of them wanted.
-    ///
-    /// # Errors
-    /// One cannot be read.
-    pub fn of_files(paths: &[PathBuf], options: &SourceOptions) -> Result<Self, Error> {
+    fn of_files(paths: &[PathBuf], options: &SourceOptions) -> Result<Self, Error> {
         let input = |path: &PathBuf| Input::new(path, false).map_err(|cause| Error::io("read", path, &cause));
         let files = paths.iter().map(input).collect::<Result<_, _>>()?;
         Self::of_inputs(files, options).ok_or_else(|| Error::new("there is no file to read"))
