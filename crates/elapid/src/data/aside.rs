@@ -56,7 +56,9 @@ impl Aside {
                 .with_hint("wait for it, or give another --save-path")
         })?;
         let mut aside = Self { dir: dir.to_owned(), path, keep: true, placed: false, _lock: file };
-        let begun: Option<(Value, P)> = aside.read(PLAN).zip(aside.read(PROGRESS));
+        // Without its folder it was put into place, and only its remains were not removed.
+        let begun: Option<(Value, P)> =
+            aside.read(PLAN).zip(aside.read(PROGRESS)).filter(|_| aside.folder().is_dir());
         if let (Some((old, progress)), Some(plan)) = (begun, plan) {
             if old == *plan {
                 return Ok((aside, Some(progress)));
@@ -196,5 +198,9 @@ mod tests {
         let (aside, progress) = open(dir.path(), &plan).unwrap();
         assert_eq!(progress, Some(7));
         assert_eq!(fs::read(aside.folder().join("a")).unwrap(), b"x");
+        // Killed just after it was put into place, which was then taken away.
+        fs::remove_dir_all(aside.folder()).unwrap();
+        drop(aside);
+        assert_eq!(open(dir.path(), &plan).unwrap().1, None);
     }
 }
