@@ -1,10 +1,11 @@
 """Writes golden files into crates/elapid/tests/golden: what the real libraries produce, for the Rust tests to meet.
 
-    python tools/golden.py [models] [datasets] [tokenizers] [configs] [convert]
+    python tools/golden.py [models] [datasets] [tokenizers] [configs] [sources] [neox] [convert]
 
 Without an argument everything is written anew. Runs on the CPU in about a minute.
 """
 
+import importlib
 import os
 import shutil
 import sys
@@ -17,16 +18,14 @@ GOLDEN = Path(__file__).resolve().parent.parent / "crates/elapid/tests/golden"
 
 
 def main():
-    import golden_convert
-    import golden_data
-    import golden_models
-
     write = {
-        "models": golden_models.write_models,
-        "datasets": golden_data.write_datasets,
-        "tokenizers": golden_data.write_tokenizers,
-        "configs": golden_data.write_configs,
-        "convert": golden_convert.write_convert,
+        "models": ("golden_models", "write_models"),
+        "datasets": ("golden_data", "write_datasets"),
+        "tokenizers": ("golden_data", "write_tokenizers"),
+        "configs": ("golden_data", "write_configs"),
+        "sources": ("golden_sources", "write_sources"),
+        "neox": ("golden_sources", "write_neox"),
+        "convert": ("golden_convert", "write_convert"),
     }
     wanted = sys.argv[1:] or list(write)
     for name in wanted:
@@ -35,7 +34,8 @@ def main():
         folder = GOLDEN / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        write[name](folder)
+        module, function = write[name]
+        getattr(importlib.import_module(module), function)(folder)
 
 
 if __name__ == "__main__":

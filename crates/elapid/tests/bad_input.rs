@@ -62,7 +62,11 @@ fn token_ids_beyond_the_vocabulary_are_located() {
     no_training(&room, "--data-dir negative", &["row 2 has token -1 at position 5"]);
     room.refuses("eval --model run/hf --data-dir ids", &["row 2 has token 257 at position 5"]);
     // A vocabulary that is too small for a dataset with a card.
-    no_training(&room, "--vocab-size 100", &["data: row 0", "the vocabulary has 100 tokens"]);
+    no_training(
+        &room,
+        "--vocab-size 100",
+        &["tokenizer of data (bytes) has 257 tokens", "the model's vocabulary has 100"],
+    );
 }
 
 #[test]
@@ -356,6 +360,17 @@ fn a_full_disk_is_an_error_and_leaves_nothing_half_written() {
     let tokenize =
         room.run("tokenize --dataset long.txt --tokenizer bytes --seq-len 32 --save-path small/data");
     let after_tokenize = room.names("small");
+    // What is finished stays, and the work goes on when there is room.
+    let shards = "tokenize --dataset long.txt --tokenizer bytes --seq-len 32 --max-shard-size 40KB --save-path small/data";
+    let full = room.run(shards);
+    let kept = room.names("small");
+    let more = Command::new("mount").args(["-o", "remount,size=8m"]).arg(&small).status();
+    let resumed = more.is_ok_and(|status| status.success()).then(|| room.run(shards));
+    let straight = room.run(&shards.replace("small/data", "straight"));
+    let same = fs::read(room.path("small/data/data-00000-of-00033.arrow")).ok()
+        == fs::read(room.path("straight/data-00000-of-00033.arrow")).ok();
+    let _ = fs::remove_dir_all(room.path("small/data"));
+    let _ = Command::new("mount").args(["-o", "remount,size=192k"]).arg(&small).status();
     // Parameters of 257·64 + …: more than the 192 KiB in fp32.
     room.write(
         "wide.json",
@@ -370,6 +385,11 @@ fn a_full_disk_is_an_error_and_leaves_nothing_half_written() {
     let said = failed_in_order(&tokenize);
     assert!(said.contains("small") && said.contains("No space left"), "{said}");
     assert!(after_tokenize.is_empty(), "{after_tokenize:?}");
+    assert!(failed_in_order(&full).contains("No space left"));
+    assert_eq!(kept, [".data.partial"]);
+    let resumed = resumed.expect("mounted before");
+    assert!(resumed.status.success() && straight.status.success(), "{}", common::stderr(&resumed));
+    assert!(common::stderr(&resumed).contains("going on after") && same);
     let said = failed_in_order(&train);
     assert!(said.contains("small/run/hf/model.safetensors") && said.contains("No space left"), "{said}");
     assert_eq!(run, [".lock", "hf", "metrics.jsonl", "run.toml"]);

@@ -17,9 +17,12 @@ pub(super) struct EvalArgs {
     /// Hugging Face model folder
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
-    /// Dataset folder
+    /// Dataset folder, or several, separated by commas
     #[arg(long, value_name = "DIR")]
     data_dir: PathBuf,
+    /// Tokens a block, for Megatron's files, which do not say
+    #[arg(long, value_name = "L")]
+    seq_len: Option<usize>,
     /// Only the last F of the blocks, at least one: what `train` held out
     #[arg(long, value_name = "F", value_parser = fraction)]
     eval_fraction: Option<f64>,
@@ -48,7 +51,11 @@ fn fraction(text: &str) -> Result<f64, String> {
 }
 
 pub(super) fn run(args: &EvalArgs) -> Result<(), Error> {
-    let mut data = Dataset::open(&args.data_dir)?;
+    let mut data = Dataset::open_blocks(&args.data_dir, args.seq_len)?;
+    if data.is_mixture() {
+        return Err(Error::new(format!("--data-dir {} has weights", args.data_dir.display()))
+            .with_hint("an evaluation reads every block once: give the datasets without weights"));
+    }
     let blocks = match args.eval_fraction {
         Some(fraction) => last_blocks(data.len(), fraction)?,
         None => 0..data.len(),

@@ -64,14 +64,12 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<(), Error> {
     let data = folder.join("data");
     let card = tokenize(&TokenizeOptions {
         dataset: text,
-        text_column: "text".into(),
-        tokenizer: "bytes".into(),
         seq_len: SEQ_LEN,
         save_path: data.clone(),
         append_eos: true,
-        document_ids: false,
-        threads: 0,
+        ..TokenizeOptions::default()
     })
+    .map(|tokenized| tokenized.train)
     .inspect_err(|_| {
         // There is nothing in it yet that anybody could want.
         let _ = fs::remove_dir_all(&folder);

@@ -108,7 +108,8 @@ pub struct TrainArgs {
     /// Initial values of a new model
     #[arg(long, value_enum, default_value = "state-spaces")]
     pub init: InitScheme,
-    /// Dataset folder, as `elapid tokenize` or Python's `save_to_disk` wrote it
+    /// Dataset folder, as `elapid tokenize` or Python's `save_to_disk` wrote it, or Megatron's NAME.bin with NAME.idx;
+    /// several as a,b or, mixed by weights, as a:0.7,b:0.3
     #[arg(long, value_name = "DIR")]
     pub data_dir: PathBuf,
     /// Hold the last F of the blocks out of training, at least one, and evaluate on them
@@ -120,7 +121,7 @@ pub struct TrainArgs {
     /// Steps between evaluations; one follows the last step in any case
     #[arg(long, value_name = "N")]
     pub eval_freq: Option<u64>,
-    /// Must agree with the dataset; for command lines that name it
+    /// Tokens a block: must agree with the dataset, and cuts Megatron's files, which do not say
     #[arg(long, value_name = "L")]
     pub seq_len: Option<usize>,
     /// Read samples in a seeded random order, new in every epoch

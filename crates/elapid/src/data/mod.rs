@@ -1,18 +1,22 @@
 //! Data: text → packed token blocks → batches.
 
+mod aside;
 mod dataset;
+mod hub;
 mod pack;
+mod pipeline;
+mod progress;
 mod sampler;
-mod text;
+mod sources;
 mod tokenize;
 mod tokenizer;
+mod units;
 mod writer;
 
-pub use dataset::{Card, Dataset, Sample};
+pub use dataset::{Card, Dataset, PAD_DOCUMENT, Sample};
 pub(crate) use dataset::{DICT, STATE};
-pub use pack::{Counts, pack};
 pub use sampler::{Order, Place, Sampler};
-pub use text::{Document, Documents, documents};
-pub use tokenize::{TokenizeOptions, tokenize};
+pub use sources::{Documents, Part, Source, SourceOptions};
+pub use tokenize::{TokenizeOptions, Tokenized, tokenize};
 pub use tokenizer::Tokenizer;
-pub use writer::DatasetWriter;
+pub use writer::{DatasetWriter, IdType, MAX_SHARD_SIZE};

@@ -81,21 +81,21 @@ impl Sampler {
 
 /// A random permutation of 0 to len − 1 that needs no table: a four-round Feistel network over the smallest even
 /// number of bits that holds len, applied again while the result lies outside (cycle walking; Black & Rogaway 2002).
-struct Permutation {
+pub(super) struct Permutation {
     len: usize,
     half_bits: u32,
     keys: [u64; 4],
 }
 
 impl Permutation {
-    fn new(len: usize, seed: u64, epoch: u64) -> Self {
+    pub(super) fn new(len: usize, seed: u64, epoch: u64) -> Self {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         rng.set_stream(epoch);
         let bits = usize::BITS - len.saturating_sub(1).leading_zeros();
         Self { len, half_bits: bits.div_ceil(2).max(1), keys: std::array::from_fn(|_| rng.random()) }
     }
 
-    fn at(&self, index: usize) -> usize {
+    pub(super) fn at(&self, index: usize) -> usize {
         let mask = (1u64 << self.half_bits) - 1;
         let mut x = index as u64;
         loop {
@@ -112,7 +112,7 @@ impl Permutation {
 }
 
 /// The finaliser of SplitMix64: every input bit reaches every output bit.
-fn mix(x: u64) -> u64 {
+pub(super) fn mix(x: u64) -> u64 {
     let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     x ^ (x >> 31)

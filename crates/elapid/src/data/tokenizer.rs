@@ -5,7 +5,9 @@ use std::path::Path;
 
 use rayon::iter::{IntoParallelIterator, ParallelIterator};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
+use super::hub;
 use crate::Error;
 
 /// End of text of the `bytes` tokenizer.
@@ -21,7 +23,7 @@ const CONFIG: &str = "tokenizer_config.json";
 const SPECIAL_TOKENS: &str = "special_tokens_map.json";
 
 /// Length in bytes from which a text is tokenized in pieces: the library takes two hundred times the memory of a text.
-const PIECE: usize = 256 << 10;
+pub(super) const PIECE: usize = 256 << 10;
 /// Bytes on either side of a cut between pieces that are tokenized to try it.
 const WINDOW: usize = 512;
 /// Cuts to try before a piece grows by another [`PIECE`].
@@ -45,19 +47,24 @@ enum Kind {
 
 impl Tokenizer {
     /// `bytes` (ids 0 to 255 are the bytes of UTF-8 text, 256 is `<|endoftext|>`), or the path of a `tokenizer.json`
-    /// or of the folder that holds one. A folder named `bytes` is reached as `./bytes`.
+    /// or of the folder that holds one. A folder named `bytes` is reached as `./bytes`. What does not exist and could be
+    /// a name is looked for on the Hugging Face Hub and downloaded.
     ///
     /// # Errors
-    /// When there is no such file, it is no tokenizer, or its configuration names an end-of-text token that it lacks.
+    /// When there is no such file or model, it is no tokenizer, or its configuration names an end-of-text token that it lacks.
     pub fn load(spec: &str) -> Result<Self, Error> {
         if spec == "bytes" {
             return Ok(Self::bytes());
         }
         let path = Path::new(spec);
+        if !path.exists() && hub::is_name(spec) {
+            let dir = hub::tokenizer(spec, &[TOKENIZER, CONFIG, SPECIAL_TOKENS])?;
+            return Self::load(&dir.display().to_string());
+        }
         let path = if path.is_dir() { path.join(TOKENIZER) } else { path.to_owned() };
         if !path.exists() {
-            let hint = "give `bytes`, the path of a tokenizer.json or of the folder that holds one; nothing is \
-                        downloaded, and transformers' `save_pretrained` writes one for most tokenizers";
+            let hint = "give `bytes`, a model's name on the Hugging Face Hub, or the path of a tokenizer.json or of \
+                        the folder that holds one; transformers' `save_pretrained` writes one for most tokenizers";
             return Err(Error::new(format!("there is no tokenizer {}", path.display())).with_hint(hint));
         }
         let json = read(&path)?;
@@ -108,26 +115,75 @@ impl Tokenizer {
     /// # Errors
     /// When the tokenizer has no token for a part of the text and none for the unknown.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, Error> {
+        let pieces: Result<Vec<_>, _> = self
+            .pieces(text)
+            .into_par_iter()
+            .map(|piece| {
+                let mut ids = Vec::new();
+                self.encode_piece(piece, &mut ids).map(|()| ids)
+            })
+            .collect();
+        Ok(pieces?.concat())
+    }
+
+    /// Adds the ids of `text`, which is tokenized in one.
+    pub(super) fn encode_piece(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), Error> {
         match &self.kind {
             Kind::Bytes => {
-                let mut ids = Vec::with_capacity(text.len());
                 for (i, part) in text.split(END_OF_TEXT).enumerate() {
                     if i > 0 {
                         ids.push(END_OF_TEXT_ID);
                     }
                     ids.extend(part.bytes().map(u32::from));
                 }
-                Ok(ids)
             }
             Kind::Json(tokenizer) => {
-                let pieces: Result<Vec<_>, _> =
-                    pieces(tokenizer, text).into_par_iter().map(|piece| encode(tokenizer, piece)).collect();
-                pieces.map(|ids| ids.concat()).map_err(|cause| {
+                let encoding = tokenizer.encode_fast(text, false).map_err(|cause| {
                     Error::new(format!("the tokenizer cannot encode the text: {cause}"))
                         .with_hint("it has no token for some part of the text and none for the unknown")
-                })
+                })?;
+                ids.extend_from_slice(encoding.get_ids());
             }
         }
+        Ok(())
+    }
+
+    /// `text` in pieces that give the same tokens one by one as in one.
+    fn pieces<'t>(&self, text: &'t str) -> Vec<&'t str> {
+        let (mut pieces, mut start, mut from) = (Vec::new(), 0, PIECE);
+        while start + from < text.len() {
+            match self.find_cut(&text[start..], from) {
+                Some(cut) => {
+                    pieces.push(&text[start..start + cut]);
+                    (start, from) = (start + cut, PIECE);
+                }
+                None => from += PIECE,
+            }
+        }
+        pieces.push(&text[start..]);
+        pieces
+    }
+
+    /// A place soon after `from`, which is a multiple of [`PIECE`], where the text around it gives the same tokens in
+    /// two as in one. Ends of words come into question; a tokenizer that marks the start of a text passes at none of
+    /// them. It looks at less than two [`PIECE`]s beyond `from`.
+    pub(super) fn find_cut(&self, text: &str, from: usize) -> Option<usize> {
+        let bytes = text.as_bytes();
+        let boundary =
+            |at: usize| (0..=at.min(text.len())).rev().find(|&i| text.is_char_boundary(i)).unwrap_or(0);
+        (from..bytes.len().min(from + PIECE))
+            .filter(|&i| bytes[i].is_ascii_whitespace() && !bytes[i - 1].is_ascii_whitespace())
+            .take(TRIES)
+            .find(|&i| {
+                let (start, end) = (boundary(i - WINDOW), boundary(i + WINDOW));
+                let ids = |text: &str| {
+                    let mut ids = Vec::new();
+                    self.encode_piece(text, &mut ids).ok().map(|()| ids)
+                };
+                let both =
+                    ids(&text[start..i]).zip(ids(&text[i..end])).map(|(left, right)| [left, right].concat());
+                both.is_some() && both == ids(&text[start..end])
+            })
     }
 
     /// The text of `ids`, special tokens and unknown ids left out; bytes that are not UTF-8 become U+FFFD.
@@ -152,6 +208,11 @@ impl Tokenizer {
         }
     }
 
+    /// SHA-256 of its `tokenizer.json`, in hexadecimal digits.
+    pub fn hash(&self) -> String {
+        sha256(&self.files[0].1)
+    }
+
     /// The id that ends a text, where the tokenizer has one.
     pub fn eos_id(&self) -> Option<u32> {
         self.eos_id
@@ -170,43 +231,6 @@ impl Tokenizer {
         }
         Ok(())
     }
-}
-
-fn encode(tokenizer: &tokenizers::Tokenizer, text: &str) -> tokenizers::Result<Vec<u32>> {
-    Ok(tokenizer.encode_fast(text, false)?.get_ids().to_vec())
-}
-
-/// `text` in pieces that give the same tokens one by one as in one.
-fn pieces<'t>(tokenizer: &tokenizers::Tokenizer, text: &'t str) -> Vec<&'t str> {
-    let (mut pieces, mut start, mut from) = (Vec::new(), 0, PIECE);
-    while from < text.len() {
-        if let Some(cut) = find_cut(tokenizer, text, from) {
-            pieces.push(&text[start..cut]);
-            (start, from) = (cut, cut + PIECE);
-        } else {
-            from += PIECE;
-        }
-    }
-    pieces.push(&text[start..]);
-    pieces
-}
-
-/// A place soon after `from` where the text around it gives the same tokens in two as in one. Ends of words come into
-/// question; a tokenizer that marks the start of a text passes at none of them.
-fn find_cut(tokenizer: &tokenizers::Tokenizer, text: &str, from: usize) -> Option<usize> {
-    let bytes = text.as_bytes();
-    let boundary =
-        |at: usize| (0..=at.min(text.len())).rev().find(|&i| text.is_char_boundary(i)).unwrap_or(0);
-    (from..bytes.len().min(from + PIECE))
-        .filter(|&i| bytes[i].is_ascii_whitespace() && !bytes[i - 1].is_ascii_whitespace())
-        .take(TRIES)
-        .find(|&i| {
-            let (start, end) = (boundary(i - WINDOW), boundary(i + WINDOW));
-            let ids = |text| encode(tokenizer, text).ok();
-            let both =
-                ids(&text[start..i]).zip(ids(&text[i..end])).map(|(left, right)| [left, right].concat());
-            both.is_some() && both == ids(&text[start..end])
-        })
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, Error> {
@@ -287,6 +311,11 @@ fn byte_alphabet() -> impl Iterator<Item = char> {
         next += 1;
         char::from_u32(next - 1).expect("below U+0200")
     })
+}
+
+/// SHA-256 in hexadecimal digits.
+pub(super) fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn pretty(value: &Value) -> Vec<u8> {
@@ -384,14 +413,15 @@ mod tests {
 
     #[test]
     fn a_long_text_gives_the_same_tokens_in_pieces() {
-        let Kind::Json(tokenizer) = load(&golden()).unwrap().kind else { panic!("not a tokenizer.json") };
+        let tokenizer = load(&golden()).unwrap();
         let mut text: String =
             (0..20_000).map(|i| format!("{i}-th line, état {}!\r\n\n\t状態 it's", i * i)).collect();
         text.insert_str(PIECE, &"x".repeat(2 * PIECE));
-        let split = pieces(&tokenizer, &text);
+        let split = tokenizer.pieces(&text);
         assert!(split.len() > 2 && split.concat() == text);
-        let ids = load(&golden()).unwrap().encode(&text).unwrap();
-        assert!(ids == encode(&tokenizer, &text).unwrap());
+        let mut whole = Vec::new();
+        tokenizer.encode_piece(&text, &mut whole).unwrap();
+        assert!(tokenizer.encode(&text).unwrap() == whole);
     }
 
     #[test]

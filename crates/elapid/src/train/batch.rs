@@ -3,11 +3,8 @@
 use elapid_tensor::{Backend, Checkpointing, IGNORE_LABEL, State, Tape};
 
 use crate::Error;
-use crate::data::{Dataset, Place, Sample};
+use crate::data::{Dataset, PAD_DOCUMENT, Place, Sample};
 use crate::model::Mamba2ForCausalLM;
-
-/// The document of padding; those of samples are 0 or more.
-pub const PAD_DOCUMENT: i32 = -1;
 
 /// Blocks of tokens with their labels.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

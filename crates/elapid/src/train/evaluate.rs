@@ -147,7 +147,13 @@ impl<'a> HeldOut<'a> {
         let args = &run.args;
         let (own, blocks) = match (&args.eval_data_dir, args.eval_fraction) {
             (Some(dir), _) => {
-                let mut own = Dataset::open(dir)?;
+                let mut own = Dataset::open_blocks(dir, Some(train.seq_len()))?;
+                if own.is_mixture() {
+                    return Err(Error::new(format!("--eval-data-dir {} has weights", dir.display()))
+                        .with_hint(
+                            "an evaluation reads every block once: give the datasets without weights",
+                        ));
+                }
                 own.check_vocab(run.config.vocab_size)?;
                 let blocks = 0..own.len();
                 (Some(own), blocks)
@@ -170,6 +176,11 @@ impl<'a> HeldOut<'a> {
     /// Number of blocks of the training data that are left to train on.
     pub(super) fn training_blocks(&self) -> usize {
         if self.own.is_some() { self.train.len() } else { self.blocks.start }
+    }
+
+    /// Number of samples to train on: those blocks, or of a mixture more than any run reads.
+    pub(super) fn training_samples(&self) -> usize {
+        if self.own.is_some() { self.train.samples() } else { self.blocks.start }
     }
 
     /// B and L of its batches: whole ones, and the last where that is smaller.

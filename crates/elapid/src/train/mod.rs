@@ -16,7 +16,7 @@ mod start;
 mod stop;
 mod trainer;
 
-pub use batch::{Batch, PAD_DOCUMENT};
+pub use batch::Batch;
 pub use diagnose::{Diagnosis, Extent, Extents, Finding, Recorded, diagnose};
 pub use evaluate::{Evaluation, evaluate, last_blocks};
 pub(crate) use folder::{FINISHED, METRICS};

@@ -206,7 +206,7 @@ fn train_on(run: &Run, rank: &Rank) -> Result<Outcome, Error> {
 /// Opens the dataset and checks it against the model.
 fn open_data(run: &Run) -> Result<Dataset, Error> {
     let dir = &run.args.data_dir;
-    let mut data = Dataset::open(dir)?;
+    let mut data = Dataset::open_blocks(dir, run.args.seq_len)?;
     if let Some(seq_len) = run.args.seq_len
         && seq_len != data.seq_len()
     {
@@ -218,6 +218,15 @@ fn open_data(run: &Run) -> Result<Dataset, Error> {
         .with_hint("leave --seq-len out, or tokenize again with that length"));
     }
     data.check_vocab(run.config.vocab_size)?;
+    if data.is_mixture() && (run.args.carry_state || run.args.eval_fraction.is_some()) {
+        let flag = if run.args.carry_state { "--carry-state" } else { "--eval-fraction" };
+        return Err(Error::new(format!("{flag} with weights in --data-dir {}", dir.display())).with_hint(
+            "blocks of a mixture do not follow each other; leave one out, or evaluate on --eval-data-dir",
+        ));
+    }
+    if run.args.shuffle {
+        data.shuffle_parts(run.args.seed);
+    }
     Ok(data)
 }
 
@@ -225,7 +234,17 @@ fn open_data(run: &Run) -> Result<Dataset, Error> {
 /// run folder is made: a damaged one is not to be found after the last step.
 fn open_tokenizer(run: &Run, data: &Dataset) -> Result<Option<Tokenizer>, Error> {
     let init_from = run.args.init_from.clone().filter(|dir| dir.join("tokenizer.json").exists());
-    data.tokenizer().or(init_from).map(|dir| Tokenizer::load(&dir.display().to_string())).transpose()
+    let Some(dir) = data.tokenizer().or(init_from) else { return Ok(None) };
+    let tokenizer = Tokenizer::load(&dir.display().to_string())?;
+    let (size, vocab) = (tokenizer.vocab_size(), run.config.vocab_size);
+    if size > vocab {
+        return Err(Error::new(format!(
+            "the tokenizer in {} has {size} tokens, but the model's vocabulary has {vocab}",
+            dir.display()
+        ))
+        .with_hint("give the model a larger --vocab-size, or tokenize with the model's own tokenizer"));
+    }
+    Ok(Some(tokenizer))
 }
 
 /// The model of a new run, or a model of zeros of the same configuration for a run that goes on.
@@ -307,15 +326,15 @@ impl<'a> Session<'a> {
         let flops = model.config().flops_per_token();
         let order = match (args.carry_state, args.shuffle) {
             (true, _) => Order::Stretches,
-            (false, true) => Order::Shuffled(args.seed),
-            (false, false) => Order::Dataset,
+            (false, true) if !data.is_mixture() => Order::Shuffled(args.seed),
+            _ => Order::Dataset,
         };
         let mut trainer = Trainer::new(backend, model, args.activation_checkpointing.into());
         if args.carry_state {
             trainer = trainer.with_carried_states();
         }
         let sampler = Sampler {
-            len: held_out.map_or(data.len(), HeldOut::training_blocks),
+            len: held_out.map_or(data.samples(), HeldOut::training_samples),
             batch: args.batch,
             dp: run.mesh.dp,
             rank: rank.dp_rank(),
@@ -421,9 +440,14 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// The batch of one micro-step.
+    /// The batch of one micro-step; the system is asked to read the next one.
     fn batch(&self, step: u64, micro: usize) -> Result<Batch, Error> {
-        Batch::read(self.data, &self.sampler.places(step - 1, micro))
+        let batch = Batch::read(self.data, &self.sampler.places(step - 1, micro))?;
+        let last = micro + 1 == self.sampler.accum;
+        let next =
+            if last { self.sampler.indices(step, 0) } else { self.sampler.indices(step - 1, micro + 1) };
+        self.data.prefetch(next);
+        Ok(batch)
     }
 
     fn step(&mut self, step: u64) -> Result<(), Error> {

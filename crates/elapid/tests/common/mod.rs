@@ -57,7 +57,8 @@ impl Room {
 
     pub(crate) fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_elapid"));
-        command.args(args).current_dir(self.0.path());
+        // Names that are no paths are not to be looked for elsewhere.
+        command.args(args).current_dir(self.0.path()).env("HF_HUB_OFFLINE", "1");
         command
     }
 

@@ -44,6 +44,7 @@ pub(crate) fn dataset(dir: &Path, seed: u32, blocks: u64, documents: bool) {
         dropped_tokens: 0,
         bytes: blocks * 16,
         source: "random".into(),
+        ..Card::default()
     };
     writer.finish(&card).unwrap();
 }

@@ -1,14 +1,13 @@
-//! Packed datasets: the folder that Hugging Face `datasets` writes with `save_to_disk`.
+//! The folder that Hugging Face `datasets` writes with `save_to_disk`.
 //!
-//! Arrow stream files, listed in `state.json`, with the columns `input_ids` and, optionally, `labels` and
-//! `document_ids`; reading maps them into memory. Beside them Elapid keeps `dataset_card.json` and the tokenizer.
+//! Arrow stream files, listed in `state.json`, with the columns `input_ids` and, optionally, `labels`, `document_ids`,
+//! `loss_mask` and `attention_mask`; reading maps them into memory. Beside them Elapid keeps `dataset_card.json` and the
+//! tokenizer.
 
-use std::cell::Cell;
-use std::fs::{self, File};
-use std::panic::{self, AssertUnwindSafe};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
-use std::sync::{Arc, Once};
+use std::sync::Arc;
 
 use arrow_array::cast::AsArray;
 use arrow_array::types::{
@@ -21,102 +20,54 @@ use arrow_ipc::reader::StreamDecoder;
 use arrow_schema::DataType;
 use elapid_tensor::IGNORE_LABEL;
 use memmap2::Mmap;
-use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::card::{read, read_card};
+use super::{Card, PAD_DOCUMENT, Sample, advise, bad_id, quietly};
 use crate::Error;
 
 pub(crate) const STATE: &str = "state.json";
-pub(super) const CARD: &str = "dataset_card.json";
+pub(in crate::data) const CARD: &str = "dataset_card.json";
 pub(crate) const DICT: &str = "dataset_dict.json";
-const TOKENIZER: &str = "tokenizer";
+pub(in crate::data) const TOKENIZER: &str = "tokenizer";
 
 /// Ends every Arrow stream: a continuation mark and the length 0 (Arrow's columnar format, "IPC Streaming Format").
-const END_OF_STREAM: &[u8] = &[0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0];
-
-/// Facts about a dataset, in `dataset_card.json`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Card {
-    /// What `--tokenizer` said.
-    pub tokenizer: String,
-    /// Ids are below this.
-    pub vocab_size: usize,
-    /// End of text.
-    pub eos_id: Option<u32>,
-    /// L.
-    pub seq_len: usize,
-    /// Whether every document ends with `eos_id`.
-    pub append_eos: bool,
-    /// Whether there is a column `document_ids`.
-    #[serde(default)]
-    pub document_ids: bool,
-    /// Documents read.
-    pub documents: u64,
-    /// Tokens in blocks.
-    pub tokens: u64,
-    /// Tokens after the last whole block.
-    pub dropped_tokens: u64,
-    /// UTF-8 bytes of the documents.
-    pub bytes: u64,
-    /// What `--dataset` said.
-    pub source: String,
-}
-
-impl Card {
-    /// Tokens that a byte of the text became: (tokens in blocks + dropped ones) / bytes. All of the text counts, since
-    /// `bytes` does; ends of text are tokens without bytes, so what a model spends on them is charged to the text.
-    pub fn tokens_per_byte(&self) -> Option<f64> {
-        (self.bytes > 0).then(|| (self.tokens + self.dropped_tokens) as f64 / self.bytes as f64)
-    }
-}
-
-/// One block.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Sample {
-    /// `[L]`.
-    pub input_ids: Vec<i32>,
-    /// `[L]`, as stored: the label of a position is its own token, shifting is up to whoever trains.
-    pub labels: Vec<i32>,
-    /// `[L]`, at least 0: where two neighbours differ, a document begins. None: the dataset does not say.
-    pub documents: Option<Vec<i32>>,
-}
-
-impl Sample {
-    /// Tokens that are their own labels, one document.
-    pub fn new(ids: &[u32]) -> Self {
-        let ids: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
-        Self { labels: ids.clone(), input_ids: ids, documents: None }
-    }
-}
+pub(in crate::data) const END_OF_STREAM: &[u8] = &[0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0];
 
 /// One record batch.
 struct Rows {
     /// Place of its first row in the dataset.
     first: usize,
     count: usize,
-    ids: ArrayRef,
-    labels: Option<ArrayRef>,
-    documents: Option<ArrayRef>,
+    /// Those of [`COLUMNS`] that there are.
+    columns: [Option<ArrayRef>; COLUMNS.len()],
+    map: Arc<Mmap>,
 }
 
-/// A dataset, mapped into memory.
-pub struct Dataset {
+/// The columns that are read, in this order; the first must be there.
+const COLUMNS: [&str; 5] = ["input_ids", "labels", "document_ids", "loss_mask", "attention_mask"];
+const IDS: usize = 0;
+const LABELS: usize = 1;
+const DOCUMENTS: usize = 2;
+const LOSS_MASK: usize = 3;
+const ATTENTION_MASK: usize = 4;
+
+/// A dataset folder, mapped into memory.
+pub(super) struct Saved {
     dir: PathBuf,
     batches: Vec<Rows>,
-    len: usize,
-    seq_len: usize,
-    card: Option<Card>,
-    fingerprint: Option<String>,
-    vocab_size: Option<usize>,
+    pub(super) len: usize,
+    pub(super) seq_len: usize,
+    pub(super) card: Option<Card>,
+    pub(super) fingerprint: Option<String>,
 }
 
-impl Dataset {
+impl Saved {
     /// Opens a dataset folder; of a `DatasetDict` its `train` split.
     ///
     /// # Errors
     /// No such folder, files missing or damaged, other columns, no rows, or rows of different lengths.
-    pub fn open(dir: &Path) -> Result<Self, Error> {
+    pub(super) fn open(dir: &Path) -> Result<Self, Error> {
         let dict = dir.join(DICT).exists();
         let dir = if dict { dir.join("train") } else { dir.to_owned() };
         let path = dir.join(STATE);
@@ -135,7 +86,6 @@ impl Dataset {
             batches: Vec::new(),
             len: 0,
             seq_len: 0,
-            vocab_size: None,
             dir: dir.clone(),
         };
         for file in files {
@@ -185,30 +135,34 @@ impl Dataset {
             let batch = quietly(|| decoder.decode(&mut bytes))
                 .map_err(|()| damaged("sizes and places in it contradict each other".into()))?;
             match batch.map_err(|cause| damaged(cause.to_string()))? {
-                Some(batch) => self.add(path, &batch)?,
+                Some(batch) => self.add(path, &batch, &map)?,
                 None => break,
             }
         }
         decoder.finish().map_err(|cause| damaged(cause.to_string()))
     }
 
-    fn add(&mut self, path: &Path, batch: &RecordBatch) -> Result<(), Error> {
-        let column = |name: &str| batch.column_by_name(name).cloned();
+    fn add(&mut self, path: &Path, batch: &RecordBatch, map: &Arc<Mmap>) -> Result<(), Error> {
         let names: Vec<_> = batch.schema().fields().iter().map(|f| f.name().clone()).collect();
-        let ids = column("input_ids").ok_or_else(|| {
-            Error::new(format!("{} has the columns {names:?}, but no `input_ids`", path.display())).with_hint(
-                "a packed dataset has the columns input_ids and, optionally, labels and document_ids",
-            )
-        })?;
-        let (labels, documents) = (column("labels"), column("document_ids"));
-        if self.batches.first().is_some_and(|b| b.documents.is_some() != documents.is_some()) {
+        let columns = COLUMNS.map(|name| batch.column_by_name(name).cloned());
+        if columns[IDS].is_none() {
             return Err(Error::new(format!(
-                "{} has the columns {names:?}; of document_ids the files before it say otherwise",
+                "{} has the columns {names:?}, but no `input_ids`",
+                path.display()
+            ))
+            .with_hint(
+                "a packed dataset has the columns input_ids and, optionally, labels and document_ids",
+            ));
+        }
+        let there = |columns: &[Option<ArrayRef>; COLUMNS.len()]| columns.each_ref().map(Option::is_some);
+        if self.batches.first().is_some_and(|batch| there(&batch.columns) != there(&columns)) {
+            return Err(Error::new(format!(
+                "{} has the columns {names:?}, unlike the files before it",
                 path.display()
             ))
             .with_hint("all files of a dataset have the same columns; write the dataset again"));
         }
-        for column in [Some(&ids), labels.as_ref(), documents.as_ref()].into_iter().flatten() {
+        for column in columns.iter().flatten() {
             check_type(column.data_type()).map_err(|e| e.at(path.display()))?;
             for row in 0..batch.num_rows() {
                 let items = list_row(column, row);
@@ -233,57 +187,26 @@ impl Dataset {
             }
         }
         if batch.num_rows() > 0 {
-            self.batches.push(Rows { first: self.len, count: batch.num_rows(), ids, labels, documents });
+            self.batches.push(Rows { first: self.len, count: batch.num_rows(), columns, map: map.clone() });
             self.len += batch.num_rows();
         }
         Ok(())
     }
 
-    /// Number of blocks; never 0.
-    #[allow(clippy::len_without_is_empty)]
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// L.
-    pub fn seq_len(&self) -> usize {
-        self.seq_len
-    }
-
     /// The columns that Elapid reads.
-    pub fn columns(&self) -> Vec<&'static str> {
-        let Rows { labels, documents, .. } = &self.batches[0];
-        let optional = [("labels", labels.is_some()), ("document_ids", documents.is_some())];
-        let there = optional.into_iter().filter(|column| column.1).map(|column| column.0);
-        std::iter::once("input_ids").chain(there).collect()
-    }
-
-    /// What is known of the dataset, where Elapid wrote it.
-    pub fn card(&self) -> Option<&Card> {
-        self.card.as_ref()
-    }
-
-    /// What changes with its content, where whoever wrote it said so.
-    pub fn fingerprint(&self) -> Option<&str> {
-        self.fingerprint.as_deref()
+    pub(super) fn columns(&self) -> Vec<&'static str> {
+        let there = COLUMNS.iter().zip(&self.batches[0].columns).filter(|(_, column)| column.is_some());
+        there.map(|(name, _)| *name).collect()
     }
 
     /// The folder of its tokenizer, where it has one.
-    pub fn tokenizer(&self) -> Option<PathBuf> {
+    pub(super) fn tokenizer(&self) -> Option<PathBuf> {
         Some(self.dir.join(TOKENIZER)).filter(|dir| dir.is_dir())
     }
 
-    /// Checks that all tokens and labels are below `vocab_size`: at once where the dataset does not say so itself,
-    /// and in any case as samples are read.
-    ///
-    /// # Errors
-    /// Names the row, the position and the id.
-    pub fn check_vocab(&mut self, vocab_size: usize) -> Result<(), Error> {
-        self.vocab_size = Some(vocab_size);
-        if self.card.as_ref().is_some_and(|card| card.vocab_size <= vocab_size) {
-            return Ok(());
-        }
-        (0..self.len).into_par_iter().try_for_each(|row| self.sample(row).map(|_| ()))
+    /// Whether the blocks know their documents.
+    pub(super) fn knows_documents(&self) -> bool {
+        self.batches.first().is_some_and(|batch| batch.columns[DOCUMENTS].is_some())
     }
 
     /// The record batch of block `index`, and its row there.
@@ -293,37 +216,41 @@ impl Dataset {
         (batch, index - batch.first)
     }
 
-    /// Block `index`.
+    /// Block `index` of a model of `vocab_size` tokens.
     ///
     /// # Errors
-    /// A token outside of the vocabulary that [`Self::check_vocab`] was told; a document id below 0.
-    ///
-    /// # Panics
-    /// If `index` is not below [`Self::len`].
-    pub fn sample(&self, index: usize) -> Result<Sample, Error> {
+    /// A token outside of the vocabulary; a document id below 0.
+    pub(super) fn sample(&self, index: usize, vocab_size: Option<usize>) -> Result<Sample, Error> {
         let (batch, row) = self.place(index);
-        let limit = self.vocab_size.map_or(i64::from(i32::MAX), |v| v as i64);
-        let bad = |what: &str, position: usize, id: i64| {
-            Error::new(format!(
-                "{}: row {index} has {what} {id} at position {position}, but the vocabulary has {limit} tokens",
-                self.dir.display()
-            ))
-            .with_hint("give the model a larger --vocab-size, or tokenize with the model's own tokenizer")
-        };
-        let input_ids = values(&list_row(&batch.ids, row), |id| (0..limit).contains(&id))
+        let limit = vocab_size.map_or(i64::from(i32::MAX), |v| v as i64);
+        let bad = |what: &str, position: usize, id: i64| bad_id(&self.dir, index, what, position, id, limit);
+        let column = |column: usize| batch.columns[column].as_ref().map(|column| list_row(column, row));
+        let ids = column(IDS).expect("checked when it was opened");
+        let input_ids = values(&ids, |id| (0..limit).contains(&id))
             .map_err(|(position, id)| bad("token", position, id))?;
         let counts = |id: i64| (0..limit).contains(&id) || id == i64::from(IGNORE_LABEL);
-        let labels = match &batch.labels {
+        let mut labels = match column(LABELS) {
             None => input_ids.clone(),
-            Some(labels) => {
-                values(&list_row(labels, row), counts).map_err(|(position, id)| bad("label", position, id))?
-            }
+            Some(labels) => values(&labels, counts).map_err(|(position, id)| bad("label", position, id))?,
         };
-        Ok(Sample { input_ids, labels, documents: self.documents(index)? })
+        let mut documents = self.documents(index)?;
+        let mask = |place: usize| -> Result<Vec<i32>, Error> {
+            let mask = column(place).map(|mask| values(&mask, |_| true)).transpose();
+            Ok(mask.map_err(|(position, value)| bad(COLUMNS[place], position, value))?.unwrap_or_default())
+        };
+        for (label, _) in labels.iter_mut().zip(mask(LOSS_MASK)?).filter(|(_, counts)| *counts == 0) {
+            *label = IGNORE_LABEL;
+        }
+        let attended = mask(ATTENTION_MASK)?;
+        for (i, _) in attended.iter().enumerate().filter(|(_, attended)| **attended == 0) {
+            labels[i] = IGNORE_LABEL;
+            documents.get_or_insert_with(|| vec![0; labels.len()])[i] = PAD_DOCUMENT;
+        }
+        Ok(Sample { input_ids, labels, documents })
     }
 
     /// The documents of block `index`, where the dataset knows them.
-    fn documents(&self, index: usize) -> Result<Option<Vec<i32>>, Error> {
+    pub(super) fn documents(&self, index: usize) -> Result<Option<Vec<i32>>, Error> {
         let (batch, row) = self.place(index);
         let read = |column| {
             values(&list_row(column, row), |id| (0..=i64::from(i32::MAX)).contains(&id)).map_err(
@@ -336,67 +263,18 @@ impl Dataset {
                 },
             )
         };
-        batch.documents.as_ref().map(read).transpose()
+        batch.columns[DOCUMENTS].as_ref().map(read).transpose()
     }
 
-    /// Does block `index` go on in the document that ended the block before it? Where the dataset knows no
-    /// documents, all of it is one.
-    ///
-    /// # Errors
-    /// A document id below 0.
-    ///
-    /// # Panics
-    /// As [`Self::sample`].
-    pub fn continues(&self, index: usize) -> Result<bool, Error> {
-        if index == 0 {
-            return Ok(false);
+    /// Asks the system to read a block into memory, and does not wait.
+    pub(super) fn prefetch(&self, index: usize) {
+        let (batch, row) = self.place(index);
+        for column in batch.columns.iter().flatten() {
+            let items = list_row(column, row).to_data();
+            let Some(buffer) = items.buffers().first() else { continue };
+            advise(&batch.map, buffer.as_ptr() as usize, buffer.len());
         }
-        let (before, here) = (self.documents(index - 1)?, self.documents(index)?);
-        Ok(before.as_ref().and_then(|ids| ids.last()) == here.as_ref().and_then(|ids| ids.first()))
     }
-
-    /// Whether the blocks know their documents.
-    pub fn knows_documents(&self) -> bool {
-        self.batches.first().is_some_and(|batch| batch.documents.is_some())
-    }
-}
-
-thread_local! {
-    static QUIET: Cell<bool> = const { Cell::new(false) };
-}
-
-/// Runs `decode`, with () for a panic in it, of which nothing is printed. `arrow-ipc` (60.1) takes the places of buffers
-/// from the file without a check and panics where they lie outside of it.
-fn quietly<T>(decode: impl FnOnce() -> T) -> Result<T, ()> {
-    static HOOK: Once = Once::new();
-    HOOK.call_once(|| {
-        let usual = panic::take_hook();
-        panic::set_hook(Box::new(move |info| {
-            if !QUIET.get() {
-                usual(info);
-            }
-        }));
-    });
-    QUIET.set(true);
-    // What `decode` had in hand is given up with it: the caller ends with an error.
-    let result = panic::catch_unwind(AssertUnwindSafe(decode));
-    QUIET.set(false);
-    result.map_err(|_| ())
-}
-
-fn read(path: &Path) -> Result<String, Error> {
-    fs::read_to_string(path).map_err(|cause| Error::io("read", path, &cause))
-}
-
-fn read_card(dir: &Path) -> Result<Option<Card>, Error> {
-    let path = dir.join(CARD);
-    if !path.exists() {
-        return Ok(None);
-    }
-    serde_json::from_str(&read(&path)?).map(Some).map_err(|cause| {
-        Error::new(format!("{}: {cause}", path.display()))
-            .with_hint("without that file the dataset is read all the same")
-    })
 }
 
 /// The list types of Arrow with integers in them; nulls never.
@@ -407,7 +285,7 @@ fn check_type(data_type: &DataType) -> Result<(), Error> {
         }
         other => other,
     };
-    if item == data_type || !item.is_integer() {
+    if item == data_type || !(item.is_integer() || *item == DataType::Boolean) {
         return Err(Error::new(format!("a column of {data_type} where lists of integers are needed"))
             .with_hint("columns input_ids, labels and document_ids hold lists of integers"));
     }
@@ -448,6 +326,10 @@ fn values(items: &ArrayRef, good: impl Fn(i64) -> bool) -> Result<Vec<i32>, (usi
         DataType::UInt8 => convert::<UInt8Type>(items, good),
         DataType::UInt16 => convert::<UInt16Type>(items, good),
         DataType::UInt32 => convert::<UInt32Type>(items, good),
+        DataType::Boolean => {
+            let items = items.as_boolean().values().iter().map(i32::from).enumerate();
+            items.map(|(i, item)| if good(item.into()) { Ok(item) } else { Err((i, item.into())) }).collect()
+        }
         _ => convert::<UInt64Type>(items, good),
     }
 }
