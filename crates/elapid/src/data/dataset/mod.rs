@@ -50,7 +50,7 @@ impl Sample {
 
 /// One folder or pair of files.
 enum Part {
-    Saved(Saved),
+    Saved(Box<Saved>),
     Megatron(Megatron),
 }
 
@@ -58,7 +58,7 @@ impl Part {
     fn open(path: &Path, seq_len: Option<usize>) -> Result<Self, Error> {
         match megatron::pair(path) {
             Some(pair) => Megatron::open(pair, seq_len).map(Self::Megatron),
-            None => Saved::open(path).map(Self::Saved),
+            None => Saved::open(path).map(|data| Self::Saved(Box::new(data))),
         }
     }
 
