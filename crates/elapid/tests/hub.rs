@@ -31,11 +31,14 @@ struct Manner {
     ranges: bool,
 }
 
+/// First line, and headers in lower case.
+type Request = (String, HashMap<String, String>);
+
 struct Server {
     address: String,
     manner: Arc<Mutex<Manner>>,
     /// Every request: its first line, and its headers in lower case.
-    seen: Arc<Mutex<Vec<(String, HashMap<String, String>)>>>,
+    seen: Arc<Mutex<Vec<Request>>>,
 }
 
 impl Server {
