@@ -109,20 +109,7 @@ fn sent(demand: &Demand<'_>) -> [u64; 3] {
 }
 
 fn demand(config: &ModelConfig) -> Demand<'_> {
-    Demand {
-        config,
-        batch: 2,
-        length: 13,
-        dtype: DType::F32,
-        checkpointing: Checkpointing::None,
-        threads: 1,
-        mesh: Mesh::SINGLE,
-        ranks_here: 1,
-        zero1: false,
-        sequence_parallel: false,
-        evaluation: &[],
-        log_norms: false,
-    }
+    Demand::alone(config, (2, 13), DType::F32, Checkpointing::None, 1)
 }
 
 #[test]

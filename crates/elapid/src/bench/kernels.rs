@@ -17,7 +17,6 @@ use crate::error::say;
 use crate::memory;
 use crate::model::init::Init;
 use crate::model::{Layout, Mamba2ForCausalLM};
-use crate::parallel::Mesh;
 use crate::train::memory::{Demand, Memory};
 
 /// Measures every kernel of the model, forward and adjoint: the object that `elapid bench kernels --json` prints.
@@ -29,20 +28,13 @@ pub fn kernels(setup: &Setup) -> Result<Value, Error> {
     // Layers are alike: one is enough.
     let one = ModelConfig { num_hidden_layers: 1, ..setup.config.clone() };
     let whole = Layout::new(&setup.config);
-    let memory = Memory::predict(&Demand {
-        config: &one,
-        batch: setup.batch,
-        length: setup.seq_len,
-        dtype: setup.compute(),
-        checkpointing: Checkpointing::None,
-        threads: timed.inner().threads(),
-        mesh: Mesh::SINGLE,
-        ranks_here: 1,
-        zero1: false,
-        sequence_parallel: false,
-        evaluation: &[],
-        log_norms: false,
-    });
+    let memory = Memory::predict(&Demand::alone(
+        &one,
+        (setup.batch, setup.seq_len),
+        setup.compute(),
+        Checkpointing::None,
+        timed.inner().threads(),
+    ));
     memory::check(
         memory.total() as f64 + 16.0 * whole.flat.len() as f64,
         "the kernels at these dimensions",

@@ -11,7 +11,6 @@ use crate::data::Sample;
 use crate::error::say;
 use crate::model::Mamba2ForCausalLM;
 use crate::model::init::Init;
-use crate::parallel::Mesh;
 use crate::train::memory::{Demand, Memory, peak_resident};
 use crate::train::{Batch, Trainer};
 
@@ -22,20 +21,13 @@ use crate::train::{Batch, Trainer};
 /// The model needs more memory than there is; an op does not compute what it should; threads cannot be started.
 pub fn train(setup: &Setup, steps: usize, checkpointing: Checkpointing) -> Result<Value, Error> {
     let timed = setup.backend()?;
-    let memory = Memory::predict(&Demand {
-        config: &setup.config,
-        batch: setup.batch,
-        length: setup.seq_len,
-        dtype: setup.compute(),
+    let memory = Memory::predict(&Demand::alone(
+        &setup.config,
+        (setup.batch, setup.seq_len),
+        setup.compute(),
         checkpointing,
-        threads: timed.inner().threads(),
-        mesh: Mesh::SINGLE,
-        ranks_here: 1,
-        zero1: false,
-        sequence_parallel: false,
-        evaluation: &[],
-        log_norms: false,
-    });
+        timed.inner().threads(),
+    ));
     if let Some(warning) = memory.check(false)? {
         say(format_args!("warning: {warning}"));
     }

@@ -10,7 +10,6 @@ use crate::Error;
 use crate::config::ModelConfig;
 use crate::config::run::Dtype;
 use crate::model::{Layout, Role, pretrained};
-use crate::parallel::Mesh;
 use crate::train::memory::{Demand, Memory};
 
 /// Sequence length for which the memory of training is predicted, at one sequence a micro-step.
@@ -34,20 +33,13 @@ pub(super) fn describe(config: &ModelConfig) -> Fields {
         (Dtype::Bfloat16, Checkpointing::Block, "block"),
     ]
     .map(|(dtype, checkpointing, name)| {
-        let memory = Memory::predict(&Demand {
+        let memory = Memory::predict(&Demand::alone(
             config,
-            batch: 1,
-            length: LENGTH,
-            dtype: dtype.compute(),
+            (1, LENGTH),
+            dtype.compute(),
             checkpointing,
-            threads: std::thread::available_parallelism().map_or(1, usize::from),
-            mesh: Mesh::SINGLE,
-            ranks_here: 1,
-            zero1: false,
-            sequence_parallel: false,
-            evaluation: &[],
-            log_norms: false,
-        });
+            std::thread::available_parallelism().map_or(1, usize::from),
+        ));
         json!({
             "dtype": dtype,
             "activation_checkpointing": name,

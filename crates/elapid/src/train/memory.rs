@@ -71,7 +71,32 @@ pub struct Memory {
     pub program: u64,
 }
 
-impl Demand<'_> {
+impl<'a> Demand<'a> {
+    /// That of one rank on its own, with micro-steps of `batch` sequences of `length`, nothing to evaluate on and no norms
+    /// to log.
+    pub fn alone(
+        config: &'a ModelConfig,
+        (batch, length): (usize, usize),
+        dtype: DType,
+        checkpointing: Checkpointing,
+        threads: usize,
+    ) -> Self {
+        Self {
+            config,
+            batch,
+            length,
+            dtype,
+            checkpointing,
+            threads,
+            mesh: Mesh::SINGLE,
+            ranks_here: 1,
+            zero1: false,
+            sequence_parallel: false,
+            evaluation: &[],
+            log_norms: false,
+        }
+    }
+
     /// That of the first rank; no other has more.
     pub(super) fn layout(&self) -> Layout {
         Layout::sharded(self.config, Share { ranks: self.mesh.tp, rank: 0 }).dealt_to(self.mesh.dp)
@@ -212,21 +237,7 @@ mod tests {
     use super::*;
 
     fn demand(config: &ModelConfig) -> Demand<'_> {
-        let checkpointing = Checkpointing::None;
-        Demand {
-            config,
-            batch: 3,
-            length: 64,
-            dtype: DType::F32,
-            checkpointing,
-            threads: 2,
-            mesh: Mesh::SINGLE,
-            ranks_here: 1,
-            zero1: false,
-            sequence_parallel: false,
-            evaluation: &[],
-            log_norms: false,
-        }
+        Demand::alone(config, (3, 64), DType::F32, Checkpointing::None, 2)
     }
 
     /// The table of docs/guide.md.
