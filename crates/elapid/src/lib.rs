@@ -15,5 +15,6 @@ pub mod model;
 pub mod parallel;
 pub mod record;
 pub mod train;
+mod vacant;
 
 pub use error::Error;

@@ -24,6 +24,7 @@ use crate::model::pretrained::{
 };
 use crate::model::weights::{Stored, Weights};
 use crate::model::{Layout, Role, Shard};
+use crate::vacant::vacant;
 use open::{CONSOLIDATED, PARAMS};
 
 /// A way to lay a model out on disk.
@@ -280,16 +281,9 @@ struct Folder {
 
 impl Folder {
     fn create(dir: &Path) -> Result<Self, Error> {
-        if dir.read_dir().is_ok_and(|mut entries| entries.next().is_some()) || dir.is_file() {
-            return Err(Error::new(format!("{} exists already", dir.display()))
-                .with_hint("give another --output, or move that folder away"));
-        }
-        let name = dir.file_name().ok_or_else(|| {
-            Error::new(format!("{} names no folder", dir.display())).with_hint("give --output a folder name")
-        })?;
-        let parent = dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let (parent, name) = vacant(dir, "--output")?;
         fs::create_dir_all(parent).map_err(|cause| Error::io("create", parent, &cause))?;
-        let aside = parent.join(format!(".{}.partial-{}", name.to_string_lossy(), std::process::id()));
+        let aside = parent.join(format!(".{name}.partial-{}", std::process::id()));
         // Left by a process of the same number that was killed.
         let _ = fs::remove_dir_all(&aside);
         fs::create_dir(&aside).map_err(|cause| Error::io("create", &aside, &cause))?;

@@ -9,6 +9,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::Error;
+use crate::vacant::vacant;
 
 const LOCK: &str = "lock";
 const PLAN: &str = "plan.json";
@@ -38,16 +39,8 @@ impl Aside {
         dir: &Path,
         plan: Option<&Value>,
     ) -> Result<(Self, Option<P>), Error> {
-        if dir.read_dir().is_ok_and(|mut entries| entries.next().is_some()) || dir.is_file() {
-            return Err(Error::new(format!("{} exists already", dir.display()))
-                .with_hint("give another --save-path, or move that folder away"));
-        }
-        let name = dir.file_name().ok_or_else(|| {
-            Error::new(format!("{} names no folder", dir.display()))
-                .with_hint("give --save-path a folder name")
-        })?;
-        let parent = dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let path = parent.join(format!(".{}.partial", name.to_string_lossy()));
+        let (parent, name) = vacant(dir, "--save-path")?;
+        let path = parent.join(format!(".{name}.partial"));
         fs::create_dir_all(&path).map_err(|cause| Error::io("create", &path, &cause))?;
         let lock = path.join(LOCK);
         let file = File::create(&lock).map_err(|cause| Error::io("create", &lock, &cause))?;
