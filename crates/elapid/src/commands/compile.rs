@@ -3,68 +3,23 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use clap::ValueEnum;
 use elapid_tensor::AdamW;
-use elapid_xla::{Estimate, LoopKind, Module, Options, Port, Type, estimate, lint};
+use elapid_xla::driver::neuron;
+use elapid_xla::{Estimate, Module, Options, Port, Type, estimate, lint};
 use serde_json::{Value, json};
 
 use super::print_line;
 use crate::Error;
 use crate::config::ModelConfig;
-use crate::config::run::{ActivationCheckpointing, Dtype, at_least_one, check, resolve_model};
+use crate::config::run::{
+    ActivationCheckpointing, Dtype, LayerLoop, Target, at_least_one, check, resolve_model,
+};
 use crate::error::say;
 use crate::record::Recording;
 use crate::train::memory::bytes;
 
-/// Generation of Trainium.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(super) enum Target {
-    /// Trainium.
-    Trn1,
-    /// Trainium 2.
-    Trn2,
-    /// Trainium 3.
-    Trn3,
-}
-
 /// More than this after unrolling, and the compiler gives up.
 const MAX_INSTRUCTIONS: u64 = 5_000_000;
-
-impl Target {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Trn1 => "trn1",
-            Self::Trn2 => "trn2",
-            Self::Trn3 => "trn3",
-        }
-    }
-
-    /// Bytes of device memory of one logical core.
-    fn memory(self) -> u64 {
-        let gibi = match self {
-            Self::Trn1 => 16,
-            Self::Trn2 => 24,
-            Self::Trn3 => 36,
-        };
-        gibi << 30
-    }
-
-    /// Physical cores of a logical one.
-    fn lnc(self) -> u32 {
-        if self == Self::Trn1 { 1 } else { 2 }
-    }
-}
-
-/// How layers are written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(super) enum LayerLoop {
-    /// One body, called once a layer
-    Call,
-    /// One body in a loop with a constant number of turns
-    While,
-    /// Every layer by itself
-    Unrolled,
-}
 
 /// Flags of `elapid compile`.
 #[derive(clap::Args)]
@@ -174,11 +129,6 @@ impl CompileArgs {
     }
 
     fn recording<'c>(&self, config: &'c ModelConfig) -> Recording<'c> {
-        let layers = match self.layer_loop {
-            LayerLoop::Call => LoopKind::Call,
-            LayerLoop::While => LoopKind::While,
-            LayerLoop::Unrolled => LoopKind::Unrolled,
-        };
         Recording {
             config,
             dtype: self.dtype.compute(),
@@ -196,7 +146,7 @@ impl CompileArgs {
                 step: 1,
             },
             max_norm: self.max_grad_norm,
-            options: Options { layers, ..Options::default() },
+            options: Options { layers: self.layer_loop.into(), ..Options::default() },
         }
     }
 }
@@ -229,7 +179,7 @@ pub(super) fn run(args: &CompileArgs) -> Result<(), Error> {
                 .with_hint("this is a fault of elapid; please report the command line"));
         }
         let needs = estimate(&module.proto);
-        warn(args.target, &name, needs);
+        warn(args.target.into(), &name, needs);
         let contents = module.to_bytes();
         let file = format!("{name}.hlo.pb");
         put(&args.output_dir.join(&file), &contents)?;
@@ -252,7 +202,7 @@ pub(super) fn run(args: &CompileArgs) -> Result<(), Error> {
             "instructions": module.instructions(),
             "estimate": {
                 "arguments": needs.arguments, "outputs": needs.outputs, "temporaries": needs.temporaries,
-                "memory": needs.memory(), "memory_of_target": args.target.memory(),
+                "memory": needs.memory(), "memory_of_target": neuron::Target::from(args.target).memory(),
                 "device_instructions": needs.instructions, "most_device_instructions": MAX_INSTRUCTIONS,
             },
             "compile": command,
@@ -265,7 +215,7 @@ pub(super) fn run(args: &CompileArgs) -> Result<(), Error> {
 }
 
 /// Says where a module is too large for a core.
-fn warn(target: Target, name: &str, needs: Estimate) {
+fn warn(target: neuron::Target, name: &str, needs: Estimate) {
     let name_of_target = target.name();
     if needs.memory() > target.memory() {
         say(format_args!(
@@ -302,7 +252,7 @@ fn manifest_text(
         .map_err(|cause| Error::new(format!("the configuration cannot be written: {cause}")))?;
     let manifest = json!({
         "elapid": env!("CARGO_PKG_VERSION"),
-        "target": args.target.name(),
+        "target": args.target,
         "model": model,
         "config": config,
         "dtype": args.dtype,
@@ -326,11 +276,8 @@ fn manifest_text(
 
 /// The compiler's command line for a module, in the folder of the modules.
 fn neuronx_cc(target: Target, name: &str) -> String {
-    let (target, lnc) = (target.name(), target.lnc());
-    format!(
-        "neuronx-cc compile --framework XLA {name}.hlo.pb --target {target} --lnc {lnc} --model-type transformer \
-         --auto-cast none --output {name}.neff"
-    )
+    let flags = neuron::flags(target.into()).join(" ");
+    format!("neuronx-cc compile --framework XLA {name}.hlo.pb {flags} --output {name}.neff")
 }
 
 /// Whether a program of that name can be started from here.

@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 use elapid_tensor::NormGroup;
+use elapid_xla::LoopKind;
+use elapid_xla::driver::neuron;
 use serde::{Deserialize, Serialize};
 
 use super::ModelConfig;
@@ -30,6 +32,69 @@ pub enum Dtype {
 pub enum Device {
     /// The cores of this machine.
     Cpu,
+    /// What a PJRT plugin drives: a GPU, a TPU (--plugin)
+    Pjrt,
+    /// A core of AWS Trainium (docs/trainium.md)
+    Neuron,
+}
+
+/// Generation of Trainium.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Target {
+    /// Trainium.
+    Trn1,
+    /// Trainium 2.
+    Trn2,
+    /// Trainium 3.
+    Trn3,
+}
+
+impl From<Target> for neuron::Target {
+    fn from(target: Target) -> Self {
+        match target {
+            Target::Trn1 => Self::Trn1,
+            Target::Trn2 => Self::Trn2,
+            Target::Trn3 => Self::Trn3,
+        }
+    }
+}
+
+/// Which device, and what it takes to find it.
+#[derive(Clone, Debug, Serialize, clap::Args)]
+#[serde(rename_all = "kebab-case")]
+pub struct DeviceArgs {
+    /// Of --device pjrt: the plugin's library, or cuda, tpu or neuron to find it by name
+    #[arg(long, value_name = "NAME|PATH")]
+    pub plugin: Option<String>,
+    /// Of --device neuron: Trainium generation [default: that of this instance]
+    #[arg(long, value_enum)]
+    pub target: Option<Target>,
+    /// Of --device neuron: folder of compiled modules [default: elapid/neff in the user's cache]
+    #[arg(long, value_name = "DIR")]
+    pub compile_cache: Option<PathBuf>,
+}
+
+/// How a recorded module writes layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LayerLoop {
+    /// One body, called once a layer
+    Call,
+    /// One body in a loop with a constant number of turns
+    While,
+    /// Every layer by itself
+    Unrolled,
+}
+
+impl From<LayerLoop> for LoopKind {
+    fn from(layers: LayerLoop) -> Self {
+        match layers {
+            LayerLoop::Call => Self::Call,
+            LayerLoop::While => Self::While,
+            LayerLoop::Unrolled => Self::Unrolled,
+        }
+    }
 }
 
 /// Initial values of a new model.
@@ -235,6 +300,16 @@ pub struct TrainArgs {
     /// Where to compute
     #[arg(long, value_enum, default_value = "cpu")]
     pub device: Device,
+    /// How that is found.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub on: DeviceArgs,
+    /// Of --device neuron: compile the modules of the run into the cache, and do nothing else
+    #[arg(long)]
+    pub compile_only: bool,
+    /// How modules for a device write layers
+    #[arg(long, value_enum, default_value = "call")]
+    pub layer_loop: LayerLoop,
     /// Worker threads [default: one a core]
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
@@ -322,6 +397,7 @@ impl TrainArgs {
             ))
             .with_hint("leave it out, or give neither --tp nor --dp"));
         }
+        self.check_device(mesh)?;
         let samples = [self.batch as u64, self.grad_accum_usteps as u64, mesh.dp as u64]
             .into_iter()
             .try_fold(self.max_steps, |product, factor| product.checked_mul(factor));
@@ -422,6 +498,58 @@ impl TrainArgs {
         };
         let args = Self { min_lr: Some(min_lr), output_dir: Some(output_dir.clone()), ..self };
         Ok(Run { args, config, output_dir, checkpoint_dir, keep, schedule, mesh })
+    }
+}
+
+impl DeviceArgs {
+    /// Refuses what belongs to another device.
+    ///
+    /// # Errors
+    /// A flag is missing, or given for nothing.
+    pub(crate) fn check(&self, device: Device) -> Result<(), Error> {
+        if device == Device::Pjrt && self.plugin.is_none() {
+            return Err(Error::new("--device pjrt without --plugin")
+                .with_hint("give --plugin cuda, tpu or neuron, or the path of a plugin's library"));
+        }
+        let (plugin, target, cache) =
+            (self.plugin.is_some(), self.target.is_some(), self.compile_cache.is_some());
+        for (flag, given, of) in [
+            ("--plugin", plugin, Device::Pjrt),
+            ("--target", target, Device::Neuron),
+            ("--compile-cache", cache, Device::Neuron),
+        ] {
+            if given && device != of {
+                let name = if of == Device::Pjrt { "pjrt" } else { "neuron" };
+                return Err(Error::new(format!("{flag} means nothing without --device {name}"))
+                    .with_hint(format!("leave it out, or add --device {name}")));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl TrainArgs {
+    /// Whether the device can do what is asked for.
+    fn check_device(&self, mesh: Mesh) -> Result<(), Error> {
+        self.on.check(self.device)?;
+        if self.compile_only && self.device != Device::Neuron {
+            return Err(Error::new("--compile-only without --device neuron")
+                .with_hint("no other device's modules are compiled beforehand"));
+        }
+        if self.device == Device::Cpu {
+            return Ok(());
+        }
+        for (flag, given) in [("--carry-state", self.carry_state), ("--log-norms", self.log_norms)] {
+            if given {
+                return Err(Error::new(format!("{flag} is there on the CPU only"))
+                    .with_hint("leave it out, or train with --device cpu"));
+            }
+        }
+        if mesh.size() > 1 {
+            return Err(Error::new(format!("{} ranks on a device", mesh.size()))
+                .with_hint("modules are for one rank so far: give neither --tp nor --dp, or --device cpu"));
+        }
+        Ok(())
     }
 }
 

@@ -1,6 +1,7 @@
 //! Training: micro-steps, updates, and the loop round them.
 
 mod batch;
+mod device;
 mod diagnose;
 mod evaluate;
 mod folder;
@@ -17,9 +18,10 @@ mod stop;
 mod trainer;
 
 pub use batch::Batch;
+pub(crate) use device::open as open_device;
 pub use diagnose::{Diagnosis, Extent, Extents, Finding, Recorded, diagnose};
 pub use evaluate::{Evaluation, evaluate, last_blocks};
 pub(crate) use folder::{FINISHED, METRICS};
 pub use nonfinite::{MicroStep, NonFinite, Step};
-pub use run::{Outcome, cpu, train};
+pub use run::{Outcome, compile_only, cpu, train};
 pub use trainer::{StepReport, Trainer};

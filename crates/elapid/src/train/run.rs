@@ -7,8 +7,10 @@ use std::time::{Duration, Instant};
 
 use elapid_cpu::{CpuBackend, CpuOptions};
 use elapid_tensor::{AdamW, Checkpointing, DType, State};
+use elapid_xla::driver::Driver;
 use serde_json::json;
 
+use super::device::{self, DeviceTrainer};
 use super::diagnose::{Recorded, diagnose};
 use super::evaluate::HeldOut;
 use super::folder::{Log, RunFolder};
@@ -123,11 +125,23 @@ fn peak(rank: &Rank, backend: &CpuBackend) -> f64 {
 pub fn train(run: &Run) -> Result<Outcome, Error> {
     let (args, mesh) = (&run.args, run.mesh);
     let start = Launch { mesh, threads: args.threads, timeout: Duration::from_secs(args.comm_timeout) };
-    Ok(launch(&start, |rank| train_on(run, rank))?.swap_remove(0))
+    // Before there are threads: it may set variables. There is one rank where there is a device.
+    let driver = Mutex::new(device::open(args.device, &args.on, start.timeout)?);
+    let driver = |_: &Rank| driver.lock().expect("nothing panics with it").take();
+    Ok(launch(&start, |rank| train_on(run, rank, driver(rank)))?.swap_remove(0))
+}
+
+/// Compiles what `run` would load, and does nothing else.
+///
+/// # Errors
+/// The dataset cannot be read; the compiler is missing or refuses a module.
+pub fn compile_only(run: &Run) -> Result<(), Error> {
+    let data = open_data(run)?;
+    device::compile(run, &data, HeldOut::open(run, &data)?.as_ref())
 }
 
 /// What one rank does of it.
-fn train_on(run: &Run, rank: &Rank) -> Result<Outcome, Error> {
+fn train_on(run: &Run, rank: &Rank, driver: Option<Box<dyn Driver>>) -> Result<Outcome, Error> {
     // Where ranks are processes each has resolved its folders by itself; those of the first one count.
     let dirs = rank.from_first(|| Ok((run.output_dir.clone(), run.checkpoint_dir.clone())))?;
     let args = TrainArgs { output_dir: Some(dirs.0.clone()), ..run.args.clone() };
@@ -145,7 +159,7 @@ fn train_on(run: &Run, rank: &Rank) -> Result<Outcome, Error> {
         .with_hint("give a smaller --batch, or more data"));
     }
     let backend = rank.cpu()?;
-    let memory = Memory::predict(&Demand {
+    let mut memory = Memory::predict(&Demand {
         config: &run.config,
         batch: run.args.batch,
         length: data.seq_len(),
@@ -159,6 +173,10 @@ fn train_on(run: &Run, rank: &Rank) -> Result<Outcome, Error> {
         evaluation: &held_out.as_ref().map_or_else(Vec::new, HeldOut::shapes),
         log_norms: run.args.log_norms,
     });
+    if driver.is_some() {
+        // Of the host: it holds the state, and computes nothing.
+        memory = Memory { activations: 0, transient: 0, ..memory };
+    }
     if let Some(warning) = rank.from_first(|| memory.check(run.args.ignore_memory_limit))? {
         say(format_args!("warning: {warning}"));
     }
@@ -179,8 +197,17 @@ fn train_on(run: &Run, rank: &Rank) -> Result<Outcome, Error> {
     if run.args.use_zero_1 {
         model = model.with_zero1(&backend);
     }
-    let peak = rank.gather_numbers(peak(rank, &backend) as u64).into_iter().sum::<u64>() as f64;
-    start::print(run, &data, held_out.as_ref(), &model, &backend, peak, &memory);
+    let (peak, what) = match &driver {
+        Some(driver) => (f64::NAN, driver.describe()),
+        None => {
+            let peak = rank.gather_numbers(peak(rank, &backend) as u64).into_iter().sum::<u64>() as f64;
+            let (threads, isa, rate) = (backend.threads(), backend.isa(), peak / 1e9);
+            (peak, format!("CPU, {threads} threads, {isa:?}, {rate:.0} GFLOP/s in fp32 products"))
+        }
+    };
+    start::print(run, &data, held_out.as_ref(), &model, &what, &memory);
+    let device =
+        driver.map(|driver| DeviceTrainer::new(driver, run, &data, held_out.as_ref())).transpose()?;
     let folder = folder.as_ref();
     folder.map_or(Ok(()), |folder| folder.write("run.toml", &settings))?;
     let held_out = held_out.as_ref();
@@ -195,6 +222,7 @@ fn train_on(run: &Run, rank: &Rank) -> Result<Outcome, Error> {
         &store,
         &backend,
         model,
+        device,
         tokenizer,
         from.as_ref(),
         peak,
@@ -291,7 +319,9 @@ struct Session<'a> {
     folder: Option<&'a RunFolder>,
     store: &'a Store,
     backend: &'a CpuBackend,
+    /// With a device: what it was when somebody last looked, see [`Session::fetch`].
     trainer: Trainer<'a, CpuBackend>,
+    device: Option<DeviceTrainer>,
     sampler: Sampler,
     /// What is exported with the model.
     tokenizer: Option<Tokenizer>,
@@ -300,7 +330,7 @@ struct Session<'a> {
     progress: Progress,
     /// Steps that were done before.
     done: u64,
-    /// FLOP/s of this machine.
+    /// FLOP/s of this machine; NaN: not known.
     peak: f64,
     /// FLOPs a token, forward and backward.
     flops: f64,
@@ -318,6 +348,7 @@ impl<'a> Session<'a> {
         store: &'a Store,
         backend: &'a CpuBackend,
         model: Mamba2ForCausalLM<CpuBackend>,
+        mut device: Option<DeviceTrainer>,
         tokenizer: Option<Tokenizer>,
         from: Option<&Checkpoint>,
         peak: f64,
@@ -353,6 +384,9 @@ impl<'a> Session<'a> {
             outcome.tokens = position.tokens;
             outcome.seconds = position.seconds;
         }
+        if let Some(device) = &mut device {
+            device.upload(backend, &trainer)?;
+        }
         let norms = folder.map_or(Ok(None), |folder| folder.open_norms(done, args.log_norms))?;
         let norms = norms.map(|log| Norms::new(backend, &trainer, log));
         Ok(Self {
@@ -364,6 +398,7 @@ impl<'a> Session<'a> {
             store,
             backend,
             trainer,
+            device,
             sampler,
             tokenizer,
             metrics: folder.map(|folder| folder.open_metrics(done)).transpose()?,
@@ -392,6 +427,7 @@ impl<'a> Session<'a> {
             }
         }
         self.progress.finish();
+        self.fetch()?;
         let model = self.trainer.into_model().without_zero1(self.backend);
         // The ranks that hold the same tensors have nothing to add.
         if self.rank.dp_rank() == 0 {
@@ -408,6 +444,11 @@ impl<'a> Session<'a> {
         Ok(self.outcome)
     }
 
+    /// Brings what the device holds into the trainer.
+    fn fetch(&mut self) -> Result<(), Error> {
+        self.device.as_mut().map_or(Ok(()), |device| device.download(&mut self.trainer))
+    }
+
     /// Writes a checkpoint; the lines of its steps reach the disk before it does.
     fn save(&mut self, step: u64) -> Result<PathBuf, Error> {
         if let Some(metrics) = &self.metrics {
@@ -416,6 +457,7 @@ impl<'a> Session<'a> {
         if let Some(norms) = &self.norms {
             norms.sync()?;
         }
+        self.fetch()?;
         let state = self.state(self.trainer.states());
         self.store.save(self.rank, self.backend, &state, self.position(step))
     }
@@ -457,10 +499,10 @@ impl<'a> Session<'a> {
         let (mut valid, mut tokens) = (0, 0);
         for micro in 0..args.grad_accum_usteps {
             let batch = self.batch(step, micro)?;
-            if micro + 1 < args.grad_accum_usteps {
-                self.trainer.micro_step(&batch);
-            } else {
-                self.trainer.last_micro_step(&batch);
+            match &mut self.device {
+                Some(device) => device.micro_step(&batch)?,
+                None if micro + 1 < args.grad_accum_usteps => self.trainer.micro_step(&batch),
+                None => self.trainer.last_micro_step(&batch),
             }
             valid += batch.valid();
             tokens += batch.tokens();
@@ -483,7 +525,10 @@ impl<'a> Session<'a> {
         if let Some(norms) = &mut self.norms {
             norms.before_update(self.backend, &self.trainer, valid);
         }
-        let report = self.trainer.update(&hyper, args.max_grad_norm, valid);
+        let report = match &mut self.device {
+            Some(device) => device.update(&hyper, valid)?,
+            None => self.trainer.update(&hyper, args.max_grad_norm, valid),
+        };
         if !report.finite {
             self.progress.finish();
             return Err(self.not_finite(step, before, report)?);
@@ -499,9 +544,10 @@ impl<'a> Session<'a> {
         self.outcome.tokens += tokens as u64;
         self.outcome.seconds += seconds;
         let tokens_per_s = tokens as f64 / seconds;
-        let evaluation = match self.held_out {
-            Some(held_out) => held_out.after(step, self.backend, self.trainer.model())?,
-            None => None,
+        let evaluation = match (self.held_out, &mut self.device) {
+            (Some(held_out), Some(device)) => held_out.after_by(step, |batch| device.loss(batch))?,
+            (Some(held_out), None) => held_out.after(step, self.backend, self.trainer.model())?,
+            (None, _) => None,
         };
         self.outcome.evaluation = evaluation;
         self.log(Figures {
@@ -544,6 +590,7 @@ impl<'a> Session<'a> {
             batches: micro_steps.clone().map(|micro| self.batch(step, micro)).collect::<Result<_, _>>()?,
             samples: micro_steps.map(|micro| self.sampler.indices(step - 1, micro)).collect(),
         };
+        self.fetch()?;
         let diagnosis = diagnose(self.backend, &mut self.trainer, &recorded, before.clone());
         let error =
             Error::new(format!("{what}; {diagnosis}; it read {}", nonfinite::list(&recorded.samples)));
