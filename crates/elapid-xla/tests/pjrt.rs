@@ -5,7 +5,7 @@
 
 use elapid_tensor::suite;
 use elapid_xla::driver::pjrt::Client;
-use elapid_xla::driver::{Driver, Kind, OnDevice};
+use elapid_xla::driver::{Driver, Kind, OnDevice, widen_limits};
 use elapid_xla::{Options, XlaBackend};
 
 /// None, with a line that says so, where the variable is not set.
@@ -23,8 +23,9 @@ fn every_op_passes_the_suite() {
     let device = Client::open(&path).unwrap().device(0, 1).unwrap();
     println!("{}", device.describe());
     let backend = XlaBackend::new(Options::default(), Some(Box::new(OnDevice::new(Box::new(device)))));
-    suite::assert_passes(&suite::flat_buffers(&backend));
-    suite::assert_passes(&suite::adamw(&backend));
+    let mut reports = suite::check_all(&backend);
+    widen_limits(&mut reports);
+    suite::assert_passes(&reports);
 }
 
 #[test]

@@ -168,7 +168,10 @@ fn selftest_checks_ops_on_a_device() {
     let device = Device::simulated(dir.path());
     let selftest = |ops: &str, more: &[(&str, &str)]| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_elapid"));
-        command.current_dir(dir.path()).args(["selftest", "--json", "--ops", ops]).args(device.flags.split(' '));
+        command
+            .current_dir(dir.path())
+            .args(["selftest", "--json", "--ops", ops])
+            .args(device.flags.split(' '));
         command.envs(device.variables.iter().map(|(name, value)| (name, value))).envs(more.iter().copied());
         command.output().unwrap()
     };
@@ -181,7 +184,10 @@ fn selftest_checks_ops_on_a_device() {
     // One op that the device cannot run is one line, and the others are checked all the same.
     let output = selftest("linear,adamw", &[("ELAPID_SIM_MEMORY", "3000")]);
     let said = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success() && said.contains("it does not run") && !said.contains("panicked"), "{said}");
+    assert!(
+        !output.status.success() && said.contains("it does not run") && !said.contains("panicked"),
+        "{said}"
+    );
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert!(report["checks"][0]["worst"].as_str().unwrap().contains("status 4"), "{report}");
 }

@@ -233,8 +233,11 @@ fn with_op_names(line: &str, module: &Module) -> String {
     while let Some(start) = rest.find(in_a_name) {
         let word = &rest[start..];
         let word = &word[..word.find(|c| !in_a_name(c)).unwrap_or(word.len())];
+        // A full stop behind it ends a sentence.
+        let name = word.trim_end_matches('.');
+        let word = if name.is_empty() { word } else { name };
         out.push_str(&rest[..start + word.len()]);
-        if let Some(op) = ours.get(word.trim_end_matches('.')) {
+        if let Some(op) = ours.get(word) {
             out.push_str(&format!(" ({op})"));
         }
         rest = &rest[start + word.len()..];
