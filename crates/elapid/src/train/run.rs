@@ -1,12 +1,11 @@
 //! `elapid train`: set up, step, export.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use elapid_cpu::{CpuBackend, CpuOptions};
-use elapid_tensor::{AdamW, Checkpointing, DType, State};
+use elapid_cpu::CpuBackend;
+use elapid_tensor::{AdamW, State};
 use elapid_xla::driver::Driver;
 use serde_json::json;
 
@@ -14,6 +13,7 @@ use super::device::{self, DeviceTrainer};
 use super::diagnose::{Recorded, diagnose};
 use super::evaluate::HeldOut;
 use super::folder::{Log, RunFolder};
+use super::host::peak;
 use super::memory::{self, Demand, Memory};
 use super::nonfinite::{self, NonFinite};
 use super::norms::Norms;
@@ -25,7 +25,7 @@ use crate::Error;
 use crate::checkpoint::{Checkpoint, Progress as Position, State as Held, Store, write_files};
 use crate::config::ModelConfig;
 use crate::config::TokenIds;
-use crate::config::run::{ActivationCheckpointing, Dtype, Run, TrainArgs, check_threads};
+use crate::config::run::{Run, TrainArgs};
 use crate::data::{Dataset, Order, Sampler, Tokenizer};
 use crate::error::say;
 use crate::model::Mamba2ForCausalLM;
@@ -69,51 +69,10 @@ impl Outcome {
     }
 }
 
-impl Dtype {
-    /// The dtype of activations.
-    pub fn compute(self) -> DType {
-        match self {
-            Self::Float32 => DType::F32,
-            Self::Bfloat16 => DType::Bf16,
-        }
-    }
-}
-
-impl From<ActivationCheckpointing> for Checkpointing {
-    fn from(choice: ActivationCheckpointing) -> Self {
-        match choice {
-            ActivationCheckpointing::None => Self::None,
-            ActivationCheckpointing::Block => Self::Block,
-        }
-    }
-}
-
-/// A CPU backend with `threads` workers (None: one a core).
-///
-/// # Errors
-/// 0 threads, more than any machine has use for, or they cannot be started.
-pub fn cpu(threads: Option<usize>) -> Result<CpuBackend, Error> {
-    check_threads("--threads", threads.unwrap_or(1))?;
-    CpuBackend::new(&CpuOptions { threads, ..CpuOptions::default() }).map_err(|cause| {
-        Error::new(cause.to_string()).with_hint("give fewer --threads, or free some on this machine")
-    })
-}
-
 /// A signal that any rank has caught.
 fn agreed(rank: &Rank, caught: Option<i32>) -> Option<i32> {
     let all = rank.gather_numbers(caught.unwrap_or(0) as u64);
     all.into_iter().find(|&signal| signal > 0).map(|signal| signal as i32)
-}
-
-/// FLOP/s of this rank. One that has the machine for itself measures once in a process for each number of threads; those
-/// that share it measure side by side.
-fn peak(rank: &Rank, backend: &CpuBackend) -> f64 {
-    if rank.ranks_here() > 1 {
-        return backend.measure_peak();
-    }
-    static MEASURED: Mutex<BTreeMap<usize, f64>> = Mutex::new(BTreeMap::new());
-    let mut measured = MEASURED.lock().expect("measuring does not panic");
-    *measured.entry(backend.threads()).or_insert_with(|| backend.measure_peak())
 }
 
 /// Trains as `run` says, from step 1 or from a checkpoint, and leaves `metrics.jsonl`, `run.toml` and the model in `hf/` in
