@@ -115,7 +115,7 @@ pub(crate) fn open(
         (Device::Pjrt, Some(plugin)) => Some(Box::new(Client::open(plugin)?.device(0, 1)?)),
         (Device::Neuron, _) => {
             let (compiler, place) = (compiler(on)?, Place::alone());
-            Some(Box::new(NeuronDevice::open(Settings { compiler, place, timeout })?))
+            Some(Box::new(NeuronDevice::open(Settings { compiler, place, tp: Some(1), timeout })?))
         }
         _ => None,
     })

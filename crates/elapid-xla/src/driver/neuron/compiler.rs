@@ -70,6 +70,11 @@ impl Compiler {
         Ok(Self { target, cache: cache.to_owned(), version, flags: flags(target), tell })
     }
 
+    /// What it compiles for.
+    pub fn target(&self) -> Target {
+        self.target
+    }
+
     /// The compiler's version, of this machine or of the one that filled the cache last.
     fn version(&self) -> Result<String, Fault> {
         let filled = || fs::read_to_string(self.cache.join("compiler-version")).ok();

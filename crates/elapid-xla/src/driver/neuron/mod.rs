@@ -53,12 +53,21 @@ impl Target {
         if self == Self::Trn1 { 1 } else { 2 }
     }
 
-    /// Numbers of tensor-parallel ranks that the collectives serve with as many cores as a logical one has.
-    pub fn tp_degrees(self) -> &'static [usize] {
-        match self {
+    /// Whether the collectives serve so many tensor-parallel ranks, with logical cores of [`Self::lnc`] physical ones.
+    ///
+    /// # Errors
+    /// They do not.
+    pub fn check_tp(self, tp: usize) -> Result<(), Fault> {
+        let served: &[usize] = match self {
             Self::Trn1 => &[1, 2, 8, 32],
             Self::Trn2 | Self::Trn3 => &[1, 4, 16, 32, 64],
+        };
+        if served.contains(&tp) {
+            return Ok(());
         }
+        let all: Vec<String> = served.iter().map(usize::to_string).collect();
+        let why = format!("the collectives of {} do not serve {tp} tensor-parallel ranks", self.name());
+        Err(Fault::new(Kind::Ranks, why, format!("give --tp {}", all.join(", "))))
     }
 
     /// The generation of the instance that this runs on; None: none.
@@ -75,6 +84,8 @@ pub struct Settings {
     pub compiler: Compiler,
     /// Which process this is.
     pub place: Place,
+    /// Tensor-parallel ranks, to be checked against what the target's collectives serve; None: do not check.
+    pub tp: Option<usize>,
     /// How long ranks wait for each other.
     pub timeout: Duration,
 }
@@ -103,6 +114,9 @@ impl NeuronDevice {
     /// # Errors
     /// A rank is missing; the runtime cannot be loaded or is too old; there is no free core.
     pub fn open(settings: Settings) -> Result<Self, Fault> {
+        if let Some(tp) = settings.tp {
+            settings.compiler.target().check_tp(tp)?;
+        }
         for (name, value) in settings.place.environment() {
             if std::env::var_os(name).is_none() {
                 // SAFETY: the caller has started no other thread yet.
@@ -223,4 +237,16 @@ pub fn default_cache() -> PathBuf {
     below("XDG_CACHE_HOME", "elapid/neff")
         .or_else(|| below("HOME", ".cache/elapid/neff"))
         .unwrap_or("neff".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn collectives_serve_some_numbers_of_ranks() {
+        assert!(Target::Trn1.check_tp(8).is_ok() && Target::Trn2.check_tp(4).is_ok());
+        let fault = Target::Trn1.check_tp(4).unwrap_err();
+        assert!(fault.to_string().contains("trn1") && fault.hint.contains("1, 2, 8, 32"), "{fault:?}");
+    }
 }
