@@ -129,8 +129,9 @@ fn the_neuron_driver_trains_on_a_simulated_runtime() {
     trains(dir.path(), &device);
 
     // Documents, bf16, checkpointing and loops: the first loss is the CPU's, and the run learns.
-    run::dataset(&dir.path().join("data"), 3, 37, true);
-    let flags = "--max-steps 3 --batch 2 --dtype bfloat16 --activation-checkpointing block";
+    run::dataset(&dir.path().join("documents"), 3, 37, true);
+    let flags =
+        "--data-dir documents --max-steps 3 --batch 2 --dtype bfloat16 --activation-checkpointing block";
     run::succeed(dir.path(), &format!("{flags} --output-dir cpu16"));
     device.succeeds(dir.path(), &format!("{flags} --layer-loop while --output-dir device16"));
     let (got, want) = (curve(&dir.path().join("device16")), curve(&dir.path().join("cpu16")));

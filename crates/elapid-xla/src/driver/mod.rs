@@ -149,7 +149,10 @@ impl Executor for OnDevice {
             for (port, value) in module.inputs.iter().zip(inputs) {
                 driver.write(array_name(port), &port.shape, value)?;
             }
-            driver.run(program)?;
+            // What is not finite is for those to judge who asked for it.
+            driver
+                .run(program)
+                .or_else(|fault| if fault.kind == Kind::NotFinite { Ok(()) } else { Err(fault) })?;
             module.outputs.iter().map(|port| driver.read(array_name(port))).collect()
         };
         outputs().map_err(|fault| fault.to_string())

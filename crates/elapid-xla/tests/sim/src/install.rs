@@ -20,11 +20,13 @@ pub fn install(dir: &Path) -> Vec<(&'static str, String)> {
     use std::os::unix::fs::PermissionsExt;
     let (bin, lib) = (dir.join("bin"), dir.join("lib"));
     [&bin, &lib].into_iter().for_each(|dir| fs::create_dir_all(dir).expect("a test writes into its folder"));
-    let compiler = bin.join("neuronx-cc");
-    fs::write(&compiler, COMPILER).expect("written");
-    fs::set_permissions(&compiler, fs::Permissions::from_mode(0o755)).expect("its own file");
-    let runtime = lib.join("libnrt.so.1");
-    fs::copy(library(), &runtime).expect("cargo builds the library with the tests");
+    let (compiler, runtime, aside) = (bin.join("neuronx-cc"), lib.join("libnrt.so.1"), dir.join("aside"));
+    // Renamed into place: a process may have the old ones open.
+    fs::write(&aside, COMPILER).expect("written");
+    fs::set_permissions(&aside, fs::Permissions::from_mode(0o755)).expect("its own file");
+    fs::rename(&aside, &compiler).expect("its own folder");
+    fs::copy(library(), &aside).expect("cargo builds the library with the tests");
+    fs::rename(&aside, &runtime).expect("its own folder");
     let path = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap_or_default());
     vec![("PATH", path), ("ELAPID_LIBNRT", runtime.display().to_string())]
 }
