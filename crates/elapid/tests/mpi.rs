@@ -41,6 +41,13 @@ fn number(rank: usize, place: usize) -> f32 {
 /// Called by mpirun on every rank.
 fn check_collectives() {
     let world = World::start(|failure| eprintln!("{}", failure.message)).unwrap();
+    check_collectives_of(&world);
+    // The same in many messages, as what is too large for one is sent.
+    check_collectives_of(&world.with_messages_of(1000));
+    world.finish();
+}
+
+fn check_collectives_of(world: &World) {
     let comm = world.all(Duration::from_secs(60));
     let (rank, size) = (comm.rank(), comm.size());
     let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
@@ -74,10 +81,15 @@ fn check_collectives() {
         data[5 * rank..][..5].fill(rank as u8);
         comm.all_gather(&mut data);
         assert!(data.iter().enumerate().all(|(i, x)| *x == (i / 5) as u8));
+        let mut data = vec![0xee; len * size];
+        let mine = |rank: usize, i: usize| (rank * 31 + i) as u8;
+        data[len * rank..][..len].iter_mut().enumerate().for_each(|(i, x)| *x = mine(rank, i));
+        comm.all_gather(&mut data);
+        assert!(data.iter().enumerate().all(|(i, x)| *x == mine(i / len, i % len)));
         for root in 0..size {
-            let mut data = [rank as u8; 9];
+            let mut data: Vec<_> = (0..len).map(|i| mine(rank, i)).collect();
             comm.broadcast(&mut data, root);
-            assert_eq!(data, [root as u8; 9]);
+            assert!(data.iter().enumerate().all(|(i, x)| *x == mine(root, i)));
         }
     }
     // Two groups: even and odd ranks.
@@ -88,7 +100,6 @@ fn check_collectives() {
     half.all_reduce(FloatsMut::F32(&mut data), Reduce::Sum);
     assert_eq!(data[0], ranks.iter().sum::<usize>() as f32);
     comm.barrier();
-    world.finish();
 }
 
 #[test]

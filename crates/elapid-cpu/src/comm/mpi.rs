@@ -46,6 +46,13 @@ impl World {
         Ok(Self { group })
     }
 
+    /// The same ranks, which send no message of more than `bytes` (1 GiB unless given; MPI counts to 2³¹ − 1) and at least
+    /// one a rank, but several after each other.
+    #[must_use]
+    pub fn with_messages_of(&self, bytes: usize) -> Self {
+        Self { group: MpiGroup { longest: bytes, ..self.group.clone() } }
+    }
+
     /// This process's number.
     pub fn rank(&self) -> usize {
         self.group.rank
@@ -71,7 +78,8 @@ impl World {
             unsafe { ffi::MPI_Comm_split(self.group.comm, color as c_int, self.rank() as c_int, &mut comm) };
         self.group.check("split", code);
         // SAFETY: made above.
-        Arc::new(unsafe { MpiGroup::new(comm, timeout, self.group.farewell, Some(ranks)) })
+        let group = unsafe { MpiGroup::new(comm, timeout, self.group.farewell, Some(ranks)) };
+        Arc::new(MpiGroup { longest: self.group.longest, ..group })
     }
 
     /// Ends MPI; all ranks call this together, after the last collective.
@@ -104,6 +112,8 @@ struct MpiGroup {
     ranks: Vec<usize>,
     timeout: Duration,
     farewell: Farewell,
+    /// Bytes of the longest message.
+    longest: usize,
 }
 
 // SAFETY: a communicator may be used from several threads (`MPI_THREAD_MULTIPLE` was granted); the handle itself never
@@ -136,7 +146,7 @@ impl MpiGroup {
         }
         let (rank, size) = (rank as usize, size as usize);
         let ranks = ranks.unwrap_or_else(|| (0..size).collect());
-        Self { comm, rank, size, ranks, timeout, farewell }
+        Self { comm, rank, size, ranks, timeout, farewell, longest: 1 << 30 }
     }
 
     fn fail(&self, what: String) -> ! {
@@ -155,12 +165,6 @@ impl MpiGroup {
         if code != 0 {
             self.fail(format!("failed in {what}: {}", message(code)));
         }
-    }
-
-    /// Number of elements as MPI counts them.
-    fn count(&self, what: &str, len: usize) -> c_int {
-        c_int::try_from(len)
-            .unwrap_or_else(|_| self.fail(format!("cannot move {len} bytes at once in {what}")))
     }
 
     /// Waits until all transfers are done. Their memory stays where it is: this does not unwind.
@@ -208,14 +212,13 @@ impl MpiGroup {
     fn exchange<T: Number>(&self, what: &str, data: &[T]) -> Vec<T> {
         let mine = piece(data.len(), self.size, self.rank).len();
         let mut incoming = vec![data[0]; mine * (self.size - 1)];
-        // Counted by the byte, in messages that MPI can count.
-        let largest = 1 << 30;
+        let longest = self.longest;
         let mut transfers = Vec::new();
         for peer in (0..self.size).filter(|peer| *peer != self.rank) {
             let slot = if peer < self.rank { peer } else { peer - 1 };
             let theirs = piece(data.len(), self.size, peer);
             let from = &mut incoming[slot * mine..(slot + 1) * mine];
-            for part in bytes_mut(from).chunks_mut(largest) {
+            for part in bytes_mut(from).chunks_mut(longest) {
                 self.start(what, peer, &mut transfers, |comm, peer, request| {
                     // SAFETY: the memory lives until `wait` has seen this transfer done, and nobody else uses it.
                     unsafe {
@@ -225,11 +228,11 @@ impl MpiGroup {
                 });
             }
             let (first, bytes) = (data[theirs.clone()].as_ptr().cast::<u8>(), size_of_val(&data[theirs]));
-            for at in (0..bytes).step_by(largest) {
+            for at in (0..bytes).step_by(longest) {
                 self.start(what, peer, &mut transfers, |comm, peer, request| {
                     // SAFETY: `data` is borrowed for as long, and only read.
                     unsafe {
-                        let (from, len) = (first.add(at).cast(), largest.min(bytes - at) as c_int);
+                        let (from, len) = (first.add(at).cast(), longest.min(bytes - at) as c_int);
                         ffi::MPI_Isend(from, len, ffi::RSMPI_UINT8_T, peer, 0, comm, request)
                     }
                 });
@@ -295,8 +298,26 @@ impl MpiGroup {
 
     fn gather(&self, what: &str, data: &mut [u8]) {
         let each = data.len() / self.size;
-        let own = data[self.rank * each..][..each].to_vec();
-        let count = self.count(what, each);
+        if data.len() <= self.longest {
+            let own = data[self.rank * each..][..each].to_vec();
+            return self.gather_message(what, &own, data);
+        }
+        // The same stretch of every rank's piece at a time, by way of a buffer in which they are neighbours.
+        let stretch = (self.longest / self.size).max(1);
+        let mut all = vec![0; stretch.min(each) * self.size];
+        for at in (0..each).step_by(stretch) {
+            let len = stretch.min(each - at);
+            let all = &mut all[..len * self.size];
+            self.gather_message(what, &data[self.rank * each + at..][..len], all);
+            for (rank, piece) in all.chunks_exact(len).enumerate() {
+                data[rank * each + at..][..len].copy_from_slice(piece);
+            }
+        }
+    }
+
+    /// `own` of every rank, one after the other, into `data`.
+    fn gather_message(&self, what: &str, own: &[u8], data: &mut [u8]) {
+        let count = own.len() as c_int;
         self.collective(what, |comm, request| {
             let (from, to) = (own.as_ptr().cast::<c_void>(), data.as_mut_ptr().cast::<c_void>());
             // SAFETY: both live until the collective is done; `data` has a piece for each rank.
@@ -338,14 +359,15 @@ impl Communicator for MpiGroup {
     }
 
     fn broadcast(&self, data: &mut [u8], root: usize) {
-        let count = self.count("broadcast", data.len());
-        self.collective("broadcast", |comm, request| {
-            // SAFETY: the memory lives until the collective is done.
-            unsafe {
-                let data = data.as_mut_ptr().cast();
-                ffi::MPI_Ibcast(data, count, ffi::RSMPI_UINT8_T, root as c_int, comm, request)
-            }
-        });
+        for message in data.chunks_mut(self.longest) {
+            self.collective("broadcast", |comm, request| {
+                // SAFETY: the memory lives until the collective is done.
+                unsafe {
+                    let (data, count) = (message.as_mut_ptr().cast(), message.len() as c_int);
+                    ffi::MPI_Ibcast(data, count, ffi::RSMPI_UINT8_T, root as c_int, comm, request)
+                }
+            });
+        }
     }
 
     fn barrier(&self) {

@@ -146,7 +146,7 @@ impl Memory {
         }
         let within = |bytes: u128| u64::try_from(bytes).unwrap_or(u64::MAX).min(1 << 60);
         Self {
-            parameters: ranks * (4 * elements / shards + copy + before * elements),
+            parameters: ranks * ((4 + before) * elements / shards + copy),
             gradients: ranks
                 * (4 * (elements + sending) + if shards > 1 { 4 * elements / shards } else { 0 }),
             moments: ranks * (8 * elements / shards),

@@ -1,10 +1,8 @@
 //! What a rank holds and sends, for any model on any mesh, without running it.
 
-use std::fmt;
-
 use elapid_tensor::{Checkpointing, DType, NormGroup};
 
-use super::memory::{Demand, Memory, bytes};
+use super::memory::Demand;
 
 /// Bytes that a rank sends to its neighbours in a ring. With r ranks, a sum of n bytes over all of them makes each send
 /// 2·n·(r − 1)/r, and a gather or a scattered sum of n bytes in all n·(r − 1)/r.
@@ -68,77 +66,5 @@ impl Traffic {
             over(2 * 4 * n, dp)
         };
         Self { micro_step, replicas, update }
-    }
-}
-
-/// Runs side by side, as a table of what one rank holds and sends.
-#[derive(Clone, Debug)]
-pub struct Plan {
-    lines: Vec<[String; 9]>,
-}
-
-impl Plan {
-    /// The plan for `demands`, each with a name.
-    pub fn new<'a>(demands: impl IntoIterator<Item = (&'a str, Demand<'a>)>) -> Self {
-        let line = |(name, demand): (&str, Demand<'_>)| {
-            let demand = Demand { ranks_here: 1, ..demand };
-            let (memory, traffic) = (Memory::predict(&demand), Traffic::predict(&demand));
-            let mut mesh = format!("dp {} tp {}", demand.mesh.dp, demand.mesh.tp);
-            for (is, name) in [(demand.zero1, " zero-1"), (demand.sequence_parallel, " sp")] {
-                mesh += if is { name } else { "" };
-            }
-            let [held, work] = [
-                memory.parameters + memory.gradients + memory.moments,
-                memory.activations + memory.transient,
-            ];
-            [
-                name.to_owned(),
-                mesh,
-                bytes(memory.parameters),
-                bytes(memory.gradients),
-                bytes(memory.moments),
-                bytes(work),
-                bytes(held + work),
-                bytes(traffic.micro_step),
-                bytes(traffic.update + traffic.replicas),
-            ]
-        };
-        Self { lines: demands.into_iter().map(line).collect() }
-    }
-}
-
-impl fmt::Display for Plan {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let titles = [
-            "model",
-            "mesh",
-            "parameters",
-            "gradients",
-            "moments",
-            "activations",
-            "all",
-            "sent a micro-step",
-            "sent an update",
-        ];
-        let titles = titles.map(str::to_owned);
-        let width = |column: usize| {
-            let cells = self.lines.iter().chain([&titles]).map(|line| line[column].len());
-            cells.max().unwrap_or(0)
-        };
-        let widths: [usize; 9] = std::array::from_fn(width);
-        for (i, line) in std::iter::once(&titles).chain(&self.lines).enumerate() {
-            if i > 0 {
-                writeln!(f)?;
-            }
-            for (column, (cell, width)) in line.iter().zip(widths).enumerate() {
-                // Texts to the left, numbers to the right.
-                match column {
-                    0 => write!(f, "{cell:<width$}")?,
-                    1 => write!(f, "  {cell:<width$}")?,
-                    _ => write!(f, "  {cell:>width$}")?,
-                }
-            }
-        }
-        Ok(())
     }
 }

@@ -353,8 +353,8 @@ impl<'a> Session<'a> {
             outcome.tokens = position.tokens;
             outcome.seconds = position.seconds;
         }
-        let norms = folder.map_or(Ok(None), |folder| folder.open_norms(done, args.log_norms))?;
-        let norms = norms.map(|log| Norms::new(backend, &trainer, log));
+        let log = folder.map_or(Ok(None), |folder| folder.open_norms(done, args.log_norms))?;
+        let norms = args.log_norms.then(|| Norms::new(backend, &trainer, log));
         Ok(Self {
             run,
             rank,
@@ -481,7 +481,7 @@ impl<'a> Session<'a> {
             step,
         };
         if let Some(norms) = &mut self.norms {
-            norms.before_update(self.backend, &self.trainer, valid);
+            norms.before_update(self.rank, self.backend, &mut self.trainer, valid);
         }
         let report = self.trainer.update(&hyper, args.max_grad_norm, valid);
         if !report.finite {
@@ -489,7 +489,7 @@ impl<'a> Session<'a> {
             return Err(self.not_finite(step, before, report)?);
         }
         if let Some(norms) = &mut self.norms {
-            norms.after_update(step, self.backend, &self.trainer)?;
+            norms.after_update(step, self.rank, self.backend, &self.trainer)?;
         }
         let seconds = start.elapsed().as_secs_f64();
         if step == 1 {
@@ -500,7 +500,7 @@ impl<'a> Session<'a> {
         self.outcome.seconds += seconds;
         let tokens_per_s = tokens as f64 / seconds;
         let evaluation = match self.held_out {
-            Some(held_out) => held_out.after(step, self.backend, self.trainer.model())?,
+            Some(held_out) => held_out.after(step, self.rank, self.backend, self.trainer.model())?,
             None => None,
         };
         self.outcome.evaluation = evaluation;
