@@ -2,7 +2,8 @@
 
 use elapid_tensor::{Checkpointing, DType, NormGroup};
 
-use super::memory::Demand;
+use super::memory::{Demand, MARGIN, Memory, bytes};
+use crate::parallel::Mesh;
 
 /// Bytes that a rank sends to its neighbours in a ring. With r ranks, a sum of n bytes over all of them makes each send
 /// 2·n·(r − 1)/r, and a gather or a scattered sum of n bytes in all n·(r − 1)/r.
@@ -66,5 +67,73 @@ impl Traffic {
             over(2 * 4 * n, dp)
         };
         Self { micro_step, replicas, update }
+    }
+}
+
+/// What in `demand` does nothing on its mesh, or makes ranks hold what another setting would spare them, each with the
+/// reason. A saving below a tenth is not worth a word.
+pub fn waste(demand: &Demand<'_>) -> Vec<String> {
+    let Mesh { dp, tp } = demand.mesh;
+    let total = Memory::predict(demand).total();
+    let spared = |other: Demand<'_>| {
+        let spared = total.saturating_sub(Memory::predict(&other).total());
+        (spared as f64 > MARGIN * total as f64).then(|| format!("{} of {}", bytes(spared), bytes(total)))
+    };
+    let mut lines = Vec::new();
+    if demand.zero1 && dp == 1 {
+        lines.push("--use-zero-1 does nothing: there is no other data-parallel rank to share with".into());
+    }
+    if demand.sequence_parallel && tp == 1 {
+        lines.push(
+            "--sequence-parallel-enabled does nothing: there is no other tensor-parallel rank to share with"
+                .into(),
+        );
+    }
+    if !demand.zero1
+        && dp > 1
+        && let Some(spared) = spared(Demand { zero1: true, ..*demand })
+    {
+        lines.push(format!(
+            "each of {dp} data-parallel ranks holds all masters and moments; --use-zero-1 would spare {spared}"
+        ));
+    }
+    if !demand.sequence_parallel
+        && tp > 1
+        && let Some(spared) = spared(Demand { sequence_parallel: true, ..*demand })
+    {
+        lines.push(format!(
+            "each of {tp} tensor-parallel ranks holds what lies between the blocks as a whole; \
+             --sequence-parallel-enabled would spare {spared}"
+        ));
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::ModelConfig;
+
+    #[test]
+    fn what_is_wasted_is_named() {
+        let config = ModelConfig::preset("mamba2-130m").unwrap();
+        let alone = Demand::alone(&config, (1, 2048), DType::Bf16, Checkpointing::None, 1);
+        let on = |dp, tp, zero1, sequence_parallel| {
+            waste(&Demand { mesh: Mesh { dp, tp }, zero1, sequence_parallel, ..alone })
+        };
+        assert!(on(1, 1, false, false).is_empty() && on(4, 4, true, true).is_empty());
+        let one = |lines: Vec<String>, start: &str, end: &str| {
+            assert!(lines.len() == 1 && lines[0].starts_with(start) && lines[0].contains(end), "{lines:?}");
+        };
+        one(on(1, 1, true, false), "--use-zero-1 does nothing", "data-parallel");
+        one(on(1, 1, false, true), "--sequence-parallel-enabled does nothing", "tensor-parallel");
+        one(on(8, 1, false, false), "each of 8 data-parallel ranks", "--use-zero-1 would spare");
+        one(
+            on(1, 8, false, false),
+            "each of 8 tensor-parallel ranks",
+            "--sequence-parallel-enabled would spare",
+        );
+        // With two ranks in fp32 the shards' own buffers are as large as what they spare.
+        assert!(waste(&Demand { mesh: Mesh { dp: 2, tp: 1 }, dtype: DType::F32, ..alone }).is_empty());
     }
 }

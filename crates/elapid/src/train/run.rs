@@ -15,6 +15,7 @@ use super::folder::{Log, RunFolder};
 use super::memory::{self, Demand, Memory};
 use super::nonfinite::{self, NonFinite};
 use super::norms::Norms;
+use super::plan::waste;
 use super::progress::{Figures, Progress};
 use super::resume::{self, Start};
 use super::stop::{self, Graceful};
@@ -145,7 +146,8 @@ fn train_on(run: &Run, rank: &Rank) -> Result<Outcome, Error> {
         .with_hint("give a smaller --batch, or more data"));
     }
     let backend = rank.cpu()?;
-    let memory = Memory::predict(&Demand {
+    let shapes = held_out.as_ref().map_or_else(Vec::new, HeldOut::shapes);
+    let demand = Demand {
         config: &run.config,
         batch: run.args.batch,
         length: data.seq_len(),
@@ -156,10 +158,12 @@ fn train_on(run: &Run, rank: &Rank) -> Result<Outcome, Error> {
         ranks_here: rank.ranks_here(),
         zero1: run.args.use_zero_1,
         sequence_parallel: run.args.sequence_parallel_enabled,
-        evaluation: &held_out.as_ref().map_or_else(Vec::new, HeldOut::shapes),
+        evaluation: &shapes,
         log_norms: run.args.log_norms,
-    });
-    if let Some(warning) = rank.from_first(|| memory.check(run.args.ignore_memory_limit))? {
+    };
+    let memory = Memory::predict(&demand);
+    let warning = rank.from_first(|| memory.check(run.args.ignore_memory_limit))?;
+    for warning in waste(&demand).into_iter().chain(warning) {
         say(format_args!("warning: {warning}"));
     }
     // The first rank keeps the folders; the others are told what it finds there.
