@@ -315,13 +315,6 @@ impl TrainArgs {
         at_least_one("--comm-timeout", self.comm_timeout)?;
         let mesh = Mesh::new(self.tp, self.dp, parallel::world_size()?)?;
         check_ranks(&config, self.tp)?;
-        if self.log_norms && mesh.size() > 1 {
-            return Err(Error::new(format!(
-                "--log-norms needs a single rank, and there are {}",
-                mesh.size()
-            ))
-            .with_hint("leave it out, or give neither --tp nor --dp"));
-        }
         let samples = [self.batch as u64, self.grad_accum_usteps as u64, mesh.dp as u64]
             .into_iter()
             .try_fold(self.max_steps, |product, factor| product.checked_mul(factor));

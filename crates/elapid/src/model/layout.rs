@@ -332,6 +332,23 @@ impl Layout {
         (range, at)
     }
 
+    /// What of `slot` lies in one of `ranks` equal parts of its row and counts in a norm over all ranks: as slots of that
+    /// part.
+    pub fn counted(&self, slot: &Slot, ranks: usize, rank: usize) -> Vec<Slot> {
+        let (start, end) = (slot.offset, slot.offset + slot.len());
+        let mut at = start;
+        let mut counted = Vec::new();
+        for gap in self.uncounted(slot.row).chain([end..end]) {
+            let stretch = at..gap.start.clamp(at, end);
+            at = gap.end.clamp(at, end);
+            let whole = Slot { row: slot.row, offset: stretch.start, shape: vec![stretch.len()] };
+            let (range, offset) = self.within_part(&whole, ranks, rank);
+            counted.push(Slot { row: slot.row, offset, shape: vec![range.len()] });
+        }
+        counted.retain(|slot| !slot.is_empty());
+        counted
+    }
+
     /// What one of `ranks` equal parts of every row is to the update.
     pub fn part(&self, ranks: usize, rank: usize) -> Part {
         let flat = self.flat.shard(ranks);

@@ -23,7 +23,7 @@ use play::Play;
 /// What the program holds apart from tensors on each thread: stack, and the packed operands of matrix products.
 const THREAD: u64 = 2 << 20;
 /// Beyond this share of the memory that is free a run is warned of, or refused, by what the prediction may be off.
-const MARGIN: f64 = 0.1;
+pub(super) const MARGIN: f64 = 0.1;
 
 /// The run that is about to start.
 #[derive(Clone, Copy, Debug)]
@@ -146,7 +146,7 @@ impl Memory {
         }
         let within = |bytes: u128| u64::try_from(bytes).unwrap_or(u64::MAX).min(1 << 60);
         Self {
-            parameters: ranks * (4 * elements / shards + copy + before * elements),
+            parameters: ranks * ((4 + before) * elements / shards + copy),
             gradients: ranks
                 * (4 * (elements + sending) + if shards > 1 { 4 * elements / shards } else { 0 }),
             moments: ranks * (8 * elements / shards),

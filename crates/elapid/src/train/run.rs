@@ -15,6 +15,7 @@ use super::folder::{Log, RunFolder};
 use super::memory::{self, Demand, Memory};
 use super::nonfinite::{self, NonFinite};
 use super::norms::Norms;
+use super::plan::waste;
 use super::progress::{Figures, Progress};
 use super::resume::{self, Start};
 use super::stop::{self, Graceful};
@@ -145,7 +146,8 @@ fn train_on(run: &Run, rank: &Rank) -> Result<Outcome, Error> {
         .with_hint("give a smaller --batch, or more data"));
     }
     let backend = rank.cpu()?;
-    let memory = Memory::predict(&Demand {
+    let shapes = held_out.as_ref().map_or_else(Vec::new, HeldOut::shapes);
+    let demand = Demand {
         config: &run.config,
         batch: run.args.batch,
         length: data.seq_len(),
@@ -156,10 +158,12 @@ fn train_on(run: &Run, rank: &Rank) -> Result<Outcome, Error> {
         ranks_here: rank.ranks_here(),
         zero1: run.args.use_zero_1,
         sequence_parallel: run.args.sequence_parallel_enabled,
-        evaluation: &held_out.as_ref().map_or_else(Vec::new, HeldOut::shapes),
+        evaluation: &shapes,
         log_norms: run.args.log_norms,
-    });
-    if let Some(warning) = rank.from_first(|| memory.check(run.args.ignore_memory_limit))? {
+    };
+    let memory = Memory::predict(&demand);
+    let warning = rank.from_first(|| memory.check(run.args.ignore_memory_limit))?;
+    for warning in waste(&demand).into_iter().chain(warning) {
         say(format_args!("warning: {warning}"));
     }
     // The first rank keeps the folders; the others are told what it finds there.
@@ -353,8 +357,8 @@ impl<'a> Session<'a> {
             outcome.tokens = position.tokens;
             outcome.seconds = position.seconds;
         }
-        let norms = folder.map_or(Ok(None), |folder| folder.open_norms(done, args.log_norms))?;
-        let norms = norms.map(|log| Norms::new(backend, &trainer, log));
+        let log = folder.map_or(Ok(None), |folder| folder.open_norms(done, args.log_norms))?;
+        let norms = args.log_norms.then(|| Norms::new(backend, &trainer, log));
         Ok(Self {
             run,
             rank,
@@ -481,7 +485,7 @@ impl<'a> Session<'a> {
             step,
         };
         if let Some(norms) = &mut self.norms {
-            norms.before_update(self.backend, &self.trainer, valid);
+            norms.before_update(self.rank, self.backend, &mut self.trainer, valid);
         }
         let report = self.trainer.update(&hyper, args.max_grad_norm, valid);
         if !report.finite {
@@ -489,7 +493,7 @@ impl<'a> Session<'a> {
             return Err(self.not_finite(step, before, report)?);
         }
         if let Some(norms) = &mut self.norms {
-            norms.after_update(step, self.backend, &self.trainer)?;
+            norms.after_update(step, self.rank, self.backend, &self.trainer)?;
         }
         let seconds = start.elapsed().as_secs_f64();
         if step == 1 {
@@ -500,7 +504,7 @@ impl<'a> Session<'a> {
         self.outcome.seconds += seconds;
         let tokens_per_s = tokens as f64 / seconds;
         let evaluation = match self.held_out {
-            Some(held_out) => held_out.after(step, self.backend, self.trainer.model())?,
+            Some(held_out) => held_out.after(step, self.rank, self.backend, self.trainer.model())?,
             None => None,
         };
         self.outcome.evaluation = evaluation;
