@@ -208,6 +208,9 @@ pub struct TrainArgs {
     /// Write a checkpoint after the last step
     #[arg(long)]
     pub save_last_step: bool,
+    /// Wait in each save until it is on disk: takes no memory for a copy of masters and moments
+    #[arg(long)]
+    pub no_async_save: bool,
     /// Go on from the newest checkpoint of this run, or from the one given
     #[arg(long, value_name = "auto|PATH")]
     pub resume: Option<Resume>,

@@ -9,7 +9,7 @@ mod open;
 mod torch;
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 pub use diff::{Comparison, TensorComparison, compare};
@@ -18,6 +18,7 @@ pub use open::Dimensions;
 use crate::Error;
 use crate::config::{ModelConfig, TokenIds};
 use crate::data::Tokenizer;
+use crate::disk;
 use crate::error::say;
 use crate::model::pretrained::{
     Aside, CONFIG, FileDType, MAX_SHARD_SIZE, PICKLE, save_tensors, write_tensors,
@@ -267,7 +268,8 @@ impl Tokens {
             Self::Json(tokenizer) => tokenizer.save(dir),
             Self::Files(files) => files.iter().try_for_each(|file| {
                 let place = dir.join(file.file_name().unwrap_or_default());
-                fs::copy(file, &place).map(drop).map_err(|cause| Error::io("copy", file, &cause))
+                let copy = || fs::copy(file, &place).and_then(|_| File::open(&place)?.sync_all());
+                copy().map_err(|cause| Error::io("copy", file, &cause))
             }),
         }
     }
@@ -291,7 +293,7 @@ impl Folder {
     }
 
     fn commit(self) -> Result<(), Error> {
-        fs::rename(&self.aside, &self.dir).map_err(|cause| Error::io("write", &self.dir, &cause))
+        disk::place(&self.aside, &self.dir)
     }
 }
 

@@ -57,9 +57,9 @@ impl<B: Backend> Norms<B> {
         self.log.push(&line)
     }
 
-    /// Waits until all of it is on disk.
-    pub(super) fn sync(&self) -> Result<(), Error> {
-        self.log.sync()
+    /// Its file.
+    pub(super) fn log(&self) -> &Log {
+        &self.log
     }
 }
 

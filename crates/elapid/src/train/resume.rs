@@ -9,7 +9,9 @@ use serde_json::{Map, Value};
 use super::folder::RunFolder;
 use super::{Outcome, Trainer};
 use crate::Error;
-use crate::checkpoint::{Checkpoint, Data, PREFIXES, Store, carried_cuts_of, carried_name};
+use crate::checkpoint::{
+    Checkpoint, Data, MANIFEST, Manifest, PREFIXES, Store, carried_cuts_of, carried_name,
+};
 use crate::config::ModelConfig;
 use crate::config::run::{Resume, Run, TrainArgs};
 use crate::data::{Dataset, Order, Sampler};
@@ -28,11 +30,14 @@ pub(super) enum Start {
     Finished(Outcome),
 }
 
-/// A [`Start`] as the first rank tells the others.
+/// What the first rank finds, as it tells the others.
 #[derive(Serialize, Deserialize)]
 enum Found {
     Fresh,
+    /// A checkpoint, that of this folder.
     At(PathBuf),
+    /// The newest whole checkpoint, where there is one.
+    Newest,
     Finished,
 }
 
@@ -46,58 +51,53 @@ pub(super) fn start(
 ) -> Result<Start, Error> {
     let mut own = None;
     let found = rank.from_first(|| {
-        let start = look(run, folder.expect("the first rank has the folder"), store)?;
-        let found = match &start {
-            Start::Fresh => Found::Fresh,
-            Start::From(checkpoint) => Found::At(checkpoint.dir().to_owned()),
-            Start::Finished(_) => Found::Finished,
-        };
-        own = Some(start);
+        let (found, outcome) = look(run, folder.expect("the first rank has the folder"), store)?;
+        own = outcome;
         Ok(found)
     })?;
-    match (own, found) {
-        (Some(start), _) => Ok(start),
-        (None, Found::Fresh) => Ok(Start::Fresh),
-        (None, Found::At(dir)) => Ok(Start::From(Box::new(Checkpoint::open(&dir)?))),
-        (None, Found::Finished) => Ok(Start::Finished(Outcome::new(run.output_dir.join("hf")))),
-    }
+    Ok(match found {
+        Found::Fresh => Start::Fresh,
+        Found::Finished => {
+            Start::Finished(own.unwrap_or_else(|| Outcome::new(run.output_dir.join("hf"))))
+        }
+        Found::At(dir) => Start::From(Box::new(Checkpoint::open_on(rank, &dir)?)),
+        Found::Newest => match Checkpoint::newest(rank, store.dir(), None)? {
+            Some(checkpoint) => Start::From(Box::new(checkpoint)),
+            None => {
+                say(format_args!("no checkpoint in {}: starting at step 1", store.dir().display()));
+                Start::Fresh
+            }
+        },
+    })
 }
 
-fn look(run: &Run, folder: &RunFolder, store: &Store) -> Result<Start, Error> {
+fn look(run: &Run, folder: &RunFolder, store: &Store) -> Result<(Found, Option<Outcome>), Error> {
     match &run.args.resume {
         None => {
             folder.refuse_a_run()?;
             match store.last()? {
-                None => Ok(Start::Fresh),
+                None => Ok((Found::Fresh, None)),
                 Some((_, name)) => Err(Error::new(format!("{} already holds {name}", store.dir().display()))
                     .with_hint("go on from it with --resume auto, or give another --checkpoint-dir")),
             }
         }
-        Some(Resume::Auto) => {
-            if let Some(outcome) = folder.finished(run.args.max_steps)? {
-                return Ok(Start::Finished(outcome));
-            }
-            match Checkpoint::newest(store.dir(), None)? {
-                Some(checkpoint) => Ok(Start::From(Box::new(checkpoint))),
-                None => {
-                    say(format_args!("no checkpoint in {}: starting at step 1", store.dir().display()));
-                    Ok(Start::Fresh)
-                }
-            }
-        }
+        Some(Resume::Auto) => match folder.finished(run.args.max_steps)? {
+            Some(outcome) => Ok((Found::Finished, Some(outcome))),
+            None => Ok((Found::Newest, None)),
+        },
         Some(Resume::Path(path)) => {
-            let checkpoint = Checkpoint::find(path)?;
-            let step = checkpoint.manifest().progress.step;
+            let dir = Checkpoint::locate(path)?;
+            let step = Manifest::read(&dir.join(MANIFEST))?.progress.step;
             match store.last()? {
                 Some((later, name)) if later > step => Err(Error::new(format!(
                     "{} is at step {step}, but {} holds {name}",
-                    checkpoint.dir().display(),
+                    dir.display(),
                     store.dir().display()
                 ))
                 .with_hint(
                     "move later checkpoints away to train these steps again, or give another --checkpoint-dir",
                 )),
-                _ => Ok(Start::From(Box::new(checkpoint))),
+                _ => Ok((Found::At(dir), None)),
             }
         }
     }
@@ -106,14 +106,15 @@ fn look(run: &Run, folder: &RunFolder, store: &Store) -> Result<Start, Error> {
 /// Replaces the parameters by those of the checkpoint that `--checkpoint-load-dir` and `-tag` name.
 pub(super) fn load_weights<B: Backend>(
     args: &TrainArgs,
+    rank: &Rank,
     backend: &B,
     model: &mut Mamba2ForCausalLM<B>,
 ) -> Result<(), Error> {
     let dir = args.checkpoint_load_dir.as_deref().unwrap_or(Path::new("."));
     let checkpoint = match &args.checkpoint_load_tag {
-        None => Checkpoint::find(dir)?,
-        Some(tag) if dir.join(tag).is_dir() => Checkpoint::open(&dir.join(tag))?,
-        Some(tag) => Checkpoint::newest(dir, Some(tag))?.ok_or_else(|| {
+        None => Checkpoint::open_on(rank, &rank.from_first(|| Checkpoint::locate(dir))?)?,
+        Some(tag) if dir.join(tag).is_dir() => Checkpoint::open_on(rank, &dir.join(tag))?,
+        Some(tag) => Checkpoint::newest(rank, dir, Some(tag))?.ok_or_else(|| {
             Error::new(format!("there is no checkpoint {tag} in {}", dir.display())).with_hint(
                 "give --checkpoint-load-tag the name of a step-… folder, or the --tag that it was saved with",
             )
@@ -131,7 +132,7 @@ pub(super) fn read_weights<B: Backend>(
     let layout = model.layout().clone();
     let [weights, ..] = PREFIXES;
     let masters = model.masters_mut();
-    checkpoint.read(weights, &layout, |slot, values| backend.write_slot(masters, slot, values))?;
+    checkpoint.read(weights, &layout, (1, 0), |slot, values| backend.write_slot(masters, slot, values))?;
     model.refresh(backend);
     Ok(())
 }
@@ -219,7 +220,7 @@ pub(super) fn check(
 
 /// The flags that have a part in the numbers: not where things go, nor how often.
 fn numeric(settings: &Value) -> Map<String, Value> {
-    const OTHERS: [&str; 11] = [
+    const OTHERS: [&str; 12] = [
         "comm-timeout",
         "output-dir",
         "checkpoint-dir",
@@ -227,6 +228,7 @@ fn numeric(settings: &Value) -> Map<String, Value> {
         "tag",
         "num-kept-checkpoint",
         "save-last-step",
+        "no-async-save",
         "resume",
         "logging-interval",
         "log-norms",
@@ -296,12 +298,11 @@ pub(super) fn restore_carried<B: Backend>(
                 "with --carry-state give --batch as before, or start a new run with --checkpoint-load",
             )
         };
-        let (shape, values) = checkpoint.tensor(&name)?.ok_or_else(|| fault("is missing".into()))?;
-        if shape[0] != ranks * rows {
-            return Err(fault(format!("holds {} sequences instead of {}", shape[0], ranks * rows)));
+        let held = checkpoint.sequences(&name).ok_or_else(|| fault("is missing".into()))?;
+        if held != ranks * rows {
+            return Err(fault(format!("holds {held} sequences instead of {}", ranks * rows)));
         }
-        let own = values.len() / ranks;
-        let values = cuts.slice(&values[rank * own..][..own]);
+        let values = checkpoint.read_carried(&name, cuts, rank * rows)?;
         Ok(backend.tensor(&values, &cuts.shape(), DType::F32))
     };
     let layers = model.layout().flat.layers;
@@ -320,5 +321,5 @@ pub(super) fn restore<B: Backend>(
     rows: usize,
 ) -> Result<(), Error> {
     restore_carried(checkpoint, backend, trainer, rows)?;
-    trainer.replace_state(|which, layout, write| checkpoint.read(PREFIXES[which], layout, write))
+    trainer.replace_state(|which, layout, part, write| checkpoint.read(PREFIXES[which], layout, part, write))
 }
