@@ -33,7 +33,7 @@ pub struct Data {
 pub struct Progress {
     /// Optimizer steps done.
     pub step: u64,
-    /// Data position: global samples read since step 1.
+    /// Data position: global samples of this dataset that were read.
     pub samples: u64,
     /// Inputs since step 1.
     pub tokens: u64,

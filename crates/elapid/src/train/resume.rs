@@ -147,19 +147,15 @@ pub(super) fn identity(data: &Dataset, sampler: &Sampler) -> Data {
     }
 }
 
-/// Samples of one optimizer step, over all ranks.
-pub(super) fn samples_per_step(sampler: &Sampler) -> u64 {
-    (sampler.dp * sampler.batch * sampler.accum) as u64
-}
-
-/// Checks that the checkpoint is of this model and this order of samples, and says which other flags have changed.
+/// Checks that the checkpoint is of this model and of samples that the run can go on with, and says what has changed. Gives
+/// [`Sampler::from`]: where it goes on, or the beginning of another dataset.
 pub(super) fn check(
     checkpoint: &Checkpoint,
     run: &Run,
     config: &ModelConfig,
     data: &Dataset,
     sampler: &Sampler,
-) -> Result<(), Error> {
+) -> Result<(u64, u64), Error> {
     let old = &checkpoint.manifest().progress;
     let fault = |what: String, hint: &str| {
         Err(Error::new(format!("cannot go on from {}: {what}", checkpoint.dir().display())).with_hint(hint))
@@ -171,18 +167,13 @@ pub(super) fn check(
             "give the same model, or start a new run with --checkpoint-load, which takes the weights alone",
         );
     }
-    let new = identity(data, sampler);
-    if old.data != new {
-        let json = |data: &Data| match serde_json::to_value(data) {
-            Ok(Value::Object(fields)) => fields,
-            _ => Map::new(),
-        };
-        return fault(
-            format!("the dataset has changed ({})", differences(&json(&old.data), &json(&new)).join(", ")),
-            "give the dataset that the run was started with; for another one start a new run with --checkpoint-load",
-        );
-    }
-    if old.order != sampler.order {
+    let json = |data: &Data| match serde_json::to_value(data) {
+        Ok(Value::Object(fields)) => fields,
+        _ => Map::new(),
+    };
+    let dataset = differences(&json(&old.data), &json(&identity(data, sampler))).join(", ");
+    let stretches = [old.order, sampler.order].contains(&Order::Stretches);
+    if old.order != sampler.order && (dataset.is_empty() || stretches) {
         let say = |order: Order| match order {
             Order::Dataset => "that of the dataset".into(),
             Order::Shuffled(seed) => format!("random with seed {seed}"),
@@ -193,15 +184,22 @@ pub(super) fn check(
             "give --shuffle, --seed and --carry-state as before",
         );
     }
-    let per_step = samples_per_step(sampler);
-    if old.samples != old.step * per_step {
+    let setting = |name: &str| old.settings[name].as_u64().unwrap_or(1);
+    let before = setting("batch") * setting("grad-accum-usteps") * checkpoint.manifest().mesh.dp as u64;
+    let per_step = sampler.read_before(1);
+    if stretches && !dataset.is_empty() {
+        return fault(
+            format!("the dataset has changed ({dataset}), and states are carried through it"),
+            "give the dataset that the run was started with; for another one start a new run with --checkpoint-load",
+        );
+    }
+    if stretches && before != per_step {
         return fault(
             format!(
-                "it has read {} samples in {} steps, but --batch {} with --grad-accum-usteps {} and --dp {} makes {per_step} a \
-                 step",
-                old.samples, old.step, sampler.batch, sampler.accum, sampler.dp
+                "a step read {before} samples, but --batch {} with --grad-accum-usteps {} and --dp {} makes {per_step}",
+                sampler.batch, sampler.accum, sampler.dp
             ),
-            "the split may change, but not the product --batch × --grad-accum-usteps × --dp",
+            "with --carry-state the split may change, but not the product --batch × --grad-accum-usteps × --dp",
         );
     }
     if old.step > run.args.max_steps {
@@ -215,7 +213,14 @@ pub(super) fn check(
     if !changed.is_empty() {
         say(format_args!("  changed since: {}", changed.join(", ")));
     }
-    Ok(())
+    if before != per_step {
+        say(format_args!("  a step reads {per_step} samples from here on, {before} before"));
+    }
+    if dataset.is_empty() {
+        return Ok((old.step, old.samples));
+    }
+    say(format_args!("  another dataset, read from its beginning ({dataset})"));
+    Ok((old.step, 0))
 }
 
 /// The flags that have a part in the numbers: not where things go, nor how often.

@@ -335,18 +335,19 @@ impl<'a> Session<'a> {
         if args.carry_state {
             trainer = trainer.with_carried_states();
         }
-        let sampler = Sampler {
+        let mut sampler = Sampler {
             len: held_out.map_or(data.samples(), HeldOut::training_samples),
             batch: args.batch,
             dp: run.mesh.dp,
             rank: rank.dp_rank(),
             accum: args.grad_accum_usteps,
             order,
+            from: (0, 0),
         };
         let mut done = 0;
         let mut outcome = Outcome::new(run.output_dir.join("hf"));
         if let Some(checkpoint) = from {
-            resume::check(checkpoint, run, trainer.model().config(), data, &sampler)?;
+            sampler.from = resume::check(checkpoint, run, trainer.model().config(), data, &sampler)?;
             resume::restore(checkpoint, backend, &mut trainer, args.batch)?;
             let position = &checkpoint.manifest().progress;
             done = position.step;
@@ -452,7 +453,7 @@ impl<'a> Session<'a> {
     fn position(&self, step: u64) -> Position {
         Position {
             step,
-            samples: step * resume::samples_per_step(&self.sampler),
+            samples: self.sampler.read_before(step),
             tokens: self.outcome.tokens,
             seconds: self.outcome.seconds,
             first_loss: self.outcome.first_loss,
