@@ -1,6 +1,7 @@
 //! Going on where a run stopped: which checkpoint, whether it fits, and what it puts back.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use elapid_tensor::{Backend, DType, Group, State};
 use serde::{Deserialize, Serialize};
@@ -55,7 +56,8 @@ pub(super) fn start(
         own = outcome;
         Ok(found)
     })?;
-    Ok(match found {
+    let begin = Instant::now();
+    let start = match found {
         Found::Fresh => Start::Fresh,
         Found::Finished => {
             Start::Finished(own.unwrap_or_else(|| Outcome::new(run.output_dir.join("hf"))))
@@ -68,7 +70,11 @@ pub(super) fn start(
                 Start::Fresh
             }
         },
-    })
+    };
+    if let Start::From(checkpoint) = &start {
+        say(format_args!("{} checked in {:.2} s", checkpoint.dir().display(), begin.elapsed().as_secs_f64()));
+    }
+    Ok(start)
 }
 
 fn look(run: &Run, folder: &RunFolder, store: &Store) -> Result<(Found, Option<Outcome>), Error> {
@@ -325,6 +331,9 @@ pub(super) fn restore<B: Backend>(
     trainer: &mut Trainer<'_, B>,
     rows: usize,
 ) -> Result<(), Error> {
+    let start = Instant::now();
     restore_carried(checkpoint, backend, trainer, rows)?;
-    trainer.replace_state(|which, layout, part, write| checkpoint.read(PREFIXES[which], layout, part, write))
+    trainer.replace_state(|which, layout, part, write| checkpoint.read(PREFIXES[which], layout, part, write))?;
+    say(format_args!("  read in {:.2} s", start.elapsed().as_secs_f64()));
+    Ok(())
 }

@@ -300,6 +300,8 @@ struct Session<'a> {
     norms: Option<Norms<CpuBackend>>,
     /// What `metrics.jsonl` says of the last step.
     last_line: Value,
+    /// Seconds that the run waited for a checkpoint after the last step.
+    save_s: Option<f64>,
     progress: Progress,
     /// Steps that were done before.
     done: u64,
@@ -370,6 +372,7 @@ impl<'a> Session<'a> {
             tokenizer,
             metrics: folder.map(|folder| folder.open_metrics(done)).transpose()?,
             norms,
+            save_s: None,
             last_line: from.map_or(Value::Null, |checkpoint| checkpoint.manifest().progress.metrics.clone()),
             progress: Progress::new(done + 1, args.max_steps, args.logging_interval),
             done,
@@ -401,14 +404,17 @@ impl<'a> Session<'a> {
             if !(due || signal.is_some() || args.save_last_step && last) {
                 continue;
             }
+            let start = Instant::now();
             self.sync()?;
             let (state, position) = (self.state(self.trainer.states()), self.position(step));
             if signal.is_none() && !last && !args.no_async_save {
                 saver.start(&state, position)?;
+                self.save_s = Some(start.elapsed().as_secs_f64());
                 continue;
             }
             saver.finish()?;
             let place = store.save(self.rank, self.backend, &state, position)?;
+            self.save_s = Some(start.elapsed().as_secs_f64());
             // One that comes while a checkpoint is written is heard as well.
             if let Some(signal) = signal.or(agreed(self.rank, signals.caught(), false).0) {
                 self.progress.finish();
@@ -602,6 +608,9 @@ impl<'a> Session<'a> {
             if let Some(bits) = evaluation.bits_per_byte {
                 line["eval_bits_per_byte"] = bits.into();
             }
+        }
+        if let Some(seconds) = self.save_s.take() {
+            line["save_s"] = seconds.into();
         }
         if let Some(metrics) = &mut self.metrics {
             metrics.push(&line)?;
