@@ -51,7 +51,8 @@ impl Case {
     fn random(seed: u64) -> Self {
         let rng = &mut ChaCha8Rng::seed_from_u64(seed);
         let coin = |rng: &mut ChaCha8Rng| rng.random_bool(0.5);
-        let (num_heads, n_groups) = *[(4, 1), (4, 2), (4, 4), (6, 1), (6, 2), (6, 3), (8, 2)].choose(rng).unwrap();
+        let (num_heads, n_groups) =
+            *[(4, 1), (4, 2), (4, 4), (6, 1), (6, 2), (6, 3), (8, 2)].choose(rng).unwrap();
         let config = ModelConfig {
             num_heads,
             n_groups,
@@ -169,7 +170,8 @@ fn in_memory(backend: &CpuBackend, trainer: &Trainer<'_, CpuBackend>) -> Tensors
 fn needed(backend: &CpuBackend, trainer: &Trainer<'_, CpuBackend>) -> u64 {
     let (model, layout) = (trainer.model(), trainer.model().layout());
     let (parts, part) = model.part(backend);
-    let elements: usize = layout.iter().map(|(_, slot, _)| layout.within_part(&slot, parts, part).0.len()).sum();
+    let elements: usize =
+        layout.iter().map(|(_, slot, _)| layout.within_part(&slot, parts, part).0.len()).sum();
     (3 * 4 * elements) as u64
 }
 

@@ -24,7 +24,7 @@ pub struct State<'a, B: Backend> {
 }
 
 /// Elements that are read from a buffer at a time.
-const STRETCH: usize = 1 << 18;
+pub(super) const STRETCH: usize = 1 << 18;
 
 /// A block of a logical tensor that this rank writes.
 pub(super) struct Held<B: Backend> {
@@ -142,13 +142,7 @@ impl<B: Backend> State<'_, B> {
         held.collect()
     }
 
-    fn of_carried(
-        &self,
-        backend: &B,
-        tensor: String,
-        values: &B::Tensor,
-        cuts: &Cuts,
-    ) -> Vec<Held<B>> {
+    fn of_carried(&self, backend: &B, tensor: String, values: &B::Tensor, cuts: &Cuts) -> Vec<Held<B>> {
         let local_shape = backend.shape(values);
         let (rows, dp) = (local_shape[0], backend.group_rank(Group::Dp));
         let mut logical = cuts.logical().to_vec();

@@ -51,8 +51,31 @@ pub struct Progress {
     pub data: Data,
     /// What `metrics.jsonl` says of the last step; null before the first.
     pub metrics: Value,
-    /// The flags of the run, schedule and optimizer among them.
+    /// The flags of the run, schedule and optimizer among them; null where no run has trained the weights.
     pub settings: Value,
+}
+
+impl Progress {
+    /// That of weights that no run has trained.
+    pub(super) fn none() -> Self {
+        Self {
+            step: 0,
+            samples: 0,
+            tokens: 0,
+            seconds: 0.0,
+            first_loss: f64::NAN,
+            last_loss: f64::NAN,
+            order: Order::Dataset,
+            data: Data { blocks: 0, seq_len: 0, fingerprint: None, tokenizer: None },
+            metrics: Value::Null,
+            settings: Value::Null,
+        }
+    }
+
+    /// Whether a run has come to it, so that there are moments.
+    pub(crate) fn is_of_a_run(&self) -> bool {
+        !self.settings.is_null()
+    }
 }
 
 fn or_nan<'de, D: serde::Deserializer<'de>>(source: D) -> Result<f64, D::Error> {

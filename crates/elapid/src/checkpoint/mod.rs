@@ -27,7 +27,7 @@ pub(crate) use piece::write;
 pub use saver::Saver;
 pub use store::Store;
 pub(crate) use store::{LATEST, Lock, list, put};
-pub(crate) use write::write_files;
+pub(crate) use write::{write_files, write_weights};
 
 use crate::Error;
 use crate::config::ModelConfig;
@@ -195,8 +195,7 @@ impl Checkpoint {
                     "the checkpoint belongs to another model; give the --model that it was made with",
                 )
             };
-            let tensor =
-                self.manifest.tensors.get(&name).ok_or_else(|| fault("is missing".into()))?;
+            let tensor = self.manifest.tensors.get(&name).ok_or_else(|| fault("is missing".into()))?;
             if tensor.shape != info.shape {
                 return Err(fault(format!("is {:?} instead of {:?}", tensor.shape, info.shape)));
             }

@@ -126,7 +126,8 @@ pub(super) fn verify<'a>(
     }
     let what = format!("has checksum {crc} instead of {}", info.crc32);
     let Ok(file) = PieceFile::open(path) else { return Err(damaged(path, what)) };
-    let names: Vec<_> = pieces.filter(|piece| !file.is_whole(piece)).map(|piece| piece.name.as_str()).collect();
+    let names: Vec<_> =
+        pieces.filter(|piece| !file.is_whole(piece)).map(|piece| piece.name.as_str()).collect();
     Err(damaged(
         path,
         match names.len() {

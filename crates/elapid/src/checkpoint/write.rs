@@ -6,10 +6,11 @@ use std::path::Path;
 use elapid_tensor::Backend;
 use serde::{Deserialize, Serialize};
 
-use super::held::Held;
+use super::held::{Held, STRETCH};
 use super::piece::{write, write_tensors};
-use super::{CONFIG, FileInfo, LogicalTensor, MANIFEST, Manifest, Piece, Progress, State};
+use super::{CONFIG, FileInfo, LogicalTensor, MANIFEST, Manifest, PREFIXES, Piece, Progress, State};
 use crate::Error;
+use crate::config::ModelConfig;
 use crate::parallel::{Mesh, Rank};
 
 /// What a rank has written: its file, where it holds any block, and the blocks of each tensor.
@@ -81,6 +82,40 @@ pub(crate) fn write_files<B: Backend>(
     rank.from_first(|| Description::new(rank.mesh(), state, progress).write(dir, pieces))
 }
 
+/// Writes into `dir` a checkpoint of weights that no run has trained: parameters of these names and extents, of which `values`
+/// gives any stretch, and no moments.
+pub(crate) fn write_weights(
+    dir: &Path,
+    config: &ModelConfig,
+    tokenizer: Vec<(String, Vec<u8>)>,
+    parameters: Vec<(String, Vec<usize>)>,
+    values: impl Fn(&str, usize, usize) -> Result<Vec<f32>, Error>,
+) -> Result<(), Error> {
+    let file = rank_file(0);
+    let [prefix, ..] = PREFIXES;
+    let entries: Vec<_> =
+        parameters.iter().map(|(name, shape)| (format!("{prefix}.{name}"), shape.clone())).collect();
+    let (info, sums) = write_tensors(&dir.join(&file), &entries, |place, sink| {
+        let (name, shape) = &parameters[place];
+        let elements = shape.iter().product();
+        (0..elements).step_by(STRETCH).try_for_each(|first| {
+            sink(&values(name, first, STRETCH.min(elements - first)).map_err(std::io::Error::other)?)
+        })
+    })?;
+    let blocks = entries.into_iter().zip(sums).map(|((name, shape), crc32)| {
+        let offset = vec![0; shape.len()];
+        let piece = Piece { file: file.clone(), name: name.clone(), offset, shape: shape.clone(), crc32 };
+        (name, shape, piece)
+    });
+    let pieces = Pieces { blocks: blocks.collect(), file: Some((file.clone(), info)) };
+    let (mesh, progress, config) = (Mesh::SINGLE, Progress::none(), config.to_json());
+    Description { mesh, progress, config, tokenizer }.write(dir, vec![pieces])
+}
+
+fn rank_file(rank: usize) -> String {
+    format!("rank-{rank:05}.safetensors")
+}
+
 /// Writes the blocks that the rank of this number holds.
 pub(super) fn write_pieces<B: Backend>(
     dir: &Path,
@@ -89,7 +124,7 @@ pub(super) fn write_pieces<B: Backend>(
     held: Vec<Held<B>>,
     buffers: [&B::Buffer; 3],
 ) -> Result<Pieces, Error> {
-    let file = format!("rank-{rank:05}.safetensors");
+    let file = rank_file(rank);
     if held.is_empty() {
         return Ok(Pieces::none());
     }

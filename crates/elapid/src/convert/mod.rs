@@ -16,6 +16,7 @@ pub use diff::{Comparison, TensorComparison, compare};
 pub use open::Dimensions;
 
 use crate::Error;
+use crate::checkpoint::{Checkpoint, write_weights};
 use crate::config::{ModelConfig, TokenIds};
 use crate::data::Tokenizer;
 use crate::disk;
@@ -90,9 +91,9 @@ pub fn convert(conversion: &Conversion) -> Result<(), Error> {
             return Err(Error::new("--to neuron-tp is not implemented: files of ranks are read only")
                 .with_hint("convert to hf; elapid trains on any number of ranks from that"));
         }
-        Format::Elapid => {
-            return Err(Error::new("--to elapid is not implemented: a checkpoint is the state of a run")
-                .with_hint("start a run from a Hugging Face folder: elapid train --init-from DIR"));
+        Format::Elapid if conversion.dtype.is_some_and(|dtype| dtype != FileDType::F32) => {
+            return Err(Error::new("-p does not go with --to elapid: the masters in a checkpoint are fp32")
+                .with_hint("leave -p out"));
         }
         _ => {}
     }
@@ -126,6 +127,12 @@ pub fn convert(conversion: &Conversion) -> Result<(), Error> {
     match to {
         Format::Hf => write_hf(&folder.aside, &config, &layout, &weights, dtype, conversion.split_proj)?,
         Format::MambaSsm => write_mamba_ssm(&folder.aside, &config, &weights, dtype)?,
+        Format::Elapid => {
+            let parameters = shapes(&weights).into_iter().collect();
+            let source = |name: &str, first, count| values(&*weights.0[name], first, count);
+            write_weights(&folder.aside, &config, tokenizer.contents()?, parameters, source)?;
+            return folder.commit();
+        }
         _ => write_codestral(&folder.aside, &config, &weights, dtype)?,
     }
     tokenizer.save(&folder.aside)?;
@@ -222,10 +229,14 @@ enum Tokens {
 }
 
 fn find_tokenizer(conversion: &Conversion) -> Result<Tokens, Error> {
-    let place = conversion.tokenizer.as_ref().unwrap_or(&conversion.input);
+    let place = match (&conversion.tokenizer, conversion.from) {
+        (Some(given), _) => given,
+        (None, Format::Elapid) => &Checkpoint::locate(&conversion.input)?,
+        (None, _) => &conversion.input,
+    };
     if !place.exists() {
-        return Err(Error::new(format!("there is no tokenizer {}", place.display()))
-            .with_hint("-t is a folder with a tokenizer.json, or a tokenizer's file"));
+        // A name on the Hub, or an error.
+        return Ok(Tokens::Json(Box::new(Tokenizer::load(&place.display().to_string())?)));
     }
     let json = place.is_dir() && place.join("tokenizer.json").exists()
         || place.extension().is_some_and(|extension| extension == "json");
@@ -262,6 +273,23 @@ fn find_tokenizer(conversion: &Conversion) -> Result<Tokens, Error> {
 }
 
 impl Tokens {
+    /// Names and contents of its files.
+    fn contents(&self) -> Result<Vec<(String, Vec<u8>)>, Error> {
+        let of = |file: &PathBuf| {
+            let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            fs::read(file).map(|content| (name, content)).map_err(|cause| Error::io("read", file, &cause))
+        };
+        match self {
+            Self::None => Ok(Vec::new()),
+            Self::Json(tokenizer) => Ok(tokenizer
+                .files()
+                .iter()
+                .map(|(name, content)| ((*name).into(), content.clone()))
+                .collect()),
+            Self::Files(files) => files.iter().map(of).collect(),
+        }
+    }
+
     fn save(&self, dir: &Path) -> Result<(), Error> {
         match self {
             Self::None => Ok(()),

@@ -132,7 +132,8 @@ pub(super) fn mix(x: u64) -> u64 {
 mod tests {
     use super::*;
 
-    const PLAIN: Sampler = Sampler { len: 10, batch: 2, dp: 1, rank: 0, accum: 3, order: Order::Dataset, from: (0, 0) };
+    const PLAIN: Sampler =
+        Sampler { len: 10, batch: 2, dp: 1, rank: 0, accum: 3, order: Order::Dataset, from: (0, 0) };
 
     #[test]
     fn samples_come_in_order_and_wrap() {

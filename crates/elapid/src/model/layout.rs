@@ -7,8 +7,8 @@ use std::ops::Range;
 use elapid_tensor::{FlatShape, Mamba2Spec, NormGroup, Row, Slot};
 
 use super::shard::Share;
-pub use super::table::{ParamInfo, Role, Segment, Shard, conv_segments, projection_segments};
 use super::table::table;
+pub use super::table::{ParamInfo, Role, Segment, Shard, conv_segments, projection_segments};
 use crate::config::ModelConfig;
 
 /// Rows are padded to a multiple of this many elements: one cache line of fp32.

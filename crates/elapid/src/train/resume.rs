@@ -59,9 +59,7 @@ pub(super) fn start(
     let begin = Instant::now();
     let start = match found {
         Found::Fresh => Start::Fresh,
-        Found::Finished => {
-            Start::Finished(own.unwrap_or_else(|| Outcome::new(run.output_dir.join("hf"))))
-        }
+        Found::Finished => Start::Finished(own.unwrap_or_else(|| Outcome::new(run.output_dir.join("hf")))),
         Found::At(dir) => Start::From(Box::new(Checkpoint::open_on(rank, &dir)?)),
         Found::Newest => match Checkpoint::newest(rank, store.dir(), None)? {
             Some(checkpoint) => Start::From(Box::new(checkpoint)),
@@ -172,6 +170,10 @@ pub(super) fn check(
             format!("the model has changed ({})", model.join(", ")),
             "give the same model, or start a new run with --checkpoint-load, which takes the weights alone",
         );
+    }
+    if !old.is_of_a_run() {
+        say(format_args!("beginning with the weights of {}", checkpoint.dir().display()));
+        return Ok((0, 0));
     }
     let json = |data: &Data| match serde_json::to_value(data) {
         Ok(Value::Object(fields)) => fields,
@@ -333,7 +335,11 @@ pub(super) fn restore<B: Backend>(
 ) -> Result<(), Error> {
     let start = Instant::now();
     restore_carried(checkpoint, backend, trainer, rows)?;
-    trainer.replace_state(|which, layout, part, write| checkpoint.read(PREFIXES[which], layout, part, write))?;
+    let moments = checkpoint.manifest().progress.is_of_a_run();
+    trainer.replace_state(|which, layout, part, write| match which {
+        1.. if !moments => Ok(()),
+        _ => checkpoint.read(PREFIXES[which], layout, part, write),
+    })?;
     say(format_args!("  read in {:.2} s", start.elapsed().as_secs_f64()));
     Ok(())
 }

@@ -188,18 +188,8 @@ fn train_on(run: &Run, rank: &Rank) -> Result<Outcome, Error> {
     let held_out = held_out.as_ref();
     // Before the metrics are there: who sees them may count on a signal being heard.
     let signals = Graceful::new()?;
-    let mut session = Session::new(
-        run,
-        rank,
-        &data,
-        held_out,
-        folder,
-        &backend,
-        model,
-        tokenizer,
-        from.as_ref(),
-        peak,
-    )?;
+    let mut session =
+        Session::new(run, rank, &data, held_out, folder, &backend, model, tokenizer, from.as_ref(), peak)?;
     session.outcome.predicted_memory = memory.total();
     std::thread::scope(|scope| session.train(&signals, &store, Saver::new(scope, &store, rank, &backend)))
 }
@@ -504,7 +494,9 @@ impl<'a> Session<'a> {
         let tokens = tokens * self.run.mesh.dp;
         if valid == 0 {
             let error = Error::new(format!("step {step}: the batch has no label that counts"));
-            return Ok(Some(error.with_hint("blocks of one token, or labels that are all -100, teach nothing")));
+            return Ok(Some(
+                error.with_hint("blocks of one token, or labels that are all -100, teach nothing"),
+            ));
         }
         let lr = self.run.schedule.rate(step);
         let hyper = AdamW {
