@@ -259,13 +259,14 @@ fn weights_alone_can_be_loaded() {
     let dir = place();
     succeed(dir.path(), "--max-steps 4 --save-last-step --tag exp --output-dir r");
     succeed(dir.path(), "--max-steps 3 --init-from r/hf --output-dir from-hf");
+    succeed(dir.path(), "--max-steps 3 --init-from r/checkpoints --output-dir from-checkpoints");
     let load = "--max-steps 3 --checkpoint_load --checkpoint_load_dir r/checkpoints";
     succeed(dir.path(), &format!("{load} --checkpoint_load_tag exp --output-dir by-tag"));
     succeed(dir.path(), &format!("{load} --checkpoint_load_tag step-00000004-exp --output-dir by-name"));
     succeed(dir.path(), &format!("{load} --output-dir by-latest"));
     let expected = metrics(&dir.path().join("from-hf"));
     assert!(expected[0].starts_with("1 "));
-    for run in ["by-tag", "by-name", "by-latest"] {
+    for run in ["from-checkpoints", "by-tag", "by-name", "by-latest"] {
         assert_eq!(metrics(&dir.path().join(run)), expected, "{run}");
     }
     let stderr = fail(dir.path(), &format!("{load} --checkpoint_load_tag expp --output-dir none"));

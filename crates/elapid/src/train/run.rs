@@ -20,7 +20,9 @@ use super::resume::{self, Start};
 use super::stop::{self, Graceful};
 use super::{Batch, Evaluation, StepReport, Trainer, start};
 use crate::Error;
-use crate::checkpoint::{Checkpoint, Progress as Position, Saver, State as Held, Store, write_files};
+use crate::checkpoint::{
+    Checkpoint, MANIFEST, Progress as Position, Saver, State as Held, Store, write_files,
+};
 use crate::config::ModelConfig;
 use crate::config::TokenIds;
 use crate::config::run::{ActivationCheckpointing, Dtype, Run, TrainArgs, check_threads};
@@ -266,7 +268,11 @@ fn build_model(
         return Ok(model);
     }
     if let Some(dir) = &args.init_from {
-        model.load(backend, dir)?;
+        if dir.join(MANIFEST).exists() {
+            resume::read_weights(&Checkpoint::open_on(rank, dir)?, backend, &mut model)?;
+        } else {
+            model.load(backend, dir)?;
+        }
     } else {
         resume::load_weights(args, rank, backend, &mut model)?;
     }
