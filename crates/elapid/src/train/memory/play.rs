@@ -224,12 +224,12 @@ impl Play {
 
     /// One layer: its output and what the ops save. The last of what is saved, the layer's input, is the caller's.
     fn layer(&mut self, save: bool) -> (u128, Vec<u128>) {
-        let Self { span, d, e, proj, compute, residual, .. } = *self;
+        let Self { span, d, proj, compute, residual, .. } = *self;
         let normed = self.pool.take(span * d * compute);
         let normed = self.gather(normed, d * compute);
-        let projected = self.linear(d, proj);
+        let projected = self.linear(proj);
         let (y, mut saved) = self.mamba2(save);
-        let out = self.linear(e, d);
+        let out = self.linear(d);
         let out = self.reduce(out, d * compute);
         let sum = self.pool.take(span * d * residual);
         self.pool.give([out]);
@@ -243,7 +243,7 @@ impl Play {
 
     /// The adjoint of one layer: from the cotangent of its output to that of its input.
     fn layer_adjoint(&mut self, mut saved: Vec<u128>, dy: u128) -> u128 {
-        let Self { span, d, e, proj, compute, residual, .. } = *self;
+        let Self { span, d, e, compute, residual, .. } = *self;
         let x = saved.pop().expect("a layer saves its input");
         let again = match self.checkpointing {
             Checkpointing::None => None,
@@ -274,8 +274,8 @@ impl Play {
         dx
     }
 
-    /// `[rows, input]` → `[rows, output]`: the product is fp32 and rounded afterwards.
-    fn linear(&mut self, input: u128, output: u128) -> u128 {
+    /// The output `[rows, output]`: the product is fp32 and rounded afterwards.
+    fn linear(&mut self, output: u128) -> u128 {
         let y = self.pool.take(self.rows * output * F32);
         self.round(y, self.rows * output)
     }
