@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use elapid_cpu::CpuBackend;
 use elapid_tensor::{AdamW, State};
 use elapid_xla::driver::Driver;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::device::{self, DeviceTrainer};
 use super::diagnose::{Recorded, diagnose};
@@ -17,12 +17,15 @@ use super::host::peak;
 use super::memory::{self, Demand, Memory};
 use super::nonfinite::{self, NonFinite};
 use super::norms::Norms;
+use super::plan::waste;
 use super::progress::{Figures, Progress};
 use super::resume::{self, Start};
 use super::stop::{self, Graceful};
 use super::{Batch, Evaluation, StepReport, Trainer, start};
 use crate::Error;
-use crate::checkpoint::{Checkpoint, Progress as Position, State as Held, Store, write_files};
+use crate::checkpoint::{
+    Checkpoint, MANIFEST, Progress as Position, Saver, State as Held, Store, write_files,
+};
 use crate::config::ModelConfig;
 use crate::config::TokenIds;
 use crate::config::run::{Run, TrainArgs};
@@ -69,10 +72,11 @@ impl Outcome {
     }
 }
 
-/// A signal that any rank has caught.
-fn agreed(rank: &Rank, caught: Option<i32>) -> Option<i32> {
-    let all = rank.gather_numbers(caught.unwrap_or(0) as u64);
-    all.into_iter().find(|&signal| signal > 0).map(|signal| signal as i32)
+/// A signal that any rank has caught, and whether all ranks say `done`.
+fn agreed(rank: &Rank, caught: Option<i32>, done: bool) -> (Option<i32>, bool) {
+    let all = rank.gather_numbers(caught.unwrap_or(0) as u64 | u64::from(done) << 32);
+    let signal = all.iter().map(|word| *word as i32).find(|&signal| signal > 0);
+    (signal, all.iter().all(|word| word >> 32 == 1))
 }
 
 /// Trains as `run` says, from step 1 or from a checkpoint, and leaves `metrics.jsonl`, `run.toml` and the model in `hf/` in
@@ -118,7 +122,8 @@ fn train_on(run: &Run, rank: &Rank, driver: Option<Box<dyn Driver>>) -> Result<O
         .with_hint("give a smaller --batch, or more data"));
     }
     let backend = rank.cpu()?;
-    let mut memory = Memory::predict(&Demand {
+    let shapes = held_out.as_ref().map_or_else(Vec::new, HeldOut::shapes);
+    let demand = Demand {
         config: &run.config,
         batch: run.args.batch,
         length: data.seq_len(),
@@ -129,14 +134,17 @@ fn train_on(run: &Run, rank: &Rank, driver: Option<Box<dyn Driver>>) -> Result<O
         ranks_here: rank.ranks_here(),
         zero1: run.args.use_zero_1,
         sequence_parallel: run.args.sequence_parallel_enabled,
-        evaluation: &held_out.as_ref().map_or_else(Vec::new, HeldOut::shapes),
+        evaluation: &shapes,
         log_norms: run.args.log_norms,
-    });
+        saves: run.args.checkpoint_freq > 0 && !run.args.no_async_save,
+    };
+    let mut memory = Memory::predict(&demand);
     if driver.is_some() {
         // Of the host: it holds the state, and computes nothing.
         memory = Memory { activations: 0, transient: 0, ..memory };
     }
-    if let Some(warning) = rank.from_first(|| memory.check(run.args.ignore_memory_limit))? {
+    let warning = rank.from_first(|| memory.check(run.args.ignore_memory_limit))?;
+    for warning in waste(&demand).into_iter().chain(warning) {
         say(format_args!("warning: {warning}"));
     }
     // The first rank keeps the folders; the others are told what it finds there.
@@ -151,7 +159,7 @@ fn train_on(run: &Run, rank: &Rank, driver: Option<Box<dyn Driver>>) -> Result<O
             return Ok(outcome);
         }
     };
-    let mut model = build_model(run, &data, &backend, from.is_some())?
+    let mut model = build_model(run, rank, &data, &backend, from.is_some())?
         .with_sequence_parallel(run.args.sequence_parallel_enabled);
     if run.args.use_zero_1 {
         model = model.with_zero1(&backend);
@@ -178,7 +186,6 @@ fn train_on(run: &Run, rank: &Rank, driver: Option<Box<dyn Driver>>) -> Result<O
         &data,
         held_out,
         folder,
-        &store,
         &backend,
         model,
         device,
@@ -187,7 +194,7 @@ fn train_on(run: &Run, rank: &Rank, driver: Option<Box<dyn Driver>>) -> Result<O
         peak,
     )?;
     session.outcome.predicted_memory = memory.total();
-    session.train(&signals)
+    std::thread::scope(|scope| session.train(&signals, &store, Saver::new(scope, &store, rank, &backend)))
 }
 
 /// Opens the dataset and checks it against the model.
@@ -237,6 +244,7 @@ fn open_tokenizer(run: &Run, data: &Dataset) -> Result<Option<Tokenizer>, Error>
 /// The model of a new run, or a model of zeros of the same configuration for a run that goes on.
 fn build_model(
     run: &Run,
+    rank: &Rank,
     data: &Dataset,
     backend: &CpuBackend,
     goes_on: bool,
@@ -261,9 +269,13 @@ fn build_model(
         return Ok(model);
     }
     if let Some(dir) = &args.init_from {
-        model.load(backend, dir)?;
+        if dir.join(MANIFEST).exists() {
+            resume::read_weights(&Checkpoint::open_on(rank, dir)?, backend, &mut model)?;
+        } else {
+            model.load(backend, dir)?;
+        }
     } else {
-        resume::load_weights(args, backend, &mut model)?;
+        resume::load_weights(args, rank, backend, &mut model)?;
     }
     Ok(model)
 }
@@ -276,7 +288,6 @@ struct Session<'a> {
     held_out: Option<&'a HeldOut<'a>>,
     /// On the first rank, which writes metrics and the end.
     folder: Option<&'a RunFolder>,
-    store: &'a Store,
     backend: &'a CpuBackend,
     /// With a device: what it was when somebody last looked, see [`Session::fetch`].
     trainer: Trainer<'a, CpuBackend>,
@@ -286,6 +297,10 @@ struct Session<'a> {
     tokenizer: Option<Tokenizer>,
     metrics: Option<Log>,
     norms: Option<Norms<CpuBackend>>,
+    /// What `metrics.jsonl` says of the last step.
+    last_line: Value,
+    /// Seconds that the run waited for a checkpoint after the last step.
+    save_s: Option<f64>,
     progress: Progress,
     /// Steps that were done before.
     done: u64,
@@ -304,7 +319,6 @@ impl<'a> Session<'a> {
         data: &'a Dataset,
         held_out: Option<&'a HeldOut<'a>>,
         folder: Option<&'a RunFolder>,
-        store: &'a Store,
         backend: &'a CpuBackend,
         model: Mamba2ForCausalLM<CpuBackend>,
         mut device: Option<DeviceTrainer>,
@@ -323,18 +337,19 @@ impl<'a> Session<'a> {
         if args.carry_state {
             trainer = trainer.with_carried_states();
         }
-        let sampler = Sampler {
+        let mut sampler = Sampler {
             len: held_out.map_or(data.samples(), HeldOut::training_samples),
             batch: args.batch,
             dp: run.mesh.dp,
             rank: rank.dp_rank(),
             accum: args.grad_accum_usteps,
             order,
+            from: (0, 0),
         };
         let mut done = 0;
         let mut outcome = Outcome::new(run.output_dir.join("hf"));
         if let Some(checkpoint) = from {
-            resume::check(checkpoint, run, trainer.model().config(), data, &sampler)?;
+            sampler.from = resume::check(checkpoint, run, trainer.model().config(), data, &sampler)?;
             resume::restore(checkpoint, backend, &mut trainer, args.batch)?;
             let position = &checkpoint.manifest().progress;
             done = position.step;
@@ -346,15 +361,14 @@ impl<'a> Session<'a> {
         if let Some(device) = &mut device {
             device.upload(backend, &trainer)?;
         }
-        let norms = folder.map_or(Ok(None), |folder| folder.open_norms(done, args.log_norms))?;
-        let norms = norms.map(|log| Norms::new(backend, &trainer, log));
+        let log = folder.map_or(Ok(None), |folder| folder.open_norms(done, args.log_norms))?;
+        let norms = args.log_norms.then(|| Norms::new(backend, &trainer, log));
         Ok(Self {
             run,
             rank,
             data,
             held_out,
             folder,
-            store,
             backend,
             trainer,
             device,
@@ -362,6 +376,8 @@ impl<'a> Session<'a> {
             tokenizer,
             metrics: folder.map(|folder| folder.open_metrics(done)).transpose()?,
             norms,
+            save_s: None,
+            last_line: from.map_or(Value::Null, |checkpoint| checkpoint.manifest().progress.metrics.clone()),
             progress: Progress::new(done + 1, args.max_steps, args.logging_interval),
             done,
             peak,
@@ -370,21 +386,47 @@ impl<'a> Session<'a> {
         })
     }
 
-    fn train(mut self, signals: &Graceful) -> Result<Outcome, Error> {
+    fn train(
+        mut self,
+        signals: &Graceful,
+        store: &Store,
+        mut saver: Saver<'_, '_, CpuBackend>,
+    ) -> Result<Outcome, Error> {
         let args = &self.run.args;
         for step in self.done + 1..=args.max_steps {
-            self.step(step)?;
-            let signal = agreed(self.rank, signals.caught());
-            let due = args.checkpoint_freq > 0 && step.is_multiple_of(args.checkpoint_freq);
-            if due || signal.is_some() || args.save_last_step && step == args.max_steps {
-                let place = self.save(step)?;
-                // One that comes while a checkpoint is written is heard as well.
-                if let Some(signal) = signal.or(agreed(self.rank, signals.caught())) {
-                    self.progress.finish();
-                    return Err(stop::after(step, signal, &place));
+            if let Some(error) = self.step(step)? {
+                // All ranks end here, with a step that cannot be made; what is being saved is whole.
+                if let Err(other) = saver.finish() {
+                    say(format_args!("warning: {other}"));
                 }
+                return Err(error);
+            }
+            let (signal, written) = agreed(self.rank, signals.caught(), saver.is_written());
+            saver.advance(written)?;
+            let due = args.checkpoint_freq > 0 && step.is_multiple_of(args.checkpoint_freq);
+            let last = step == args.max_steps;
+            if !(due || signal.is_some() || args.save_last_step && last) {
+                continue;
+            }
+            let start = Instant::now();
+            self.sync()?;
+            self.fetch()?;
+            let (state, position) = (self.state(self.trainer.states()), self.position(step));
+            if signal.is_none() && !last && !args.no_async_save {
+                saver.start(&state, position)?;
+                self.save_s = Some(start.elapsed().as_secs_f64());
+                continue;
+            }
+            saver.finish()?;
+            let place = store.save(self.rank, self.backend, &state, position)?;
+            self.save_s = Some(start.elapsed().as_secs_f64());
+            // One that comes while a checkpoint is written is heard as well.
+            if let Some(signal) = signal.or(agreed(self.rank, signals.caught(), false).0) {
+                self.progress.finish();
+                return Err(stop::after(step, signal, &place));
             }
         }
+        saver.finish()?;
         self.progress.finish();
         self.fetch()?;
         let model = self.trainer.into_model().without_zero1(self.backend);
@@ -396,7 +438,7 @@ impl<'a> Session<'a> {
             self.tokenizer.map_or(Ok(()), |tokenizer| tokenizer.save(&self.outcome.model_dir))?;
             folder.finish(args.max_steps, &self.outcome)?;
         }
-        if let Some(signal) = agreed(self.rank, signals.caught()) {
+        if let Some(signal) = agreed(self.rank, signals.caught(), false).0 {
             return Err(stop::after_export(signal, &self.outcome.model_dir));
         }
         self.outcome.peak_memory = memory::peak_resident();
@@ -408,35 +450,34 @@ impl<'a> Session<'a> {
         self.device.as_mut().map_or(Ok(()), |device| device.download(&mut self.trainer))
     }
 
-    /// Writes a checkpoint; the lines of its steps reach the disk before it does.
-    fn save(&mut self, step: u64) -> Result<PathBuf, Error> {
-        if let Some(metrics) = &self.metrics {
-            metrics.sync()?;
-        }
-        if let Some(norms) = &self.norms {
-            norms.sync()?;
-        }
-        self.fetch()?;
-        let state = self.state(self.trainer.states());
-        self.store.save(self.rank, self.backend, &state, self.position(step))
+    /// Brings the lines of all steps to disk, before a checkpoint of them is there.
+    fn sync(&self) -> Result<(), Error> {
+        let logs = self.metrics.iter().chain(self.norms.as_ref().and_then(Norms::log));
+        logs.map(Log::sync).collect()
     }
 
     /// What a checkpoint holds, with these carried states.
     fn state<'s>(&'s self, carried: Option<&'s [State<elapid_cpu::Tensor>]>) -> Held<'s, CpuBackend> {
-        Held { model: self.trainer.model(), buffers: self.trainer.state(), carried }
+        Held {
+            model: self.trainer.model(),
+            buffers: self.trainer.state(),
+            carried,
+            tokenizer: self.tokenizer.as_ref(),
+        }
     }
 
     /// How far the run is after `step`.
     fn position(&self, step: u64) -> Position {
         Position {
             step,
-            samples: step * resume::samples_per_step(&self.sampler),
+            samples: self.sampler.read_before(step),
             tokens: self.outcome.tokens,
             seconds: self.outcome.seconds,
             first_loss: self.outcome.first_loss,
             last_loss: self.outcome.last_loss,
             order: self.sampler.order,
             data: resume::identity(self.data, &self.sampler),
+            metrics: self.last_line.clone(),
             settings: resume::settings(&self.run.args),
         }
     }
@@ -451,7 +492,11 @@ impl<'a> Session<'a> {
         Ok(batch)
     }
 
-    fn step(&mut self, step: u64) -> Result<(), Error> {
+    /// Makes a step. Where all ranks find that it cannot be made, that is the answer.
+    ///
+    /// # Errors
+    /// Those of this rank.
+    fn step(&mut self, step: u64) -> Result<Option<Error>, Error> {
         let start = Instant::now();
         let args = &self.run.args;
         let before = self.trainer.states().map(<[_]>::to_vec);
@@ -469,8 +514,10 @@ impl<'a> Session<'a> {
         let valid = self.rank.sum_over_samples(valid as u64) as usize;
         let tokens = tokens * self.run.mesh.dp;
         if valid == 0 {
-            return Err(Error::new(format!("step {step}: the batch has no label that counts"))
-                .with_hint("blocks of one token, or labels that are all -100, teach nothing"));
+            let error = Error::new(format!("step {step}: the batch has no label that counts"));
+            return Ok(Some(
+                error.with_hint("blocks of one token, or labels that are all -100, teach nothing"),
+            ));
         }
         let lr = self.run.schedule.rate(step);
         let hyper = AdamW {
@@ -482,7 +529,7 @@ impl<'a> Session<'a> {
             step,
         };
         if let Some(norms) = &mut self.norms {
-            norms.before_update(self.backend, &self.trainer, valid);
+            norms.before_update(self.rank, self.backend, &mut self.trainer, valid);
         }
         let report = match &mut self.device {
             Some(device) => device.update(&hyper, valid)?,
@@ -490,10 +537,10 @@ impl<'a> Session<'a> {
         };
         if !report.finite {
             self.progress.finish();
-            return Err(self.not_finite(step, before, report)?);
+            return self.not_finite(step, before, report).map(Some);
         }
         if let Some(norms) = &mut self.norms {
-            norms.after_update(step, self.backend, &self.trainer)?;
+            norms.after_update(step, self.rank, self.backend, &self.trainer)?;
         }
         let seconds = start.elapsed().as_secs_f64();
         if step == 1 {
@@ -504,8 +551,10 @@ impl<'a> Session<'a> {
         self.outcome.seconds += seconds;
         let tokens_per_s = tokens as f64 / seconds;
         let evaluation = match (self.held_out, &mut self.device) {
-            (Some(held_out), Some(device)) => held_out.after_by(step, |batch| device.loss(batch))?,
-            (Some(held_out), None) => held_out.after(step, self.backend, self.trainer.model())?,
+            (Some(held_out), Some(device)) => {
+                held_out.after_by(step, self.rank, |batch| device.loss(batch))?
+            }
+            (Some(held_out), None) => held_out.after(step, self.rank, self.backend, self.trainer.model())?,
             (None, _) => None,
         };
         self.outcome.evaluation = evaluation;
@@ -519,7 +568,8 @@ impl<'a> Session<'a> {
             step_time_s: seconds,
             mfu: tokens_per_s * self.flops / self.peak,
             evaluation,
-        })
+        })?;
+        Ok(None)
     }
 
     /// Runs the step that came to `report` again to find out why, from the states `before` it, and leaves all that
@@ -579,9 +629,13 @@ impl<'a> Session<'a> {
                 line["eval_bits_per_byte"] = bits.into();
             }
         }
+        if let Some(seconds) = self.save_s.take() {
+            line["save_s"] = seconds.into();
+        }
         if let Some(metrics) = &mut self.metrics {
             metrics.push(&line)?;
         }
+        self.last_line = line;
         self.progress.step(&figures);
         Ok(())
     }
