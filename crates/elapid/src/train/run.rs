@@ -1,6 +1,5 @@
 //! `elapid train`: set up, step, export.
 
-use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -21,7 +20,7 @@ use super::plan::waste;
 use super::progress::{Figures, Progress};
 use super::resume::{self, Start};
 use super::stop::{self, Graceful};
-use super::{Batch, Evaluation, StepReport, Trainer, start};
+use super::{Batch, Outcome, StepReport, Trainer, start};
 use crate::Error;
 use crate::checkpoint::{
     Checkpoint, MANIFEST, Progress as Position, Saver, State as Held, Store, write_files,
@@ -34,43 +33,6 @@ use crate::error::say;
 use crate::model::Mamba2ForCausalLM;
 use crate::model::pretrained::FileDType;
 use crate::parallel::{Launch, Rank, launch};
-
-/// What a finished run left behind.
-#[derive(Clone, Debug)]
-pub struct Outcome {
-    /// Loss of the first step.
-    pub first_loss: f64,
-    /// Loss of the last step.
-    pub last_loss: f64,
-    /// Inputs trained on.
-    pub tokens: u64,
-    /// Seconds in steps.
-    pub seconds: f64,
-    /// The exported Hugging Face folder.
-    pub model_dir: PathBuf,
-    /// The evaluation after the last step.
-    pub evaluation: Option<Evaluation>,
-    /// Predicted peak of resident memory, in bytes.
-    pub predicted_memory: u64,
-    /// Measured peak; None where the system does not say.
-    pub peak_memory: Option<u64>,
-}
-
-impl Outcome {
-    /// That of a run that has not begun.
-    pub(super) fn new(model_dir: PathBuf) -> Self {
-        Self {
-            first_loss: f64::NAN,
-            last_loss: f64::NAN,
-            tokens: 0,
-            seconds: 0.0,
-            model_dir,
-            evaluation: None,
-            predicted_memory: 0,
-            peak_memory: None,
-        }
-    }
-}
 
 /// A signal that any rank has caught, and whether all ranks say `done`.
 fn agreed(rank: &Rank, caught: Option<i32>, done: bool) -> (Option<i32>, bool) {
