@@ -7,8 +7,8 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
 
 use sha2::{Digest, Sha256};
 
@@ -133,7 +133,6 @@ impl Compiler {
         // What a killed process may have left.
         let _ = fs::remove_dir_all(&aside);
         fs::create_dir_all(&aside).map_err(|cause| io("make", &aside, &cause))?;
-        (self.tell)(&format!("compiling {name} for {}: this can take a long time", self.target.name()));
         match self.run(module, &bytes, &aside) {
             Ok(()) => {
                 let _ = fs::remove_dir_all(&place);
@@ -171,6 +170,23 @@ impl Compiler {
         }
     }
 
+    /// Waits for the compiler, and says so where it takes long.
+    fn wait(&self, mut child: Child, name: &str) -> std::io::Result<ExitStatus> {
+        let mut told = Some(Instant::now() + PATIENCE);
+        loop {
+            if let Some(status) = child.try_wait()? {
+                return Ok(status);
+            }
+            if told.take_if(|at| Instant::now() > *at).is_some() {
+                (self.tell)(&format!(
+                    "compiling {name} for {}: this can take a long time",
+                    self.target.name()
+                ));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     fn run(&self, module: &Module, bytes: &[u8], dir: &Path) -> Result<(), (PathBuf, Fault)> {
         let log = dir.join("compiler.log");
         let (source, neff) = (dir.join("module.hlo.pb"), dir.join("module.neff"));
@@ -187,10 +203,11 @@ impl Compiler {
             .stdin(Stdio::null())
             .stdout(out)
             .stderr(err);
-        let status = command.status().map_err(|cause| {
-            let why = format!("{COMPILER} cannot be started: {cause}");
-            failed(Fault::new(Kind::Missing, why, "check the installation of the AWS Neuron SDK"))
-        })?;
+        let status =
+            command.spawn().and_then(|child| self.wait(child, &module.proto.name)).map_err(|cause| {
+                let why = format!("{COMPILER} cannot be started: {cause}");
+                failed(Fault::new(Kind::Missing, why, "check the installation of the AWS Neuron SDK"))
+            })?;
         if status.success() && neff.is_file() {
             return Ok(());
         }
@@ -213,6 +230,9 @@ impl Compiler {
         )))
     }
 }
+
+/// After so long somebody may wonder what is going on.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The lines of a log that tell what went wrong: those that speak of errors, or else the last ones.
 fn worth_showing(log: &str) -> Vec<&str> {
