@@ -80,7 +80,7 @@ fn quietly<B: Backend>(
 ) -> Result<Evaluation, Error> {
     let (len, batch) = (blocks.len(), batch.min(blocks.len()));
     let order = if carry_state { Order::Stretches } else { Order::Dataset };
-    let sampler = Sampler { len, batch, dp: 1, rank: 0, accum: 1, order };
+    let sampler = Sampler { len, batch, dp: 1, rank: 0, accum: 1, order, from: (0, 0) };
     let mut states = carry_state.then(Vec::new);
     let batches = len.div_ceil(batch);
     let (first, ranks) = if carry_state { (0, 1) } else { (rank.dp_rank(), rank.mesh().dp) };

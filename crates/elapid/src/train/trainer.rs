@@ -102,26 +102,21 @@ impl<'b, B: Backend> Trainer<'b, B> {
         [self.model.masters(), &self.m, &self.v]
     }
 
-    /// Replaces [`Self::state`] by what `read` gives of each of the three: every parameter's values on this rank. Brings
-    /// the model up to date; all ranks call this together.
+    /// Replaces [`Self::state`] by what `read` gives of each of the three: of every parameter what this rank holds, with its
+    /// place. `read` is told the layout and which part of how many of each row that is (number of parts, part). Brings the
+    /// model up to date; all ranks call this together.
     ///
     /// # Errors
     /// Those of `read`.
     pub fn replace_state<E>(
         &mut self,
-        mut read: impl FnMut(usize, &Layout, &mut dyn FnMut(&Slot, &[f32])) -> Result<(), E>,
+        mut read: impl FnMut(usize, &Layout, (usize, usize), &mut dyn FnMut(&Slot, &[f32])) -> Result<(), E>,
     ) -> Result<(), E> {
         let Self { backend, model, m, v, .. } = self;
         let layout = model.layout().clone();
-        let (ranks, rank) = model.part(backend);
+        let part = model.part(backend);
         for (which, buffer) in [model.masters_mut(), m, v].into_iter().enumerate() {
-            read(which, &layout, &mut |slot, values| {
-                let (range, offset) = layout.within_part(slot, ranks, rank);
-                if !range.is_empty() {
-                    let here = Slot { row: slot.row, offset, shape: vec![range.len()] };
-                    backend.write_slot(buffer, &here, &values[range]);
-                }
-            })?;
+            read(which, &layout, part, &mut |slot, values| backend.write_slot(buffer, slot, values))?;
         }
         model.refresh(backend);
         Ok(())
