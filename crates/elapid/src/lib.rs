@@ -8,6 +8,7 @@ pub mod convert;
 pub mod data;
 pub mod doctor;
 pub mod error;
+mod files;
 pub mod generate;
 pub mod inspect;
 mod memory;

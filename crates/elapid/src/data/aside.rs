@@ -1,7 +1,6 @@
 //! A folder that appears whole or not at all: written in a hidden folder beside its place and put there by one rename.
 
 use std::fs::{self, File};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -9,6 +8,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::Error;
+use crate::files::{sync_folder, sync_folders, write_synced};
 use crate::vacant::vacant;
 
 const LOCK: &str = "lock";
@@ -100,18 +100,19 @@ impl Aside {
         write_json(&new, progress)?;
         fs::rename(&new, &path).map_err(|cause| Error::io("write", &path, &cause))?;
         self.keep = true;
-        Ok(())
+        sync_folder(&self.path)
     }
 
-    /// Puts the folder into its place.
+    /// Puts the folder into its place, once all names in it are on disk.
     ///
     /// # Errors
-    /// Somebody else has put something there.
+    /// The disk is gone; somebody else has put something there.
     pub(super) fn place(mut self) -> Result<(), Error> {
+        sync_folders(&self.folder())?;
         fs::rename(self.folder(), &self.dir)
             .map_err(|cause| Error::io("put the dataset into", &self.dir, &cause))?;
         self.placed = true;
-        Ok(())
+        sync_folder(self.path.parent().unwrap_or(Path::new(".")))
     }
 
     fn read<T: DeserializeOwned>(&self, name: &str) -> Option<T> {
@@ -131,12 +132,7 @@ impl Drop for Aside {
 /// Writes a file and brings it to disk.
 pub(super) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Error> {
     let text = serde_json::to_string_pretty(value).expect("plain data");
-    let write = || -> std::io::Result<()> {
-        let mut file = File::create(path)?;
-        writeln!(file, "{text}")?;
-        file.sync_all()
-    };
-    write().map_err(|cause| Error::io("write", path, &cause))
+    write_synced(path, (text + "\n").as_bytes())
 }
 
 #[cfg(test)]

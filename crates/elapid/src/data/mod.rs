@@ -11,6 +11,7 @@ mod sources;
 mod tokenize;
 mod tokenizer;
 mod units;
+mod words;
 mod writer;
 
 pub use dataset::{Card, Dataset, PAD_DOCUMENT, Sample};

@@ -11,6 +11,7 @@ use std::thread::{self, Scope};
 use super::Tokenizer;
 use super::dataset::quietly;
 use super::units::{About, Unit};
+use super::words::Encoder;
 use crate::Error;
 
 /// Bytes of text in a batch; a unit longer than that is taken whole.
@@ -118,22 +119,23 @@ fn work(
     tokenizer: &Tokenizer,
     eos: Option<u32>,
 ) {
+    let mut encoder = Encoder::new(tokenizer);
     loop {
         let Ok(batches) = batches.lock() else { return };
         let Ok((number, batch)) = batches.recv() else { return };
         drop(batches);
-        let encoded = batch.and_then(|units| encode(&units, tokenizer, eos));
+        let encoded = batch.and_then(|units| encode(&units, &mut encoder, eos));
         if results.send((number, encoded)).is_err() {
             return;
         }
     }
 }
 
-fn encode(units: &[Unit], tokenizer: &Tokenizer, eos: Option<u32>) -> Result<Encoded, Error> {
+fn encode(units: &[Unit], encoder: &mut Encoder, eos: Option<u32>) -> Result<Encoded, Error> {
     let mut encoded = Encoded { units: Vec::with_capacity(units.len()), ids: Vec::new() };
     for Unit { text, about } in units {
         // The library is not ours, and a document is not to end the process.
-        quietly(|| tokenizer.encode_piece(text, &mut encoded.ids))
+        quietly(|| encoder.encode(text, &mut encoded.ids))
             .unwrap_or_else(|()| {
                 Err(Error::new("the tokenizer broke down").with_hint("take the document out"))
             })

@@ -8,7 +8,9 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::hub;
+use super::words::{Encoder, fall_apart};
 use crate::Error;
+use crate::files::write_synced;
 
 /// End of text of the `bytes` tokenizer.
 const END_OF_TEXT: &str = "<|endoftext|>";
@@ -33,6 +35,8 @@ const TRIES: usize = 8;
 #[derive(Debug)]
 pub struct Tokenizer {
     kind: Kind,
+    /// Words may be tokenized one by one.
+    falls_apart: bool,
     eos_id: Option<u32>,
     /// What [`Tokenizer::save`] writes: file names and contents.
     files: Vec<(&'static str, Vec<u8>)>,
@@ -76,6 +80,7 @@ impl Tokenizer {
                 .with_hint("it must be a tokenizer.json as the `tokenizers` library writes it")
         })?;
         // A file may ask for blocks of fixed length; documents are tokenized whole.
+        let falls_apart = serde_json::from_slice(&json).is_ok_and(|json| fall_apart(&json));
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).expect("only a length can be refused");
 
@@ -102,12 +107,12 @@ impl Tokenizer {
         if !files.iter().any(|(name, _)| *name == CONFIG) {
             files.push((CONFIG, minimal_config(eos_id.and_then(|id| tokenizer.id_to_token(id)))));
         }
-        Ok(Self { kind: Kind::Json(Box::new(tokenizer)), eos_id, files })
+        Ok(Self { kind: Kind::Json(Box::new(tokenizer)), falls_apart, eos_id, files })
     }
 
     fn bytes() -> Self {
         let files = vec![(TOKENIZER, bytes_json()), (CONFIG, minimal_config(Some(END_OF_TEXT.to_owned())))];
-        Self { kind: Kind::Bytes, eos_id: Some(END_OF_TEXT_ID), files }
+        Self { kind: Kind::Bytes, falls_apart: false, eos_id: Some(END_OF_TEXT_ID), files }
     }
 
     /// The ids of `text`. Nothing is added at its ends; a special token spelled out in it becomes that token.
@@ -120,10 +125,15 @@ impl Tokenizer {
             .into_par_iter()
             .map(|piece| {
                 let mut ids = Vec::new();
-                self.encode_piece(piece, &mut ids).map(|()| ids)
+                Encoder::new(self).encode(piece, &mut ids).map(|()| ids)
             })
             .collect();
         Ok(pieces?.concat())
+    }
+
+    /// Whether words may be tokenized one by one ([`Encoder`]).
+    pub(super) fn falls_apart(&self) -> bool {
+        self.falls_apart
     }
 
     /// Adds the ids of `text`, which is tokenized in one.
@@ -226,8 +236,7 @@ impl Tokenizer {
     pub fn save(&self, dir: &Path) -> Result<(), Error> {
         fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, &e))?;
         for (name, content) in &self.files {
-            let path = dir.join(name);
-            fs::write(&path, content).map_err(|e| Error::io("write", &path, &e))?;
+            write_synced(&dir.join(name), content)?;
         }
         Ok(())
     }

@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 use super::aside::{Aside, write_json};
 use super::dataset::{CARD, Card, STATE};
 use crate::Error;
+use crate::files::sync_folder;
 
 const INFO: &str = "dataset_info.json";
 
@@ -281,7 +282,7 @@ impl ShardWriter {
         let bytes = file.metadata().map_err(|cause| Error::io("write", &path, &cause))?.len();
         self.shards.bytes.push(bytes);
         self.filled = 0;
-        Ok(())
+        sync_folder(&self.dir)
     }
 
     /// Ends the last shard. It is on disk with this; the split is not complete before [`Self::complete`].
