@@ -4,6 +4,7 @@
 //! least, max(FLOPs / peak, bytes / bandwidth), over the time that it took. No figure is given of a kernel that does not
 //! compute what it should.
 
+mod data;
 mod decode;
 mod kernels;
 mod timed;
@@ -16,6 +17,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Map, Value, json};
 
+pub use data::{Text, data};
 pub use decode::decode;
 pub use kernels::kernels;
 pub use timed::{Tally, Timed, Work};

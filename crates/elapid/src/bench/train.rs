@@ -5,7 +5,7 @@ use std::time::Instant;
 use elapid_tensor::{AdamW, Checkpointing};
 use serde_json::{Value, json};
 
-use super::{Limits, Setup, check, median, refuse};
+use super::{Limits, Setup, Tally, Timed, check, median, refuse};
 use crate::Error;
 use crate::data::Sample;
 use crate::error::say;
@@ -21,6 +21,41 @@ use crate::train::{Batch, Trainer};
 /// The model needs more memory than there is; an op does not compute what it should; threads cannot be started.
 pub fn train(setup: &Setup, steps: usize, checkpointing: Checkpointing) -> Result<Value, Error> {
     let timed = setup.backend()?;
+    let (memory, runs) = measured(setup, &timed, steps, checkpointing)?;
+    let peak = peak_resident();
+    // Only now, or the memory of the check would be counted with the step's.
+    let checks = check(timed.inner())?;
+    let mid = median(runs.iter().map(|run| run.0).collect());
+    let (seconds, ops) =
+        runs.into_iter().min_by(|a, b| a.0.total_cmp(&b.0)).expect("at least one step is measured");
+    refuse(ops.iter().map(|op| op.0), &checks)?;
+
+    let limits = Limits::measure(timed.inner(), setup.compute());
+    let flops = setup.config.flops_per_token();
+    let tokens_per_s = (setup.batch * setup.seq_len) as f64 / seconds;
+    let figures = json!({
+        "steps": steps,
+        "best_step_s": seconds,
+        "median_step_s": mid,
+        "tokens_per_s": tokens_per_s,
+        "mfu": tokens_per_s * (flops.forward + flops.backward) as f64 / limits.peaks.product,
+        "predicted_bytes": memory.total(),
+        "peak_bytes": peak,
+        "ops": limits.breakdown(ops, seconds),
+    });
+    Ok(setup.report("train", timed.inner(), &limits, figures))
+}
+
+/// Seconds of a step, and its ops.
+type Run = (f64, Vec<(&'static str, Tally)>);
+
+/// The predicted memory, and `steps` steps on one batch of random tokens after one that is not measured.
+pub(super) fn measured(
+    setup: &Setup,
+    timed: &Timed,
+    steps: usize,
+    checkpointing: Checkpointing,
+) -> Result<(Memory, Vec<Run>), Error> {
     let memory = Memory::predict(&Demand::alone(
         &setup.config,
         (setup.batch, setup.seq_len),
@@ -33,8 +68,8 @@ pub fn train(setup: &Setup, steps: usize, checkpointing: Checkpointing) -> Resul
     }
     let samples: Vec<Sample> = setup.ids(setup.seq_len).chunks(setup.seq_len).map(Sample::new).collect();
     let batch = Batch::new(&samples);
-    let model = Mamba2ForCausalLM::new(&timed, &setup.config, setup.compute(), Init::StateSpaces, 0);
-    let mut trainer = Trainer::new(&timed, model, checkpointing);
+    let model = Mamba2ForCausalLM::new(timed, &setup.config, setup.compute(), Init::StateSpaces, 0);
+    let mut trainer = Trainer::new(timed, model, checkpointing);
 
     let mut runs = Vec::new();
     for step in 0..=steps {
@@ -50,34 +85,12 @@ pub fn train(setup: &Setup, steps: usize, checkpointing: Checkpointing) -> Resul
             runs.push((seconds, timed.take()));
         }
     }
-    let peak = peak_resident();
-    // Only now, or the memory of the check would be counted with the step's.
-    let checks = check(timed.inner())?;
-    let mid = median(runs.iter().map(|run| run.0).collect());
-    let (seconds, ops) =
-        runs.into_iter().min_by(|a, b| a.0.total_cmp(&b.0)).expect("at least one step is measured");
-    refuse(ops.iter().map(|op| op.0), &checks)?;
-
-    let limits = Limits::measure(timed.inner(), setup.compute());
-    let flops = setup.config.flops_per_token();
-    let tokens_per_s = batch.tokens() as f64 / seconds;
-    let figures = json!({
-        "steps": steps,
-        "best_step_s": seconds,
-        "median_step_s": mid,
-        "tokens_per_s": tokens_per_s,
-        "mfu": tokens_per_s * (flops.forward + flops.backward) as f64 / limits.peaks.product,
-        "predicted_bytes": memory.total(),
-        "peak_bytes": peak,
-        "ops": limits.breakdown(ops, seconds),
-    });
-    Ok(setup.report("train", timed.inner(), &limits, figures))
+    Ok((memory, runs))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::Timed;
     use crate::config::ModelConfig;
     use crate::train::cpu;
     use elapid_tensor::DType;

@@ -4,6 +4,8 @@
 //! batch from the reader round to the caller, so that only so many are under way, whatever is slow.
 
 use std::collections::BTreeMap;
+use std::panic::resume_unwind;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, Scope};
@@ -129,6 +131,29 @@ fn work(
             return;
         }
     }
+}
+
+/// How many tokens `texts` have, counted on `threads` threads: what the tokenizer can do where nothing else is done.
+///
+/// # Errors
+/// As [`Tokenizer::encode`].
+pub(crate) fn count_tokens(texts: &[String], tokenizer: &Tokenizer, threads: usize) -> Result<u64, Error> {
+    let next = AtomicUsize::new(0);
+    let count = || -> Result<u64, Error> {
+        let (mut encoder, mut ids, mut tokens) = (Encoder::new(tokenizer), Vec::new(), 0);
+        while let Some(text) = texts.get(next.fetch_add(1, Ordering::Relaxed)) {
+            ids.clear();
+            encoder.encode(text, &mut ids)?;
+            tokens += ids.len() as u64;
+        }
+        Ok(tokens)
+    };
+    thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(count)).collect();
+        let counts =
+            threads.into_iter().map(|thread| thread.join().unwrap_or_else(|fault| resume_unwind(fault)));
+        counts.sum()
+    })
 }
 
 fn encode(units: &[Unit], encoder: &mut Encoder, eos: Option<u32>) -> Result<Encoded, Error> {

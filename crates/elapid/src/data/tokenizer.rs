@@ -228,6 +228,15 @@ impl Tokenizer {
         self.eos_id
     }
 
+    /// The id of the token that stands for what the vocabulary lacks, where there is one.
+    pub fn unknown_id(&self) -> Option<u32> {
+        let Kind::Json(tokenizer) = &self.kind else { return None };
+        let json: Value = serde_json::from_slice(&self.files[0].1).ok()?;
+        let model = &json["model"];
+        let by_place = model["unk_id"].as_u64().and_then(|id| u32::try_from(id).ok());
+        by_place.or_else(|| tokenizer.token_to_id(model["unk_token"].as_str()?))
+    }
+
     /// Writes the files from which transformers' `AutoTokenizer.from_pretrained(dir)` and [`Tokenizer::load`] load
     /// this tokenizer. Creates `dir` where it is missing.
     ///
@@ -484,6 +493,18 @@ mod tests {
         assert_eq!(load(dir.path()).unwrap().eos_id(), Some(7));
         fs::write(dir.path().join(CONFIG), r#"{"eos_token": "a"}"#).unwrap();
         assert_eq!(load(dir.path()).unwrap().eos_id(), Some(0));
+    }
+
+    #[test]
+    fn the_unknown_has_a_token_or_none() {
+        let dir = tempfile::tempdir().unwrap();
+        words(dir.path(), &[]);
+        assert_eq!(load(dir.path()).unwrap().unknown_id(), None);
+        let known = json!({ "type": "WordLevel", "unk_token": "?", "vocab": { "a": 0, "?": 4 } });
+        words(dir.path(), &[("model", known)]);
+        let tokenizer = load(dir.path()).unwrap();
+        assert_eq!((tokenizer.unknown_id(), tokenizer.encode("a b").unwrap()), (Some(4), vec![0, 4]));
+        assert_eq!((load(&golden()).unwrap().unknown_id(), Tokenizer::bytes().unknown_id()), (None, None));
     }
 
     #[test]
