@@ -77,9 +77,12 @@ impl Source {
             .with_hint(
                 "leave --dataset-config out: it is for datasets of the Hub, and folders laid out like one",
             )),
-            (None, Some(split)) => Err(Error::new(format!("{spec} is {what}: it has no split {split:?}"))
-                .with_hint("leave --split out, or give the files of that split alone")),
-            (None, None) => Ok(()),
+            // As in Python, all of it is the split `train`.
+            (None, Some(split)) if split != "train" => {
+                Err(Error::new(format!("{spec} is {what}: it has no split {split:?}"))
+                    .with_hint("leave --split out, or give the files of that split alone"))
+            }
+            (None, _) => Ok(()),
         };
         let wanted = Wanted { config: options.config.as_deref(), split: options.split.as_deref() };
         let files = if path.is_dir() && (path.join(STATE).exists() || path.join(DICT).exists()) {
@@ -331,16 +334,10 @@ fn saved(dir: &Path, wanted: Wanted) -> Result<Vec<Input>, Error> {
     }
     let path = folder.join(STATE);
     let state = json(&path)?;
-    // A single split knows its name.
-    match (wanted.split, state["_split"].as_str()) {
-        (Some(split), name) if !dir.join(DICT).exists() && name.is_none_or(|name| name != split) => {
-            let hint = match name {
-                Some(name) => format!("leave --split out; it is the split {name}"),
-                None => "leave --split out; it is a single dataset".into(),
-            };
-            return Err(lacks(format!("split {split:?}"), hint));
-        }
-        _ => {}
+    // A single split may know its name.
+    let name = state["_split"].as_str().unwrap_or("train");
+    if let Some(split) = wanted.split.filter(|split| folder == dir && *split != name) {
+        return Err(lacks(format!("split {split:?}"), format!("leave --split out; it is the split {name}")));
     }
     let dir = folder;
     let names = state["_data_files"].as_array().into_iter().flatten().map(|file| file["filename"].as_str());

@@ -123,12 +123,13 @@ fn a_split_or_configuration_is_heeded_or_refused() {
     assert_eq!(read(&at("d"), None, None).unwrap().len(), 3);
     assert_eq!(read(&at("d"), Some("en"), Some("test")).unwrap(), ["test"]);
     assert_eq!(read(&at("d/en"), None, Some("train")).unwrap(), ["train"]);
+    assert_eq!(read(&at("d/de/train.jsonl"), None, Some("train")).unwrap(), ["deutsch"]);
     write(&at("d/README.md"), "---\nconfigs:\n- config_name: all\n  data_files: \"*/train*\"\n---\n");
     assert_eq!(read(&at("d"), Some("all"), None).unwrap(), ["deutsch", "train"]);
 
     let (file, glob) = (at("d/de/train.jsonl"), at("d/*/train*"));
     for (path, config, split, expected) in [
-        (&file, None, Some("train"), "is a single file: it has no split \"train\""),
+        (&file, None, Some("test"), "is a single file: it has no split \"test\""),
         (&file, Some("de"), Some("train"), "is a single file: it has no configuration \"de\""),
         (&glob, None, Some("test"), "is a glob: it has no split \"test\""),
         (&at("d"), Some("fr"), None, "no configuration \"fr\""),
