@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::Error;
-use crate::files::{sync_folder, sync_folders, write_synced};
+use crate::disk;
 use crate::vacant::vacant;
 
 const LOCK: &str = "lock";
@@ -98,21 +98,19 @@ impl Aside {
     pub(super) fn note(&mut self, progress: &impl Serialize) -> Result<(), Error> {
         let (path, new) = (self.path.join(PROGRESS), self.path.join("progress.new"));
         write_json(&new, progress)?;
-        fs::rename(&new, &path).map_err(|cause| Error::io("write", &path, &cause))?;
+        disk::place(&new, &path)?;
         self.keep = true;
-        sync_folder(&self.path)
+        Ok(())
     }
 
-    /// Puts the folder into its place, once all names in it are on disk.
+    /// Puts the folder into its place.
     ///
     /// # Errors
-    /// The disk is gone; somebody else has put something there.
+    /// Somebody else has put something there.
     pub(super) fn place(mut self) -> Result<(), Error> {
-        sync_folders(&self.folder())?;
-        fs::rename(self.folder(), &self.dir)
-            .map_err(|cause| Error::io("put the dataset into", &self.dir, &cause))?;
+        disk::place(&self.folder(), &self.dir)?;
         self.placed = true;
-        sync_folder(self.path.parent().unwrap_or(Path::new(".")))
+        Ok(())
     }
 
     fn read<T: DeserializeOwned>(&self, name: &str) -> Option<T> {
@@ -132,7 +130,7 @@ impl Drop for Aside {
 /// Writes a file and brings it to disk.
 pub(super) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Error> {
     let text = serde_json::to_string_pretty(value).expect("plain data");
-    write_synced(path, (text + "\n").as_bytes())
+    disk::write(path, (text + "\n").as_bytes())
 }
 
 #[cfg(test)]

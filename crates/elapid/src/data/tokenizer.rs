@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 use super::hub;
 use super::words::{Encoder, fall_apart};
 use crate::Error;
-use crate::files::write_synced;
+use crate::disk;
 
 /// End of text of the `bytes` tokenizer.
 const END_OF_TEXT: &str = "<|endoftext|>";
@@ -244,10 +244,15 @@ impl Tokenizer {
     /// When they cannot be written.
     pub fn save(&self, dir: &Path) -> Result<(), Error> {
         fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, &e))?;
-        for (name, content) in &self.files {
-            write_synced(&dir.join(name), content)?;
+        for (name, content) in self.files() {
+            disk::write(&dir.join(name), content)?;
         }
-        Ok(())
+        disk::sync_names(dir)
+    }
+
+    /// Names and contents of the files that [`Self::save`] writes.
+    pub(crate) fn files(&self) -> &[(&'static str, Vec<u8>)] {
+        &self.files
     }
 }
 

@@ -5,7 +5,7 @@
 use std::path::Path;
 
 use glob::{MatchOptions, Pattern};
-use saphyr::{LoadableYamlNode, Yaml};
+use yaml_rust2::{Yaml, YamlLoader};
 
 use super::Format;
 use crate::Error;
@@ -203,42 +203,43 @@ fn configs(readme: &str) -> Result<Vec<Config>, Error> {
         Error::new(format!("the head of {README} cannot be understood: {what}"))
             .with_hint("download the files and give their paths")
     };
-    let documents = Yaml::load_from_str(&head).map_err(|cause| fault(&cause.to_string()))?;
-    let Some(list) = documents.first().and_then(|document| document.as_mapping_get("configs")) else {
-        return Ok(Vec::new());
+    let documents = YamlLoader::load_from_str(&head).map_err(|cause| fault(&cause.to_string()))?;
+    let list = match documents.first().map(|document| &document["configs"]) {
+        None | Some(Yaml::BadValue) => return Ok(Vec::new()),
+        Some(list) => list.as_vec().ok_or_else(|| fault("`configs` is no list"))?,
     };
-    let list = list.as_sequence().ok_or_else(|| fault("`configs` is no list"))?;
-    let text =
-        |yaml: &Yaml, key: &str| yaml.as_mapping_get(key).and_then(|value| value.as_str().map(str::to_owned));
+    // A name may look like a number.
+    let text = |yaml: &Yaml| match yaml {
+        Yaml::String(text) | Yaml::Real(text) => Some(text.clone()),
+        Yaml::Integer(number) => Some(number.to_string()),
+        _ => None,
+    };
     let texts = |yaml: &Yaml| -> Option<Vec<String>> {
-        match yaml.as_sequence() {
+        match yaml.as_vec() {
             Some(list) => list.iter().map(|one| one.as_str().map(str::to_owned)).collect(),
             None => Some(vec![yaml.as_str()?.to_owned()]),
         }
     };
     list.iter()
         .map(|config| {
-            let splits = match config.as_mapping_get("data_files") {
-                None => Vec::new(),
-                Some(files) => match texts(files) {
+            let splits = match &config["data_files"] {
+                Yaml::BadValue => Vec::new(),
+                files => match texts(files) {
                     Some(patterns) => vec![("train".to_owned(), patterns)],
                     None => files
-                        .as_sequence()
+                        .as_vec()
                         .into_iter()
                         .flatten()
-                        .map(|split| {
-                            let patterns = split.as_mapping_get("path").and_then(texts);
-                            Some((text(split, "split")?, patterns?))
-                        })
+                        .map(|split| Some((text(&split["split"])?, texts(&split["path"])?)))
                         .collect::<Option<Vec<_>>>()
                         .filter(|splits| !splits.is_empty())
                         .ok_or_else(|| fault("`data_files` is no list of `split` and `path`"))?,
                 },
             };
             Ok(Config {
-                name: text(config, "config_name").unwrap_or_else(|| "default".into()),
-                usual: config.as_mapping_get("default").and_then(Yaml::as_bool) == Some(true),
-                folder: text(config, "data_dir").unwrap_or_default().trim_matches(['.', '/']).to_owned(),
+                name: text(&config["config_name"]).unwrap_or_else(|| "default".into()),
+                usual: config["default"] == Yaml::Boolean(true),
+                folder: text(&config["data_dir"]).unwrap_or_default().trim_matches(['.', '/']).to_owned(),
                 splits,
             })
         })
