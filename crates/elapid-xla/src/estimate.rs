@@ -14,8 +14,31 @@ pub struct Estimate {
     /// Bytes of intermediate values at the worst moment, in the order of the text. Elementwise chains count as fused
     /// where nothing but elementwise work and reductions reads them; updates of slices and loop states are in place.
     pub temporaries: u64,
-    /// Instructions of a NeuronCore when every layer is written out, in tiles of 128 partitions and 512 columns.
+    /// What there is to do.
+    pub work: Work,
+}
+
+/// What a module has to do when every layer is written out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Work {
+    /// Instructions of a NeuronCore, in tiles of 128 partitions and 512 columns.
     pub instructions: u64,
+    /// Multiplications and additions of products.
+    pub flops: u64,
+    /// Collectives.
+    pub collectives: u64,
+    /// Bytes that a rank sends in them to its neighbours in a ring: of n bytes a sum over r ranks sends 2·n·(r − 1)/r, a
+    /// gather or a scattered sum that comes to or from n bytes n·(r − 1)/r.
+    pub sent: u64,
+}
+
+impl Work {
+    fn add(&mut self, other: Self, times: u64) {
+        self.instructions += times * other.instructions;
+        self.flops += times * other.flops;
+        self.collectives += times * other.collectives;
+        self.sent += times * other.sent;
+    }
 }
 
 impl Estimate {
@@ -43,7 +66,7 @@ fn bytes(shape: &ShapeProto) -> u64 {
 
 /// Estimates `module`.
 pub fn estimate(module: &HloModuleProto) -> Estimate {
-    let mut costs: HashMap<i64, (u64, u64)> = HashMap::new();
+    let mut costs: HashMap<i64, (u64, Work)> = HashMap::new();
     let mut turns: HashMap<i64, u64> = HashMap::new();
     for computation in &module.computations {
         if let Some(count) = trip_count(computation) {
@@ -54,7 +77,7 @@ pub fn estimate(module: &HloModuleProto) -> Estimate {
         } else {
             HashSet::new()
         };
-        let cost = (temporaries(computation, &costs, &aliased), instructions(computation, &costs, &turns));
+        let cost = (temporaries(computation, &costs, &aliased), work(computation, &costs, &turns));
         costs.insert(computation.id, cost);
     }
     let shape = module.host_program_shape.clone().unwrap_or_default();
@@ -65,8 +88,8 @@ pub fn estimate(module: &HloModuleProto) -> Estimate {
     };
     let outputs =
         results.iter().enumerate().filter(|(i, _)| !aliased.contains(i)).map(|(_, s)| bytes(s)).sum();
-    let (temporaries, instructions) = costs.get(&module.entry_computation_id).copied().unwrap_or_default();
-    Estimate { arguments: shape.parameters.iter().map(bytes).sum(), outputs, temporaries, instructions }
+    let (temporaries, work) = costs.get(&module.entry_computation_id).copied().unwrap_or_default();
+    Estimate { arguments: shape.parameters.iter().map(bytes).sum(), outputs, temporaries, work }
 }
 
 fn aliased_outputs(module: &HloModuleProto) -> HashSet<usize> {
@@ -110,7 +133,7 @@ fn is_elementwise(opcode: &str) -> bool {
 /// Peak of live intermediate bytes of a computation; what comes from outside is not counted.
 fn temporaries(
     computation: &HloComputationProto,
-    costs: &HashMap<i64, (u64, u64)>,
+    costs: &HashMap<i64, (u64, Work)>,
     aliased: &HashSet<usize>,
 ) -> u64 {
     let all = &computation.instructions;
@@ -179,46 +202,57 @@ fn temporaries(
 const PARTITIONS: u64 = 128;
 const COLUMNS: u64 = 512;
 
-fn instructions(
+fn work(
     computation: &HloComputationProto,
-    costs: &HashMap<i64, (u64, u64)>,
+    costs: &HashMap<i64, (u64, Work)>,
     turns: &HashMap<i64, u64>,
-) -> u64 {
+) -> Work {
     let shapes: HashMap<i64, &ShapeProto> =
         computation.instructions.iter().filter_map(|i| Some((i.id, i.shape.as_ref()?))).collect();
-    let count = |i: &HloInstructionProto| {
-        let Some(shape) = &i.shape else { return 0 };
-        let inside = || -> u64 {
-            let callees = i.called_computation_ids.iter();
-            callees.filter_map(|id| costs.get(id)).map(|c| c.1).sum()
-        };
+    let mut all = Work::default();
+    for i in &computation.instructions {
+        let Some(shape) = &i.shape else { continue };
+        let operand =
+            |n: usize| i.operand_ids.get(n).and_then(|id| shapes.get(id)).map_or(0, |s| elements(s));
         match i.opcode.as_str() {
             "parameter" | "constant" | "tuple" | "get-tuple-element" | "reshape" | "broadcast"
-            | "opt-barrier" => 0,
-            "call" => inside(),
-            "while" => {
-                inside() * i.called_computation_ids.iter().filter_map(|id| turns.get(id)).max().unwrap_or(&1)
+            | "opt-barrier" => {}
+            "call" | "while" => {
+                let times = i.called_computation_ids.iter().filter_map(|id| turns.get(id)).max();
+                for (_, inside) in i.called_computation_ids.iter().filter_map(|id| costs.get(id)) {
+                    all.add(*inside, *times.unwrap_or(&1));
+                }
             }
-            "dot" => products(i, &shapes),
-            "reduce" => tiles(i.operand_ids.first().and_then(|id| shapes.get(id)).map_or(0, |s| elements(s))),
+            "dot" => {
+                let (instructions, flops) = product(i, &shapes);
+                all.add(Work { instructions, flops, ..Work::default() }, 1);
+            }
+            "reduce" => all.instructions += tiles(operand(0)),
             // In place: the size of what is written.
-            "dynamic-update-slice" => {
-                tiles(i.operand_ids.get(1).and_then(|id| shapes.get(id)).map_or(0, |s| elements(s)))
+            "dynamic-update-slice" => all.instructions += tiles(operand(1)),
+            opcode if opcode.starts_with("all-") || opcode == "reduce-scatter" => {
+                let ranks = i.replica_groups.first().map_or(1, |group| group.replica_ids.len() as u64);
+                let size = bytes(shape) / elements(shape).max(1);
+                let most = size * elements(shape).max(operand(0));
+                let twice = if opcode == "all-reduce" { 2 } else { 1 };
+                let sent = twice * most * (ranks - 1) / ranks;
+                let instructions = tiles(operand(0));
+                all.add(Work { instructions, collectives: 1, sent, ..Work::default() }, 1);
             }
-            _ => tiles(elements(shape)),
+            _ => all.instructions += tiles(elements(shape)),
         }
-    };
-    computation.instructions.iter().map(count).sum()
+    }
+    all
 }
 
 fn tiles(elements: u64) -> u64 {
     elements.div_ceil(PARTITIONS * COLUMNS)
 }
 
-/// Tiles of a product: contraction and stationary side in 128s, moving side in 512s.
-fn products(i: &HloInstructionProto, shapes: &HashMap<i64, &ShapeProto>) -> u64 {
-    let (Some(axes), [left, right]) = (&i.dot_dimension_numbers, &i.operand_ids[..]) else { return 0 };
-    let (Some(left), Some(right)) = (shapes.get(left), shapes.get(right)) else { return 0 };
+/// Tiles of a product, contraction and stationary side in 128s, moving side in 512s; multiplications and additions.
+fn product(i: &HloInstructionProto, shapes: &HashMap<i64, &ShapeProto>) -> (u64, u64) {
+    let (Some(axes), [left, right]) = (&i.dot_dimension_numbers, &i.operand_ids[..]) else { return (0, 0) };
+    let (Some(left), Some(right)) = (shapes.get(left), shapes.get(right)) else { return (0, 0) };
     let over = |shape: &ShapeProto, axes: &[i64]| -> u64 {
         axes.iter().map(|&a| shape.dimensions[a as usize] as u64).product()
     };
@@ -226,5 +260,6 @@ fn products(i: &HloInstructionProto, shapes: &HashMap<i64, &ShapeProto>) -> u64 
     let depth = over(left, &axes.lhs_contracting_dimensions);
     let (m, n) = (elements(left) / (batch * depth), elements(right) / (batch * depth));
     let count = |m: u64, n: u64| m.div_ceil(PARTITIONS) * n.div_ceil(COLUMNS);
-    batch * depth.div_ceil(PARTITIONS) * count(m, n).min(count(n, m))
+    let tiles = batch * depth.div_ceil(PARTITIONS) * count(m, n).min(count(n, m));
+    (tiles, 2 * batch * depth * m * n)
 }

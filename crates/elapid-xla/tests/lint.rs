@@ -35,7 +35,7 @@ fn a_recorded_module_keeps_all_rules() {
     let needs = estimate(&module);
     // x, gradients and parameters; dx.
     assert_eq!((needs.arguments, needs.outputs), (4 * (48 + 64 + 64), 4 * 48));
-    assert!(needs.temporaries > 0 && needs.instructions > 0);
+    assert!(needs.temporaries > 0 && needs.work.instructions > 0);
 }
 
 fn first<'m>(module: &'m mut HloModuleProto, opcode: &str) -> &'m mut HloInstructionProto {

@@ -1,6 +1,6 @@
 //! The functions of a training run as HLO modules: the same model, tape and trainer, on a backend that records.
 
-use elapid_tensor::{AdamW, Checkpointing, DType, State, Tape};
+use elapid_tensor::{AdamW, Backend, Checkpointing, DType, Group, State, Tape};
 use elapid_xla::{Module, Options, Result, Shape, Type, XlaBackend, XlaBuffer, XlaTensor};
 
 use crate::config::ModelConfig;
@@ -26,7 +26,11 @@ pub struct Recording<'a> {
     pub hyper: AdamW,
     /// Gradients are clipped to this norm.
     pub max_norm: f32,
-    /// How the backend records.
+    /// The residual stream is cut along the sequence.
+    pub sequence_parallel: bool,
+    /// Each data-parallel rank keeps its part of the masters and moments only.
+    pub zero1: bool,
+    /// How the backend records, and for how many ranks.
     pub options: Options,
 }
 
@@ -70,13 +74,15 @@ impl Outputs {
 }
 
 impl Recording<'_> {
+    /// The parameters as a rank holds them: `masters`, `compute` and `ends`, as far as the model has them.
     fn model(&self, backend: &XlaBackend) -> Mamba2ForCausalLM<XlaBackend> {
         let model = Mamba2ForCausalLM::empty(backend, self.config, self.dtype);
+        let model = if self.zero1 { model.with_empty_zero1(backend) } else { model };
         Outputs::inputs(backend, "masters", model.masters());
-        if let Some(compute) = model.compute() {
-            Outputs::inputs(backend, "compute", compute);
+        for (name, buffer) in [("compute", model.compute()), ("ends", model.ends())] {
+            buffer.map(|buffer| Outputs::inputs(backend, name, buffer));
         }
-        model
+        model.with_sequence_parallel(self.sequence_parallel)
     }
 
     fn trainer<'b>(&self, backend: &'b XlaBackend) -> (Trainer<'b, XlaBackend>, usize) {
@@ -124,6 +130,7 @@ impl Recording<'_> {
         let (mut trainer, loss) = self.trainer(&backend);
         let grads = Outputs::inputs(&backend, "grads", trainer.grads());
         let compute = trainer.model().compute().map(|compute| Outputs::inputs(&backend, "compute", compute));
+        let ends = trainer.model().ends().map(|ends| Outputs::inputs(&backend, "ends", ends));
         let names = ["masters", "m", "v"];
         let state: Vec<_> = names
             .iter()
@@ -135,8 +142,11 @@ impl Recording<'_> {
         for (inputs, buffer) in state.into_iter().zip(trainer.state()) {
             outputs.arrays(inputs, backend.arrays(buffer));
         }
-        if let (Some(inputs), Some(compute)) = (compute, trainer.model().compute()) {
-            outputs.arrays(inputs, backend.arrays(compute));
+        let model = trainer.model();
+        for (inputs, buffer) in [(compute, model.compute()), (ends, model.ends())] {
+            if let (Some(inputs), Some(buffer)) = (inputs, buffer) {
+                outputs.arrays(inputs, backend.arrays(buffer));
+            }
         }
         let zeroed = backend
             .arrays(trainer.grads())
@@ -148,23 +158,24 @@ impl Recording<'_> {
         outputs.module(&backend, "update")
     }
 
-    /// `loss_sum` of one batch.
+    /// `loss_sum` of one batch, over all data-parallel ranks.
     pub fn eval(&self) -> Module {
         let backend = XlaBackend::new(self.options, None);
         let model = self.model(&backend);
         let batch = self.batch(&backend);
         let loss = batch.loss(&mut Tape::inference(&backend), &model, None, Checkpointing::None);
         let mut outputs = Outputs::default();
-        outputs.output("loss_sum", loss);
+        outputs.output("loss_sum", backend.all_reduce(&loss, Group::Dp));
         outputs.module(&backend, "eval")
     }
 
     /// `logits` `[B, V]` after one more token a sequence, `ids` `[B, 1]`; the layers' states `states.conv` and
-    /// `states.ssm` move on.
+    /// `states.ssm`, of a rank's heads, move on.
     pub fn decode(&self) -> Module {
         let backend = XlaBackend::new(self.options, None);
-        let model = self.model(&backend);
-        let (spec, layers, batch) = (self.config.spec(), self.config.num_hidden_layers, self.batch);
+        // A single position is not cut up.
+        let model = self.model(&backend).with_sequence_parallel(false);
+        let (spec, layers, batch) = (model.layout().spec, self.config.num_hidden_layers, self.batch);
         let conv = [batch, spec.conv_kernel - 1, spec.conv_channels()];
         let ssm = [batch, spec.heads, spec.head_dim, spec.state];
         let declare = |name: &str, shape: &[usize]| {
@@ -192,7 +203,9 @@ impl Recording<'_> {
                 outputs.results.push((String::new(), backend.stack(&stack, &rows), number));
             }
         }
-        outputs.output("logits", backend.reshaped(&logits, &[batch, self.config.vocab_size]));
+        let padded = backend.shape(&logits)[2];
+        let logits = backend.reshaped(&logits, &[batch, padded]);
+        outputs.output("logits", backend.resize(&logits, self.config.vocab_size));
         outputs.module(&backend, "decode")
     }
 }

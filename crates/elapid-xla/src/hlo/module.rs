@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use prost::Message;
 
-use super::graph::{Computation, Inner, Kind, Node, Op};
+use super::graph::{Collective, Computation, Graph, Grid, Inner, Kind, Node, Op};
 use super::proto::{
     AliasEntryProto, DotDimensionNumbers, FrontendAttributes, HloComputationProto, HloInputOutputAliasProto,
     HloInstructionProto, HloModuleProto, LiteralProto, OpMetadata, PaddingConfig, PaddingConfigDimension,
-    ProgramShapeProto, ShapeProto, SliceDimensions,
+    ProgramShapeProto, ReplicaGroup, ShapeProto, SliceDimensions,
 };
 use super::shape::{Literal, Shape, Type, tuple_proto};
 
@@ -88,13 +88,15 @@ pub(crate) struct Output {
 const ALIAS: &str = ".must_alias_input";
 
 /// A module named `name` that gives `outputs`.
-pub(crate) fn emit(graph: &Inner, name: &str, outputs: &[Output]) -> Module {
-    Emitter { graph, ids: 0, computations: Vec::new(), reducers: BTreeMap::new(), called: HashMap::new() }
+pub(crate) fn emit(graph: &Graph, name: &str, outputs: &[Output]) -> Module {
+    let (grid, graph) = (graph.grid, &*graph.lock());
+    Emitter { graph, grid, ids: 0, computations: Vec::new(), reducers: BTreeMap::new(), called: HashMap::new() }
         .module(name, outputs)
 }
 
 struct Emitter<'g> {
     graph: &'g Inner,
+    grid: Grid,
     /// Ids given out so far: instructions and computations count together, from 1.
     ids: i64,
     computations: Vec<HloComputationProto>,
@@ -122,6 +124,14 @@ impl Kind {
             Kind::Array(shape) => shape.proto(),
             Kind::Tuple(parts) => tuple_proto(parts),
         }
+    }
+}
+
+/// The shape of what an instruction gives that gives one array.
+fn array(kind: &Kind) -> &Shape {
+    match kind {
+        Kind::Array(shape) => shape,
+        Kind::Tuple(_) => panic!("a tuple is no array"),
     }
 }
 
@@ -182,9 +192,7 @@ impl Emitter<'_> {
         let ports: Vec<Port> = outputs
             .iter()
             .map(|output| {
-                let Kind::Array(shape) = &entry.nodes[output.node as usize].kind else {
-                    panic!("outputs are arrays")
-                };
+                let shape = array(&entry.nodes[output.node as usize].kind);
                 let name = match output.alias {
                     Some(leaf) => format!("{}{ALIAS}", graph.leaves[leaf].name),
                     None => output.name.clone(),
@@ -357,9 +365,11 @@ impl Emitter<'_> {
 
     fn instruction(&mut self, node: &Node, index: u32, body: &mut Body) {
         let called = match &node.op {
-            Op::Reduce(how, _) => {
-                let Kind::Array(shape) = &node.kind else { panic!("a reduction gives an array") };
-                vec![self.reducer(how, shape.ty)]
+            Op::Reduce(how, _) | Op::Collective(Collective::AllReduce(how), _) => {
+                vec![self.reducer(how, array(&node.kind).ty)]
+            }
+            Op::Collective(Collective::ReduceScatter(_), _) => {
+                vec![self.reducer("add", array(&node.kind).ty)]
             }
             Op::Call(callee) => vec![self.callee(*callee)],
             // XLA's order: body, condition.
@@ -380,8 +390,7 @@ impl Emitter<'_> {
         match &node.op {
             Op::Element(index) => out.tuple_index = *index as i64,
             Op::Constant(value) => {
-                let Kind::Array(shape) = &node.kind else { panic!("constants are scalars") };
-                out.literal = Some(literal(shape, *value));
+                out.literal = Some(literal(array(&node.kind), *value));
             }
             Op::Iota(axis) | Op::Concatenate(axis) => out.dimensions = vec![*axis as i64],
             Op::Broadcast(axes) | Op::Transpose(axes) | Op::Reduce(_, axes) => out.dimensions = whole(axes),
@@ -394,8 +403,7 @@ impl Emitter<'_> {
                 out.slice_dimensions = ranges.iter().map(slice).collect();
             }
             Op::DynamicSlice => {
-                let Kind::Array(shape) = &node.kind else { panic!("a slice is an array") };
-                out.dynamic_slice_sizes = whole(&shape.dims);
+                out.dynamic_slice_sizes = whole(&array(&node.kind).dims);
             }
             Op::Pad(padding) => {
                 let pad = |&(low, high): &(usize, usize)| PaddingConfigDimension {
@@ -412,6 +420,13 @@ impl Emitter<'_> {
                     lhs_batch_dimensions: whole(&axes.batch[0]),
                     rhs_batch_dimensions: whole(&axes.batch[1]),
                 });
+            }
+            Op::Collective(what, ranks) => {
+                if let Collective::AllGather(axis) | Collective::ReduceScatter(axis) = what {
+                    out.dimensions = vec![*axis as i64];
+                }
+                let groups = self.grid.groups(*ranks).into_iter();
+                out.replica_groups = groups.map(|g| ReplicaGroup { replica_ids: whole(&g) }).collect();
             }
             Op::Compare(direction) => out.comparison_direction = (*direction).to_owned(),
             _ => {}
@@ -447,6 +462,9 @@ fn opcode(op: &Op) -> &'static str {
         Op::Plain(opcode) => opcode,
         Op::Compare(_) => "compare",
         Op::Reduce(..) => "reduce",
+        Op::Collective(Collective::AllReduce(_), _) => "all-reduce",
+        Op::Collective(Collective::AllGather(_), _) => "all-gather",
+        Op::Collective(Collective::ReduceScatter(_), _) => "reduce-scatter",
         Op::Tuple => "tuple",
         Op::Call(_) => "call",
         Op::While(..) => "while",

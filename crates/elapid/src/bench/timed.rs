@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use elapid_cpu::{Buffer, CpuBackend, Pending, Tensor};
 use elapid_tensor::{
-    AdamW, Backend, Clipping, DType, FlatShape, Group, Mamba2Grads, Mamba2Inputs, Mamba2Output, Mamba2Sinks,
+    AdamW, Backend, Clipping, DType, Decayed, FlatShape, Group, Mamba2Grads, Mamba2Inputs, Mamba2Output, Mamba2Sinks,
     Mamba2Spec, Mamba2Weights, Row, Sink, Slot, State,
 };
 
@@ -346,7 +346,7 @@ impl Backend for Timed {
     fn adamw(
         &self,
         hyper: &AdamW,
-        decayed: (usize, usize),
+        decayed: Decayed,
         clip: &Tensor,
         grads: &Buffer,
         params: &mut Buffer,

@@ -1,11 +1,12 @@
 //! `elapid compile`.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 use elapid_tensor::AdamW;
-use elapid_xla::{Estimate, LoopKind, Module, Options, Port, Type, estimate, lint};
+use elapid_xla::{LoopKind, Module, Options, Port, Type, estimate, lint};
 use serde_json::{Value, json};
 
 use super::print_line;
@@ -13,6 +14,8 @@ use crate::Error;
 use crate::config::ModelConfig;
 use crate::config::run::{ActivationCheckpointing, Dtype, at_least_one, check, resolve_model};
 use crate::error::say;
+use crate::model::shard::check_ranks;
+use crate::parallel::Mesh;
 use crate::record::Recording;
 use crate::train::memory::bytes;
 
@@ -123,16 +126,16 @@ pub(super) struct CompileArgs {
     /// How layers are written
     #[arg(long, value_enum, default_value = "call")]
     layer_loop: LayerLoop,
-    /// Tensor-parallel ranks; only 1 so far
+    /// Tensor-parallel ranks
     #[arg(long, value_name = "N", default_value_t = 1)]
     tp: usize,
-    /// Data-parallel ranks; only 1 so far
+    /// Data-parallel ranks
     #[arg(long, value_name = "N", default_value_t = 1)]
     dp: usize,
-    /// Not yet: needs --dp
-    #[arg(long)]
+    /// Each data-parallel rank keeps its part of the fp32 masters and moments only (ZeRO stage 1)
+    #[arg(long = "use-zero-1")]
     use_zero_1: bool,
-    /// Not yet: needs --tp
+    /// Cut the residual stream along the sequence, between tensor-parallel ranks
     #[arg(long)]
     sequence_parallel_enabled: bool,
 }
@@ -159,17 +162,7 @@ impl CompileArgs {
         }
         let eps = f64::from(self.eps);
         check("--eps", eps, eps > 0.0 && eps.is_finite(), "it must be a finite number above 0")?;
-        for (flag, given) in [
-            (format!("--tp {}", self.tp), self.tp != 1),
-            (format!("--dp {}", self.dp), self.dp != 1),
-            ("--use-zero-1".into(), self.use_zero_1),
-            ("--sequence-parallel-enabled".into(), self.sequence_parallel_enabled),
-        ] {
-            if given {
-                return Err(Error::new(format!("{flag}: modules for several ranks cannot be written yet"))
-                    .with_hint("leave it out: the modules are for one core"));
-            }
-        }
+        Mesh::new(self.tp, Some(self.dp), None)?;
         Ok(())
     }
 
@@ -196,7 +189,9 @@ impl CompileArgs {
                 step: 1,
             },
             max_norm: self.max_grad_norm,
-            options: Options { layers, ..Options::default() },
+            sequence_parallel: self.sequence_parallel_enabled,
+            zero1: self.use_zero_1,
+            options: Options { layers, dp: self.dp, tp: self.tp, ..Options::default() },
         }
     }
 }
@@ -210,6 +205,7 @@ pub(super) fn run(args: &CompileArgs) -> Result<(), Error> {
         args.n_groups,
         args.rmsnorm_across_groups,
     )?;
+    check_ranks(&config, args.tp)?;
     fs::create_dir_all(&args.output_dir).map_err(|cause| Error::io("make", &args.output_dir, &cause))?;
     // A manifest stands for a whole set of modules: the old one goes first, the new one comes last.
     let manifest = args.output_dir.join("manifest.json");
@@ -219,9 +215,12 @@ pub(super) fn run(args: &CompileArgs) -> Result<(), Error> {
     let recording = args.recording(&config);
     let recorders: [fn(&Recording<'_>) -> Module; 4] =
         [|r| r.micro_step(), |r| r.update(), |r| r.eval(), |r| r.decode()];
+    let modules = recorders.map(|record| record(&recording));
+    // What training holds on the device from step to step, whatever runs; decoding is for itself.
+    let [training @ .., _] = &modules;
+    let held = held(training);
     let (mut entries, mut commands) = (Vec::new(), Vec::new());
-    for record in recorders {
-        let module = record(&recording);
+    for module in &modules {
         let name = module.proto.name.clone();
         let broken = lint(&module.proto);
         if let Some(first) = broken.first() {
@@ -229,7 +228,9 @@ pub(super) fn run(args: &CompileArgs) -> Result<(), Error> {
                 .with_hint("this is a fault of elapid; please report the command line"));
         }
         let needs = estimate(&module.proto);
-        warn(args.target, &name, needs);
+        let own = if name == "decode" { needs.arguments } else { held };
+        let memory = own + needs.outputs + needs.temporaries;
+        warn(args.target, &name, memory, needs.work.instructions);
         let contents = module.to_bytes();
         let file = format!("{name}.hlo.pb");
         put(&args.output_dir.join(&file), &contents)?;
@@ -238,8 +239,8 @@ pub(super) fn run(args: &CompileArgs) -> Result<(), Error> {
             "{name:<11} {:>6} instructions in {file} ({}); on the device about {} of memory, {} instructions",
             module.instructions(),
             bytes(contents.len() as u64),
-            bytes(needs.memory()),
-            needs.instructions
+            bytes(memory),
+            needs.work.instructions
         ))?;
         let command = neuronx_cc(args.target, &name);
         entries.push(json!({
@@ -252,32 +253,41 @@ pub(super) fn run(args: &CompileArgs) -> Result<(), Error> {
             "instructions": module.instructions(),
             "estimate": {
                 "arguments": needs.arguments, "outputs": needs.outputs, "temporaries": needs.temporaries,
-                "memory": needs.memory(), "memory_of_target": args.target.memory(),
-                "device_instructions": needs.instructions, "most_device_instructions": MAX_INSTRUCTIONS,
+                "memory": memory, "memory_of_target": args.target.memory(),
+                "device_instructions": needs.work.instructions, "most_device_instructions": MAX_INSTRUCTIONS,
+                "flops": needs.work.flops,
+                "collectives": needs.work.collectives, "bytes_sent": needs.work.sent,
             },
             "compile": command,
         }));
         commands.push(command);
     }
-    let text = manifest_text(args, &model, &config, entries)?;
+    let text = manifest_text(args, &model, &config, held, entries)?;
     put(&manifest, text.as_bytes())?;
     print_line(&how_to_go_on(args, &commands))
 }
 
+/// Bytes of all inputs of these modules together, each name once: what a rank keeps on its device.
+fn held(modules: &[Module]) -> u64 {
+    let ports = modules.iter().flat_map(|module| &module.inputs);
+    let sizes: BTreeMap<&str, usize> =
+        ports.map(|port| (port.name.trim_end_matches(".must_alias_input"), port.shape.bytes())).collect();
+    sizes.into_values().sum::<usize>() as u64
+}
+
 /// Says where a module is too large for a core.
-fn warn(target: Target, name: &str, needs: Estimate) {
+fn warn(target: Target, name: &str, memory: u64, instructions: u64) {
     let name_of_target = target.name();
-    if needs.memory() > target.memory() {
+    if memory > target.memory() {
         say(format_args!(
             "warning: {name} needs about {} of device memory; a core of {name_of_target} has {}",
-            bytes(needs.memory()),
+            bytes(memory),
             bytes(target.memory())
         ));
     }
-    if needs.instructions > MAX_INSTRUCTIONS {
+    if instructions > MAX_INSTRUCTIONS {
         say(format_args!(
-            "warning: {name} may become {} instructions; the compiler takes {MAX_INSTRUCTIONS}",
-            needs.instructions
+            "warning: {name} may become {instructions} instructions; the compiler takes {MAX_INSTRUCTIONS}"
         ));
     }
 }
@@ -296,6 +306,7 @@ fn manifest_text(
     args: &CompileArgs,
     model: &str,
     config: &ModelConfig,
+    held: u64,
     modules: Vec<Value>,
 ) -> Result<String, Error> {
     let config: Value = serde_json::from_str(&config.to_json())
@@ -311,6 +322,12 @@ fn manifest_text(
         "documents": args.documents,
         "tp": args.tp,
         "dp": args.dp,
+        "zero1": args.use_zero_1,
+        "sequence_parallel": args.sequence_parallel_enabled,
+        "held": held,
+        "rank_inputs": {
+            "rank": "[data-parallel rank, tensor-parallel rank]; rank r of a run is r / tp and r mod tp of the two",
+        },
         "step_inputs": {
             "scale": "1 / number of labels that count since the last update",
             "lr": "learning rate of the step",

@@ -183,7 +183,7 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
         let Some(Zero1 { ends }) = &mut self.zero1 else {
             return backend.cast_buffer(&self.masters, compute);
         };
-        for row in self.layout.flat.rows() {
+        for row in backend.every_row(self.layout.flat) {
             backend.all_gather_row(&self.masters, row, compute, Group::Dp);
             if let Some(ends) = ends {
                 backend.all_gather_row(&self.masters, row, ends, Group::Dp);
@@ -193,7 +193,7 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
 
     /// The same model of which this rank keeps its shard of the masters only, one of as many as there are data-parallel
     /// ranks, beside all parameters in compute dtype (ZeRO stage 1). A rank alone keeps everything.
-    pub fn with_zero1(mut self, backend: &B) -> Self {
+    pub fn with_zero1(self, backend: &B) -> Self {
         let flat = self.layout.flat;
         let (ranks, rank) = (backend.group_size(Group::Dp), backend.group_rank(Group::Dp));
         if ranks == 1 {
@@ -205,6 +205,24 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
             let values = self.parameter(backend, &whole);
             backend.write_slot(&mut shard, &Slot { offset: 0, ..whole }, &values);
         }
+        let mut model = self.keeping(backend, shard);
+        model.refresh(backend);
+        model
+    }
+
+    /// [`Self::with_zero1`] of a model whose parameters are still to come: nothing is read or gathered.
+    pub fn with_empty_zero1(self, backend: &B) -> Self {
+        let ranks = backend.group_size(Group::Dp);
+        if ranks == 1 {
+            return self;
+        }
+        let shard = backend.buffer(self.layout.flat.shard(ranks), DType::F32);
+        self.keeping(backend, shard)
+    }
+
+    /// The same model with `shard` for its masters; what it had becomes the compute copy where there is none.
+    fn keeping(mut self, backend: &B, shard: B::Buffer) -> Self {
+        let flat = self.layout.flat;
         let whole = std::mem::replace(&mut self.masters, shard);
         let ends = self.compute.is_some().then(|| {
             let (row, shared) = self.layout.decayed;
@@ -213,7 +231,6 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
         });
         self.compute.get_or_insert(whole);
         self.zero1 = Some(Zero1 { ends });
-        self.refresh(backend);
         self
     }
 
@@ -263,9 +280,14 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
         &self.masters
     }
 
-    /// The bf16 copy; None where the model computes in fp32.
+    /// The copy in compute dtype; None where whole fp32 masters are that.
     pub fn compute(&self) -> Option<&B::Buffer> {
         self.compute.as_ref()
+    }
+
+    /// With ZeRO-1, in a model that computes in bf16: whole rows' ends, fp32.
+    pub fn ends(&self) -> Option<&B::Buffer> {
+        self.zero1.as_ref()?.ends.as_ref()
     }
 
     /// The fp32 masters. After a change, [`Self::refresh`] is due.

@@ -7,7 +7,7 @@ use std::fmt;
 
 use std::ops::Range;
 
-use elapid_tensor::{DType, FlatShape, Mamba2Spec, NormGroup, Row, Slot};
+use elapid_tensor::{Copies, DType, FlatShape, Mamba2Spec, NormGroup, Row, Slot};
 
 use super::shard::{Cuts, Share};
 use crate::config::ModelConfig;
@@ -227,15 +227,6 @@ pub struct Replica {
     pub partial: bool,
 }
 
-/// What an update must know of its rows, or of equal parts of them.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Part {
-    /// Weight decay applies to the first elements of each row: (of a layer row, of the shared region).
-    pub decayed: (usize, usize),
-    /// Elements of the buffer that another rank counts in a norm, in order.
-    pub uncounted: Vec<Range<usize>>,
-}
-
 /// Where a layer's parameters lie.
 #[derive(Clone, Debug)]
 pub struct LayerSlots {
@@ -332,27 +323,14 @@ impl Layout {
         (range, at)
     }
 
-    /// What one of `ranks` equal parts of every row is to the update.
-    pub fn part(&self, ranks: usize, rank: usize) -> Part {
-        let flat = self.flat.shard(ranks);
-        // Elements of a row before `end` that lie in the part, and a range as the part counts it.
-        let before = |end: usize, len: usize| end.saturating_sub(rank * len).min(len);
-        let decayed = (before(self.decayed.0, flat.row), before(self.decayed.1, flat.shared));
-        let uncounted = self.flat.rows().flat_map(|row| {
-            let (len, start) = (flat.whole(row).len(), flat.start(row));
-            self.uncounted(row)
-                .map(move |range| start + before(range.start, len)..start + before(range.end, len))
-        });
-        Part { decayed, uncounted: uncounted.filter(|range| !range.is_empty()).collect() }
-    }
-
-    /// Ranges of a row that a tensor-parallel rank before this one holds, too: a norm over all ranks leaves them out
+    /// What tensor-parallel ranks hold in copies, of (a layer row, the shared region): a norm over all ranks counts it once
     /// (trap T21).
-    fn uncounted(&self, row: Row) -> impl Iterator<Item = Range<usize>> {
-        let replicas = self.replicas(row, false).into_iter();
-        replicas
-            .filter(|replica| !self.share.rank.is_multiple_of(replica.copies))
-            .map(|replica| replica.range)
+    pub fn copies(&self) -> (Vec<Copies>, Vec<Copies>) {
+        let of_row = |row| {
+            let replicas = self.replicas(row, false).into_iter();
+            replicas.map(|replica| Copies { range: replica.range, ranks: replica.copies }).collect()
+        };
+        (if self.flat.layers == 0 { Vec::new() } else { of_row(Row::Layer(0)) }, of_row(Row::Shared))
     }
 
     fn row(&self, row: Row) -> &[Placed] {
