@@ -1,11 +1,12 @@
 //! The backend: recording of every op of the contract.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 
 use elapid_tensor::{
-    AdamW, Backend, Clipping, DType, Decayed, FlatShape, Group, LayerLoop, Mamba2Grads, Mamba2Inputs, Mamba2Output,
-    Mamba2Sinks, Mamba2Spec, Mamba2Weights, Row, Sink, Slot, State,
+    AdamW, Backend, Clipping, DType, Decayed, FlatShape, Group, LayerLoop, Mamba2Grads, Mamba2Inputs,
+    Mamba2Output, Mamba2Sinks, Mamba2Spec, Mamba2Weights, Row, Sink, Slot, State,
 };
 
 use crate::buffer::{XlaBuffer, index, update};
@@ -34,6 +35,8 @@ pub struct Options {
     pub layers: LoopKind,
     /// Logits and one-hot rows of one block hold at most this many numbers.
     pub block: usize,
+    /// What is updated is written where it was; else beside it, under the same name.
+    pub in_place: bool,
     /// Data-parallel ranks that run a module together.
     pub dp: usize,
     /// Tensor-parallel ranks, for each of them. Rank r of a run is number r / tp and r mod tp of the two.
@@ -42,7 +45,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { layers: LoopKind::Call, block: 32 << 20, dp: 1, tp: 1 }
+        Self { layers: LoopKind::Call, block: 32 << 20, in_place: true, dp: 1, tp: 1 }
     }
 }
 
@@ -89,7 +92,7 @@ impl XlaBackend {
             .iter()
             .map(|r| Output { name: r.name.clone(), node: self.get(r.tensor).node, alias: r.replaces })
             .collect();
-        emit(&self.graph, name, &outputs)
+        emit(&self.graph, name, &outputs, self.options.in_place)
     }
 
     /// An input of modules that has no values yet.
@@ -100,6 +103,18 @@ impl XlaBackend {
     /// The two arrays of a buffer, `[layers, row]` and `[shared]`, gradients added; None: it has no elements.
     pub fn arrays(&self, buffer: &XlaBuffer) -> [Option<XlaTensor>; 2] {
         buffer.arrays(self)
+    }
+
+    /// A buffer of some of the layers, and the whole shared region.
+    pub fn of_layers(&self, buffer: &XlaBuffer, layers: Range<usize>) -> XlaBuffer {
+        self.scope("of_layers", None);
+        buffer.of_layers(self, layers)
+    }
+
+    /// Puts back what [`Self::of_layers`] gave, from layer `first` on.
+    pub fn put_layers(&self, buffer: &mut XlaBuffer, first: usize, part: &XlaBuffer) {
+        self.scope("put_layers", None);
+        buffer.put_layers(self, first, part);
     }
 
     /// Names an input and gives its number; None: the tensor is no input.
@@ -153,6 +168,17 @@ impl XlaBackend {
             whole = update(whole, self.get(row).reshape(&[1, len]), &start);
         }
         self.keep(whole)
+    }
+
+    /// `stack` `[n, B·len]`, each row of it the states of a batch, with zeros for the rows of the batch where `kept` `[B]`,
+    /// s32, is 0.
+    pub fn keep_rows(&self, stack: &XlaTensor, kept: &XlaTensor) -> XlaTensor {
+        self.scope("keep_rows", None);
+        let (stack, kept) = (self.get(stack), self.get(kept));
+        let (shape, batch) = (stack.dims(), kept.dims()[0]);
+        let parts = [shape[0], batch, shape[1] / batch];
+        let kept = kept.compare_to("NE", 0.0).to(stack.ty()).expand(&parts, &[1]);
+        self.keep((stack.reshape(&parts) * kept).reshape(&shape))
     }
 
     /// What was accumulated for an update, after it: zeros, unless `clip` says that nothing was updated.

@@ -14,6 +14,9 @@ pub struct Estimate {
     /// Bytes of intermediate values at the worst moment, in the order of the text. Elementwise chains count as fused
     /// where nothing but elementwise work and reductions reads them; updates of slices and loop states are in place.
     pub temporaries: u64,
+    /// The same where nothing is fused and every value is stored: an upper bound for a compiler that keeps to the order of
+    /// the text.
+    pub temporaries_at_most: u64,
     /// What there is to do.
     pub work: Work,
 }
@@ -30,6 +33,15 @@ pub struct Work {
     /// Bytes that a rank sends in them to its neighbours in a ring: of n bytes a sum over r ranks sends 2·n·(r − 1)/r, a
     /// gather or a scattered sum that comes to or from n bytes n·(r − 1)/r.
     pub sent: u64,
+}
+
+/// What one computation needs.
+#[derive(Clone, Copy, Debug, Default)]
+struct Costs {
+    /// Bytes of intermediate values, fused and not.
+    fused: u64,
+    most: u64,
+    work: Work,
 }
 
 impl Work {
@@ -66,7 +78,7 @@ fn bytes(shape: &ShapeProto) -> u64 {
 
 /// Estimates `module`.
 pub fn estimate(module: &HloModuleProto) -> Estimate {
-    let mut costs: HashMap<i64, (u64, Work)> = HashMap::new();
+    let mut costs: HashMap<i64, Costs> = HashMap::new();
     let mut turns: HashMap<i64, u64> = HashMap::new();
     for computation in &module.computations {
         if let Some(count) = trip_count(computation) {
@@ -77,8 +89,8 @@ pub fn estimate(module: &HloModuleProto) -> Estimate {
         } else {
             HashSet::new()
         };
-        let cost = (temporaries(computation, &costs, &aliased), work(computation, &costs, &turns));
-        costs.insert(computation.id, cost);
+        let [fused, most] = [true, false].map(|fuse| temporaries(computation, &costs, &aliased, fuse));
+        costs.insert(computation.id, Costs { fused, most, work: work(computation, &costs, &turns) });
     }
     let shape = module.host_program_shape.clone().unwrap_or_default();
     let aliased = aliased_outputs(module);
@@ -88,8 +100,15 @@ pub fn estimate(module: &HloModuleProto) -> Estimate {
     };
     let outputs =
         results.iter().enumerate().filter(|(i, _)| !aliased.contains(i)).map(|(_, s)| bytes(s)).sum();
-    let (temporaries, work) = costs.get(&module.entry_computation_id).copied().unwrap_or_default();
-    Estimate { arguments: shape.parameters.iter().map(bytes).sum(), outputs, temporaries, work }
+    let Costs { fused: temporaries, most: temporaries_at_most, work } =
+        costs.get(&module.entry_computation_id).copied().unwrap_or_default();
+    Estimate {
+        arguments: shape.parameters.iter().map(bytes).sum(),
+        outputs,
+        temporaries,
+        temporaries_at_most,
+        work,
+    }
 }
 
 fn aliased_outputs(module: &HloModuleProto) -> HashSet<usize> {
@@ -133,12 +152,13 @@ fn is_elementwise(opcode: &str) -> bool {
 /// Peak of live intermediate bytes of a computation; what comes from outside is not counted.
 fn temporaries(
     computation: &HloComputationProto,
-    costs: &HashMap<i64, (u64, Work)>,
+    costs: &HashMap<i64, Costs>,
     aliased: &HashSet<usize>,
+    fuse: bool,
 ) -> u64 {
     let all = &computation.instructions;
     let position: HashMap<i64, usize> = all.iter().enumerate().map(|(at, i)| (i.id, at)).collect();
-    let mut stored = vec![false; all.len()]; // read by more than elementwise work and reductions
+    let mut stored = vec![!fuse; all.len()]; // read by more than elementwise work and reductions
     for (at, i) in all.iter().enumerate().rev() {
         let is_view = i.opcode == "reshape" || i.opcode == "opt-barrier";
         if if is_view { stored[at] } else { !is_elementwise(&i.opcode) && i.opcode != "reduce" } {
@@ -192,7 +212,12 @@ fn temporaries(
     last.iter().enumerate().for_each(|(buffer, &at)| dying[at].push(buffer));
     for (at, i) in all.iter().enumerate() {
         live += born[at].iter().map(|&b| size[b]).sum::<u64>();
-        let inside = i.called_computation_ids.iter().filter_map(|id| costs.get(id)).map(|c| c.0).max();
+        let inside = i
+            .called_computation_ids
+            .iter()
+            .filter_map(|id| costs.get(id))
+            .map(|c| if fuse { c.fused } else { c.most })
+            .max();
         peak = peak.max(live + inside.unwrap_or(0));
         live -= dying[at].iter().map(|&b| size[b]).sum::<u64>();
     }
@@ -202,11 +227,7 @@ fn temporaries(
 const PARTITIONS: u64 = 128;
 const COLUMNS: u64 = 512;
 
-fn work(
-    computation: &HloComputationProto,
-    costs: &HashMap<i64, (u64, Work)>,
-    turns: &HashMap<i64, u64>,
-) -> Work {
+fn work(computation: &HloComputationProto, costs: &HashMap<i64, Costs>, turns: &HashMap<i64, u64>) -> Work {
     let shapes: HashMap<i64, &ShapeProto> =
         computation.instructions.iter().filter_map(|i| Some((i.id, i.shape.as_ref()?))).collect();
     let mut all = Work::default();
@@ -219,8 +240,8 @@ fn work(
             | "opt-barrier" => {}
             "call" | "while" => {
                 let times = i.called_computation_ids.iter().filter_map(|id| turns.get(id)).max();
-                for (_, inside) in i.called_computation_ids.iter().filter_map(|id| costs.get(id)) {
-                    all.add(*inside, *times.unwrap_or(&1));
+                for inside in i.called_computation_ids.iter().filter_map(|id| costs.get(id)) {
+                    all.add(inside.work, *times.unwrap_or(&1));
                 }
             }
             "dot" => {

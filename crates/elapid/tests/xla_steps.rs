@@ -38,8 +38,13 @@ struct Case {
     sequence_parallel: bool,
     zero1: bool,
     documents: bool,
+    /// States pass from micro-step to micro-step.
+    carried: bool,
     checkpointing: Checkpointing,
     layers: LoopKind,
+    in_place: bool,
+    /// Modules of a micro-step: groups of layers, forward and backward.
+    groups: usize,
     micro_steps: usize,
     /// Samples of a micro-step, of one rank.
     batch: usize,
@@ -69,8 +74,11 @@ impl Case {
             sequence_parallel: false,
             zero1: false,
             documents: false,
+            carried: false,
             checkpointing: Checkpointing::None,
             layers: LoopKind::Call,
+            in_place: true,
+            groups: 1,
             micro_steps: 2,
             batch: 2,
             length: 37,
@@ -114,6 +122,8 @@ impl Case {
         };
         let mut coin = || rng.random_bool(0.5);
         let (sequence_parallel, zero1, documents) = (coin(), coin(), coin());
+        let (carried, in_place, split) = (coin(), coin(), coin());
+        let groups = if carried || !split { 1 } else { rng.random_range(1..=config.num_hidden_layers) };
         Self {
             config,
             dtype: DType::F32,
@@ -121,6 +131,9 @@ impl Case {
             sequence_parallel,
             zero1,
             documents,
+            carried,
+            in_place,
+            groups,
             checkpointing: *[Checkpointing::None, Checkpointing::Block].choose(rng).unwrap(),
             layers: *[LoopKind::Call, LoopKind::While, LoopKind::Unrolled].choose(rng).unwrap(),
             micro_steps: rng.random_range(1..3),
@@ -137,12 +150,13 @@ impl Case {
             batch: self.batch,
             length: self.length,
             documents: self.documents,
+            carried: self.carried,
             checkpointing: self.checkpointing,
             hyper: hyper(1),
             max_norm: 1.0,
             sequence_parallel: self.sequence_parallel,
             zero1: self.zero1,
-            options: Options { layers: self.layers, block: 1 << 10, dp, tp },
+            options: Options { layers: self.layers, block: 1 << 10, in_place: self.in_place, dp, tp },
         }
     }
 
@@ -154,7 +168,8 @@ impl Case {
         let label = |_| if rng.random_range(0..5) == 0 { IGNORE_LABEL } else { rng.random_range(0..vocab) };
         let labels = (0..count).map(label).collect();
         let documents = self.documents.then(|| (0..count).map(|t| (t / 13) as i32).collect());
-        Batch { size, length: self.length, ids, labels, documents, continued: vec![false; size] }
+        let continued = (0..size).map(|_| self.carried && rng.random_bool(0.7)).collect();
+        Batch { size, length: self.length, ids, labels, documents, continued }
     }
 }
 
@@ -207,6 +222,16 @@ impl<'a> Devices<'a> {
         self.set_samples("labels", &batch.labels, batch.length);
         if let Some(documents) = &batch.documents {
             self.set_samples("documents", documents, batch.length);
+        }
+        let continued: Vec<i32> = batch.continued.iter().map(|&goes_on| i32::from(goes_on)).collect();
+        self.set_samples("continued", &continued, 1);
+    }
+
+    /// States of zeros, as a module takes them.
+    fn zero_states(&mut self, module: &Module) {
+        for port in module.inputs.iter().filter(|port| port.name.starts_with("states")) {
+            let name = port.name.trim_end_matches(".must_alias_input");
+            self.set(name, &Literal::F32(vec![0.0; port.shape.elements()]));
         }
     }
 
@@ -266,7 +291,8 @@ impl<'a> Devices<'a> {
         for (tp_rank, layout) in self.layouts.iter().enumerate() {
             let mut flat = Vec::new();
             for (part, rows) in parts(layout) {
-                let of = |dp_rank: usize| self.arrays[dp_rank * tp + tp_rank][&format!("{name}.{part}")].floats();
+                let of =
+                    |dp_rank: usize| self.arrays[dp_rank * tp + tp_rank][&format!("{name}.{part}")].floats();
                 for (number, _) in rows.iter().enumerate() {
                     let row = |rank| {
                         let len = of(rank).len() / rows.len();
@@ -313,8 +339,11 @@ fn agrees(jaxlib: &Jaxlib, case: &Case) {
     let (narrow, dealt) = (*dtype != DType::F32, *zero1 && !alone);
     let cpu = CpuBackend::new(&CpuOptions { threads: Some(1), ..CpuOptions::default() }).unwrap();
     let model = |dtype| Mamba2ForCausalLM::new(&cpu, config, dtype, Init::StateSpaces, 5);
-    let mut trainer = Trainer::new(&cpu, model(DType::F32), *checkpointing);
-    let mut own = narrow.then(|| Trainer::new(&cpu, model(*dtype), *checkpointing));
+    let trainer = |dtype| {
+        let trainer = Trainer::new(&cpu, model(dtype), *checkpointing);
+        if case.carried { trainer.with_carried_states() } else { trainer }
+    };
+    let (mut trainer, mut own) = (trainer(DType::F32), narrow.then(|| trainer(*dtype)));
     let layout = trainer.model().layout().clone();
     let mut devices = Devices::new(jaxlib, case);
     let masters = tensors(&cpu, &layout, trainer.model().masters());
@@ -327,7 +356,10 @@ fn agrees(jaxlib: &Jaxlib, case: &Case) {
     devices.set_buffer("v", &zeros, dealt, false, false);
     devices.set("loss", &Literal::F32(vec![0.0]));
     let recording = case.recording();
-    let (micro_step, update) = (recording.micro_step(), recording.update());
+    let (micro_step, update) = (recording.micro_steps(case.groups), recording.update());
+    assert_eq!(micro_step.len(), 2 * case.groups - 1);
+    assert_eq!(update.aliases.is_empty(), !case.in_place);
+    devices.zero_states(&micro_step[0]);
 
     let mut rng = ChaCha8Rng::seed_from_u64(7);
     for step in 1..=STEPS {
@@ -338,7 +370,7 @@ fn agrees(jaxlib: &Jaxlib, case: &Case) {
             trainer.micro_step(&batch);
             own.iter_mut().for_each(|own| own.micro_step(&batch));
             devices.set_batch(&batch);
-            devices.run(&micro_step);
+            micro_step.iter().for_each(|module| devices.run(module));
         }
         let hyper = hyper(step);
         let want: StepReport = trainer.update(&hyper, 1.0, valid);
@@ -380,10 +412,7 @@ fn agrees(jaxlib: &Jaxlib, case: &Case) {
     assert!(relative_error(devices.same("loss_sum"), &cpu.values(&want)) < limit);
 
     let decode = recording.decode();
-    for port in decode.inputs.iter().filter(|port| port.name.starts_with("states")) {
-        let name = port.name.trim_end_matches(".must_alias_input");
-        devices.set(name, &Literal::F32(vec![0.0; port.shape.elements()]));
-    }
+    devices.zero_states(&decode);
     let mut states = Vec::new();
     for position in 0..3 {
         let ids: Vec<i32> = batch.ids.chunks_exact(case.length).map(|row| row[position]).collect();
@@ -423,9 +452,30 @@ fn steps_of_one_rank() {
 fn steps_of_several_ranks() {
     let Some(jaxlib) = Jaxlib::start() else { return };
     let mut rng = ChaCha8Rng::seed_from_u64(12);
+    let mut seen = [0; 9];
     for ranks in [2, 4, 8, 2, 4, 8, 2, 4, 8] {
-        agrees(&jaxlib, &Case::random(&mut rng, ranks));
+        let case = Case::random(&mut rng, ranks);
+        agrees(&jaxlib, &case);
+        let (Mesh { dp, tp }, layout) = (case.mesh, Layout::new(&case.config));
+        let share = Share { ranks: tp, rank: 0 };
+        let replicas = Layout::sharded(&case.config, share).replicas(Row::Layer(0), false);
+        let has = [
+            tp > 1 && case.sequence_parallel,
+            dp > 1 && case.zero1,
+            dp > 1 && !case.zero1,
+            tp > 1 && !case.config.vocab_size.is_multiple_of(tp),
+            replicas.iter().any(|replica| replica.partial && replica.copies < tp),
+            Layout::sharded(&case.config, share).spec.norm_ranks > 1,
+            layout.shared().head.is_none(),
+            case.carried,
+            case.groups > 1,
+        ];
+        seen.iter_mut().zip(has).for_each(|(seen, has)| *seen += u32::from(has));
     }
+    println!(
+        "sequence parallel, ZeRO-1, not, padded vocabulary, shared groups, shared means, tied, carried, split: {seen:?}"
+    );
+    assert!(seen.iter().all(|&count| count > 0), "{seen:?}");
 }
 
 #[test]

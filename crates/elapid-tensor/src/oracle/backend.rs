@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use super::Clip;
 use crate::backend::{
-    AdamW, Backend, Clipping, DType, Decayed, Group, Mamba2Grads, Mamba2Inputs, Mamba2Output, Mamba2Sinks, Mamba2Spec,
-    Mamba2Weights, Sink, State,
+    AdamW, Backend, Clipping, DType, Decayed, Group, Mamba2Grads, Mamba2Inputs, Mamba2Output, Mamba2Sinks,
+    Mamba2Spec, Mamba2Weights, Sink, State,
 };
 use crate::flat::{FlatShape, Row, Slot};
 

@@ -87,16 +87,25 @@ pub(crate) struct Output {
 
 const ALIAS: &str = ".must_alias_input";
 
-/// A module named `name` that gives `outputs`.
-pub(crate) fn emit(graph: &Graph, name: &str, outputs: &[Output]) -> Module {
+/// A module named `name` that gives `outputs`; `in_place`: those that take over an input lie in its memory.
+pub(crate) fn emit(graph: &Graph, name: &str, outputs: &[Output], in_place: bool) -> Module {
     let (grid, graph) = (graph.grid, &*graph.lock());
-    Emitter { graph, grid, ids: 0, computations: Vec::new(), reducers: BTreeMap::new(), called: HashMap::new() }
-        .module(name, outputs)
+    Emitter {
+        graph,
+        grid,
+        in_place,
+        ids: 0,
+        computations: Vec::new(),
+        reducers: BTreeMap::new(),
+        called: HashMap::new(),
+    }
+    .module(name, outputs)
 }
 
 struct Emitter<'g> {
     graph: &'g Inner,
     grid: Grid,
+    in_place: bool,
     /// Ids given out so far: instructions and computations count together, from 1.
     ids: i64,
     computations: Vec<HloComputationProto>,
@@ -161,7 +170,7 @@ impl Emitter<'_> {
         let inputs: Vec<Port> = leaves
             .iter()
             .map(|&leaf| {
-                let suffix = if aliased.contains(&leaf) { ALIAS } else { "" };
+                let suffix = if self.in_place && aliased.contains(&leaf) { ALIAS } else { "" };
                 let leaf = &graph.leaves[leaf];
                 Port { name: format!("{}{suffix}", leaf.name), shape: leaf.shape.clone() }
             })
@@ -181,6 +190,28 @@ impl Emitter<'_> {
                 ..HloInstructionProto::default()
             });
         }
+        let ports: Vec<Port> = outputs
+            .iter()
+            .map(|output| {
+                let shape = array(&entry.nodes[output.node as usize].kind);
+                let name = match output.alias {
+                    Some(leaf) if self.in_place => format!("{}{ALIAS}", graph.leaves[leaf].name),
+                    Some(leaf) => graph.leaves[leaf].name.clone(),
+                    None => output.name.clone(),
+                };
+                Port { name, shape: shape.clone() }
+            })
+            .collect();
+        // A parameter is never an output itself. Its copy comes before anything is written in its place.
+        let mut copies = HashMap::new();
+        for (number, (output, port)) in outputs.iter().zip(&ports).enumerate() {
+            if let Op::Leaf(leaf) = entry.nodes[output.node as usize].op {
+                let parameter = leaves.binary_search(&leaf).expect("collected above");
+                let parameter = body.instructions[parameter].id;
+                let copy = self.plain("copy", port.shape.proto(), vec![parameter], &mut body, &port.name);
+                copies.insert(number, copy);
+            }
+        }
         for (index, (node, _)) in entry.nodes.iter().zip(&needed).enumerate().filter(|(_, (_, n))| **n) {
             if let Op::Leaf(leaf) = node.op {
                 let number = leaves.binary_search(&leaf).expect("collected above");
@@ -189,26 +220,14 @@ impl Emitter<'_> {
                 self.instruction(node, index as u32, &mut body);
             }
         }
-        let ports: Vec<Port> = outputs
-            .iter()
-            .map(|output| {
-                let shape = array(&entry.nodes[output.node as usize].kind);
-                let name = match output.alias {
-                    Some(leaf) => format!("{}{ALIAS}", graph.leaves[leaf].name),
-                    None => output.name.clone(),
-                };
-                Port { name, shape: shape.clone() }
-            })
-            .collect();
         let names: Vec<&str> = ports.iter().map(|p| p.name.as_str()).collect();
         let names = attribute("neff_output_names", names.join(","));
         let mut results = Vec::new();
         let mut taken = BTreeSet::new();
-        for (output, port) in outputs.iter().zip(&ports) {
-            // A parameter is never an output itself, nor is one value two outputs or a single output's own root.
-            let raw = matches!(entry.nodes[output.node as usize].op, Op::Leaf(_));
-            let mut id = body.ids[&output.node];
-            if raw || !taken.insert(id) || outputs.len() == 1 {
+        for (number, (output, port)) in outputs.iter().zip(&ports).enumerate() {
+            let mut id = copies.get(&number).copied().unwrap_or_else(|| body.ids[&output.node]);
+            // One value is not two outputs, nor a single output's own root.
+            if !taken.insert(id) || outputs.len() == 1 {
                 id = self.plain("copy", port.shape.proto(), vec![id], &mut body, &port.name);
             }
             results.push(id);
@@ -231,6 +250,7 @@ impl Emitter<'_> {
             .iter()
             .enumerate()
             .filter_map(|(index, output)| output.alias.map(|leaf| (position(leaf), index)))
+            .filter(|_| self.in_place)
             .collect();
         let entries = aliases.iter().map(|&(input, output)| AliasEntryProto {
             output_shape_index: if outputs.len() > 1 { vec![output as i64] } else { Vec::new() },

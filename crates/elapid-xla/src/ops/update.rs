@@ -61,12 +61,7 @@ pub(crate) fn clip(
 
 /// 1 at the elements of a row, or of this rank's part of it, that this rank counts, 0 at those of which a rank before it
 /// has a copy (trap T21); None: it counts all.
-fn counted<'g>(
-    backend: &'g XlaBackend,
-    copies: &[Copies],
-    len: usize,
-    dealt: bool,
-) -> Option<Value<'g>> {
+fn counted<'g>(backend: &'g XlaBackend, copies: &[Copies], len: usize, dealt: bool) -> Option<Value<'g>> {
     let places = ranks::places(backend, len, dealt);
     let at = |direction, place: usize| places.compare_to(direction, place as f64);
     let not_counted = copies.iter().map(|Copies { range, ranks }| {

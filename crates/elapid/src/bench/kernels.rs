@@ -4,7 +4,8 @@ use std::time::Instant;
 
 use elapid_tensor::suite::Finding;
 use elapid_tensor::{
-    AdamW, Backend, Checkpointing, Clipping, DType, Decayed, Mamba2Inputs, Mamba2Sinks, Mamba2Weights, Sink, Slot,
+    AdamW, Backend, Checkpointing, Clipping, DType, Decayed, Mamba2Inputs, Mamba2Sinks, Mamba2Weights, Sink,
+    Slot,
 };
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;

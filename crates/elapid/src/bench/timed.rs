@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use elapid_cpu::{Buffer, CpuBackend, Pending, Tensor};
 use elapid_tensor::{
-    AdamW, Backend, Clipping, DType, Decayed, FlatShape, Group, Mamba2Grads, Mamba2Inputs, Mamba2Output, Mamba2Sinks,
-    Mamba2Spec, Mamba2Weights, Row, Sink, Slot, State,
+    AdamW, Backend, Clipping, DType, Decayed, FlatShape, Group, Mamba2Grads, Mamba2Inputs, Mamba2Output,
+    Mamba2Sinks, Mamba2Spec, Mamba2Weights, Row, Sink, Slot, State,
 };
 
 /// What an op has to do, whatever its kernel does.

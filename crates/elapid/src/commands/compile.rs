@@ -99,6 +99,12 @@ pub(super) struct CompileArgs {
     /// Batches say where documents begin
     #[arg(long)]
     documents: bool,
+    /// States pass from micro-step to micro-step, as far as documents go on
+    #[arg(long)]
+    carry_state: bool,
+    /// Write what is updated beside what was there instead of in its place
+    #[arg(long)]
+    not_in_place: bool,
     /// Compute dtype
     #[arg(long, value_enum, default_value = "float32")]
     dtype: Dtype,
@@ -126,6 +132,10 @@ pub(super) struct CompileArgs {
     /// How layers are written
     #[arg(long, value_enum, default_value = "call")]
     layer_loop: LayerLoop,
+    /// Cut the micro-step into modules of so many groups of layers, forward and backward [default: as few as keep to the
+    /// instructions of a module]
+    #[arg(long, value_name = "N")]
+    layer_groups: Option<usize>,
     /// Tensor-parallel ranks
     #[arg(long, value_name = "N", default_value_t = 1)]
     tp: usize,
@@ -166,6 +176,30 @@ impl CompileArgs {
         Ok(())
     }
 
+    /// The micro-step, in as many modules as it takes.
+    fn micro_steps(&self, recording: &Recording<'_>) -> Result<Vec<Module>, Error> {
+        let layers = recording.config.num_hidden_layers;
+        if let Some(groups) = self.layer_groups {
+            let good = (1..=layers.max(1)).contains(&groups);
+            check("--layer-groups", groups as f64, good, &format!("the model has {layers} layers"))?;
+            if groups > 1 && self.carry_state {
+                return Err(Error::new(format!("--layer-groups {groups} with --carry-state"))
+                    .with_hint("states are carried through the whole model: leave one of the two out"));
+            }
+            return Ok(recording.micro_steps(groups));
+        }
+        let fits = |module: &Module| estimate(&module.proto).work.instructions <= MAX_INSTRUCTIONS;
+        let most = if self.carry_state { 1 } else { layers };
+        let mut modules = recording.micro_steps(1);
+        // Twice as many groups halve what is too large.
+        let mut groups = 2;
+        while groups <= most && !modules.iter().all(fits) {
+            modules = recording.micro_steps(groups);
+            groups *= 2;
+        }
+        Ok(modules)
+    }
+
     fn recording<'c>(&self, config: &'c ModelConfig) -> Recording<'c> {
         let layers = match self.layer_loop {
             LayerLoop::Call => LoopKind::Call,
@@ -178,6 +212,7 @@ impl CompileArgs {
             batch: self.batch,
             length: self.seq_len,
             documents: self.documents,
+            carried: self.carry_state,
             checkpointing: self.activation_checkpointing.into(),
             // Rate and step are inputs of the module.
             hyper: AdamW {
@@ -191,7 +226,13 @@ impl CompileArgs {
             max_norm: self.max_grad_norm,
             sequence_parallel: self.sequence_parallel_enabled,
             zero1: self.use_zero_1,
-            options: Options { layers, dp: self.dp, tp: self.tp, ..Options::default() },
+            options: Options {
+                layers,
+                in_place: !self.not_in_place,
+                dp: self.dp,
+                tp: self.tp,
+                ..Options::default()
+            },
         }
     }
 }
@@ -213,12 +254,12 @@ pub(super) fn run(args: &CompileArgs) -> Result<(), Error> {
         fs::remove_file(&manifest).map_err(|cause| Error::io("replace", &manifest, &cause))?;
     }
     let recording = args.recording(&config);
-    let recorders: [fn(&Recording<'_>) -> Module; 4] =
-        [|r| r.micro_step(), |r| r.update(), |r| r.eval(), |r| r.decode()];
-    let modules = recorders.map(|record| record(&recording));
+    let mut modules = args.micro_steps(&recording)?;
+    let steps: Vec<String> = modules.iter().map(|module| module.proto.name.clone()).collect();
+    modules.extend([recording.update(), recording.eval()]);
     // What training holds on the device from step to step, whatever runs; decoding is for itself.
-    let [training @ .., _] = &modules;
-    let held = held(training);
+    let held = held(&modules);
+    modules.push(recording.decode());
     let (mut entries, mut commands) = (Vec::new(), Vec::new());
     for module in &modules {
         let name = module.proto.name.clone();
@@ -229,14 +270,14 @@ pub(super) fn run(args: &CompileArgs) -> Result<(), Error> {
         }
         let needs = estimate(&module.proto);
         let own = if name == "decode" { needs.arguments } else { held };
-        let memory = own + needs.outputs + needs.temporaries;
+        let memory = own + needs.outputs + needs.temporaries_at_most;
         warn(args.target, &name, memory, needs.work.instructions);
         let contents = module.to_bytes();
         let file = format!("{name}.hlo.pb");
         put(&args.output_dir.join(&file), &contents)?;
         put(&args.output_dir.join(format!("{name}.txt")), module.to_text().as_bytes())?;
         print_line(&format!(
-            "{name:<11} {:>6} instructions in {file} ({}); on the device about {} of memory, {} instructions",
+            "{name:<12} {:>6} instructions in {file} ({}); on the device about {} of memory, {} instructions",
             module.instructions(),
             bytes(contents.len() as u64),
             bytes(memory),
@@ -253,6 +294,7 @@ pub(super) fn run(args: &CompileArgs) -> Result<(), Error> {
             "instructions": module.instructions(),
             "estimate": {
                 "arguments": needs.arguments, "outputs": needs.outputs, "temporaries": needs.temporaries,
+                "temporaries_at_most": needs.temporaries_at_most,
                 "memory": memory, "memory_of_target": args.target.memory(),
                 "device_instructions": needs.work.instructions, "most_device_instructions": MAX_INSTRUCTIONS,
                 "flops": needs.work.flops,
@@ -262,7 +304,7 @@ pub(super) fn run(args: &CompileArgs) -> Result<(), Error> {
         }));
         commands.push(command);
     }
-    let text = manifest_text(args, &model, &config, held, entries)?;
+    let text = manifest_text(args, &model, &config, held, &steps, entries)?;
     put(&manifest, text.as_bytes())?;
     print_line(&how_to_go_on(args, &commands))
 }
@@ -307,6 +349,7 @@ fn manifest_text(
     model: &str,
     config: &ModelConfig,
     held: u64,
+    steps: &[String],
     modules: Vec<Value>,
 ) -> Result<String, Error> {
     let config: Value = serde_json::from_str(&config.to_json())
@@ -320,11 +363,14 @@ fn manifest_text(
         "batch": args.batch,
         "seq_len": args.seq_len,
         "documents": args.documents,
+        "carried": args.carry_state,
+        "in_place": !args.not_in_place,
         "tp": args.tp,
         "dp": args.dp,
         "zero1": args.use_zero_1,
         "sequence_parallel": args.sequence_parallel_enabled,
         "held": held,
+        "micro_step": steps,
         "rank_inputs": {
             "rank": "[data-parallel rank, tensor-parallel rank]; rank r of a run is r / tp and r mod tp of the two",
         },

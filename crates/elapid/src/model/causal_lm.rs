@@ -290,6 +290,12 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
         self.zero1.as_ref()?.ends.as_ref()
     }
 
+    /// Masters, compute copy and [`Self::ends`], as far as they are there.
+    pub fn buffers_mut(&mut self) -> [Option<&mut B::Buffer>; 3] {
+        let ends = self.zero1.as_mut().and_then(|zero1| zero1.ends.as_mut());
+        [Some(&mut self.masters), self.compute.as_mut(), ends]
+    }
+
     /// The fp32 masters. After a change, [`Self::refresh`] is due.
     pub fn masters_mut(&mut self) -> &mut B::Buffer {
         &mut self.masters
@@ -356,31 +362,41 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
         self.weight(backend, shared.head.unwrap_or(shared.embedding))
     }
 
-    /// Token ids `[B, L]` → hidden states after the final norm `[B, L, D]`. `documents` `[B, L]` marks documents (see
-    /// [`elapid_tensor::Mamba2Inputs`]); `states` carries each layer's state from call to call (empty: from the start),
-    /// without a gradient.
-    pub fn hidden<'a>(
+    /// Element type of the residual stream.
+    pub fn residual(&self) -> DType {
+        if self.config.residual_in_fp32 { DType::F32 } else { self.dtype }
+    }
+
+    fn span(&self, length: usize) -> Span {
+        Span { sequence_parallel: self.sequence_parallel, length }
+    }
+
+    /// Token ids `[B, L]` → the residual stream before the first block, as far as it is this rank's: `[B, L, D]`, or with
+    /// sequence parallelism `[B, ⌈L / tp⌉, D]`.
+    pub fn embed(&self, tape: &mut Tape<'_, B>, ids: &B::Tensor) -> Var<B::Tensor> {
+        let backend = tape.backend();
+        let table = self.weight(backend, self.layout.shared().embedding);
+        let x = tape.embedding(&table, ids, self.residual());
+        self.span(backend.shape(ids)[1]).leave(tape, &x)
+    }
+
+    /// The residual stream of L = `length` positions after all blocks; `documents` and `states` as in [`Self::hidden`].
+    pub fn blocks<'a>(
         &self,
         tape: &mut Tape<'a, B>,
-        ids: &B::Tensor,
+        x: Var<B::Tensor>,
+        length: usize,
         documents: Option<&B::Tensor>,
         states: Option<&mut Vec<State<B::Tensor>>>,
         checkpointing: Checkpointing,
     ) -> Var<B::Tensor> {
         let backend = tape.backend();
-        let eps = self.config.layer_norm_epsilon as f32;
-        let compute = self.dtype;
-        let residual = if self.config.residual_in_fp32 { DType::F32 } else { compute };
-        let shared = self.layout.shared();
+        let (eps, compute) = (self.config.layer_norm_epsilon as f32, self.dtype);
         let layers = self.layout.flat.layers;
         let blocks: Vec<_> = (0..layers).map(|layer| self.block(backend, layer)).collect();
-        let spec = self.layout.spec;
-        let span = Span { sequence_parallel: self.sequence_parallel, length: backend.shape(ids)[1] };
+        let (spec, span) = (self.layout.spec, self.span(length));
         let documents = documents.cloned();
-
-        let x = tape.embedding(&self.weight(backend, shared.embedding), ids, residual);
-        let x = span.leave(tape, &x);
-        let x = tape.layers(
+        tape.layers(
             layers,
             x,
             states,
@@ -404,9 +420,38 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
                 }
                 (out, State { conv: after.conv.value, ssm: after.ssm.value })
             }),
-        );
-        let x = tape.rms_norm(&x, &self.fp32(backend, shared.norm_f), eps, compute);
-        span.enter(tape, &x)
+        )
+    }
+
+    /// The residual stream of L = `length` positions → hidden states after the final norm `[B, L, D]`.
+    fn normed(&self, tape: &mut Tape<'_, B>, x: &Var<B::Tensor>, length: usize) -> Var<B::Tensor> {
+        let norm = self.fp32(tape.backend(), self.layout.shared().norm_f);
+        let x = tape.rms_norm(x, &norm, self.config.layer_norm_epsilon as f32, self.dtype);
+        self.span(length).enter(tape, &x)
+    }
+
+    /// Token ids `[B, L]` → hidden states after the final norm `[B, L, D]`. `documents` `[B, L]` marks documents (see
+    /// [`elapid_tensor::Mamba2Inputs`]); `states` carries each layer's state from call to call (empty: from the start),
+    /// without a gradient.
+    pub fn hidden(
+        &self,
+        tape: &mut Tape<'_, B>,
+        ids: &B::Tensor,
+        documents: Option<&B::Tensor>,
+        states: Option<&mut Vec<State<B::Tensor>>>,
+        checkpointing: Checkpointing,
+    ) -> Var<B::Tensor> {
+        let length = tape.backend().shape(ids)[1];
+        let x = self.embed(tape, ids);
+        let x = self.blocks(tape, x, length, documents, states, checkpointing);
+        self.normed(tape, &x, length)
+    }
+
+    /// Sum of token losses from the residual stream after all blocks, as [`Self::loss`].
+    pub fn stream_loss(&self, tape: &mut Tape<'_, B>, x: &Var<B::Tensor>, labels: &B::Tensor) -> B::Tensor {
+        let hidden = self.normed(tape, x, tape.backend().shape(labels)[1]);
+        let head = self.head(tape.backend());
+        tape.head_loss(&hidden, &head, labels, self.config.vocab_size)
     }
 
     /// Sum of token losses of `ids` `[B, L]` against `labels` `[B, L]`, where the label of a position is the token

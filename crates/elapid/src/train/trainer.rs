@@ -2,7 +2,9 @@
 
 use std::collections::VecDeque;
 
-use elapid_tensor::{AdamW, Backend, Checkpointing, Clipping, DType, Decayed, Group, Row, Slot, State, Tape, Watch};
+use elapid_tensor::{
+    AdamW, Backend, Checkpointing, Clipping, DType, Decayed, Group, Row, Slot, State, Tape, Watch,
+};
 
 use super::Batch;
 use crate::model::{Layout, Mamba2ForCausalLM};
