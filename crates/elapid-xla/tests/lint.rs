@@ -54,7 +54,7 @@ fn input_name(parameter: &HloInstructionProto) -> &str {
 #[test]
 fn every_broken_rule_is_found() {
     type Break = fn(&mut HloModuleProto);
-    let breaks: [(&str, Break); 33] = [
+    let breaks: [(&str, Break); 40] = [
         ("opcode", |m| first(m, "dot").opcode = "sort".into()),
         ("element type", |m| first(m, "dot").shape.as_mut().unwrap().element_type = 12),
         ("element type", |m| first(m, "broadcast").shape.as_mut().unwrap().element_type = 5),
@@ -62,6 +62,18 @@ fn every_broken_rule_is_found() {
             first(m, "dot").shape.as_mut().unwrap().layout.as_mut().unwrap().minor_to_major.reverse()
         }),
         ("static", |m| first(m, "dot").shape.as_mut().unwrap().is_dynamic_dimension[0] = true),
+        ("row-major", |m| {
+            first(m, "dot").shape.as_mut().unwrap().layout.as_mut().unwrap().tail_padding_alignment_in_elements = 0
+        }),
+        ("no shape", |m| first(m, "dot").shape = None),
+        ("does not give f32", |m| first(m, "dot").shape.as_mut().unwrap().element_type = 16),
+        ("root is no instruction", |m| m.computations[0].root_id = 1 << 20),
+        ("no computation", |m| m.computations.clear()),
+        ("not in order", |m| first(m, "parameter").parameter_number = 7),
+        ("first value is no constant", |m| {
+            let reduce = first(m, "reduce");
+            reduce.operand_ids[1] = reduce.operand_ids[0];
+        }),
         ("not dense", |m| first(m, "dot").id += 1 << 20),
         ("2³¹", |m| m.computations[0].id = 1 << 31),
         ("op_name", |m| first(m, "dot").metadata = None),
@@ -99,7 +111,7 @@ fn every_broken_rule_is_found() {
         ("something else than + or max", |m| first(m, "all-reduce").called_computation_ids.clear()),
         ("adds integers", |m| first(m, "all-reduce").shape.as_mut().unwrap().element_type = 4),
         ("opcode replica-id", |m| first(m, "broadcast").opcode = "replica-id".into()),
-        ("(linear): opcode", |m| first(m, "dot").opcode = "custom-call".into()),
+        ("(layer.0/linear): opcode custom-call", |m| first(m, "dot").opcode = "custom-call".into()),
         ("not finite", |m| {
             let constant = first(m, "constant").literal.as_mut().unwrap();
             constant.bf16s = half::bf16::NEG_INFINITY.to_le_bytes().to_vec();
