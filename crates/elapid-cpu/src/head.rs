@@ -46,9 +46,7 @@ fn blocks(
     let labels = labels.i32();
     let rows = labels.len();
     assert_eq!(x.len(), rows * d);
-    let x32 = backend.cast_to(x, DType::F32);
-    let weight = backend.cast_to(weight, DType::F32);
-    let weight = Mat::new(weight.f32(), width, d);
+    let weight = Mat::new(weight.floats(), width, d);
     let mut dx = d_weight.is_some().then(|| backend.pool.take::<f32>(rows * d));
 
     let tp = &backend.groups.tp;
@@ -68,9 +66,9 @@ fn blocks(
     while first < rows {
         let n = most.min(rows - first);
         let labels = &labels[first..first + n];
-        let x = Mat::new(&x32.f32()[first * d..][..n * d], n, d);
+        let x = Mat::new(x.floats().from(first * d), n, d);
         let logits = logits.as_mut_slice::<f32>(n * width);
-        matmul(&backend.workers, Into::Set, logits, width, x, weight.t());
+        matmul(backend, Into::Set, logits, width, x, weight.t());
         let mut parts = vec![Part::default(); n];
         let mut losses = vec![0.0f32; n];
         let (shared_parts, shared_losses) = (Shared::new(&mut parts), Shared::new(&mut losses));
@@ -107,10 +105,10 @@ fn blocks(
         loss += losses.iter().map(|&l| f64::from(l)).sum::<f64>();
         if let (Some(Sink { buffer, slot }), Some(dx)) = (&mut d_weight, &mut dx) {
             let buffer: &mut Buffer = buffer;
-            let d_logits = Mat::new(logits, n, width);
+            let d_logits = Mat::new(&*logits, n, width);
             let dx = &mut dx.as_mut_slice::<f32>(rows * d)[first * d..][..n * d];
-            matmul(&backend.workers, Into::Set, dx, d, d_logits, weight);
-            matmul(&backend.workers, Into::Add, buffer.slot_mut(slot), d, d_logits.t(), x);
+            matmul(backend, Into::Set, dx, d, d_logits, weight);
+            matmul(backend, Into::Add, buffer.slot_mut(slot), d, d_logits.t(), x);
         }
         first += n;
     }
@@ -209,9 +207,9 @@ mod tests {
         let mut grads = backend.buffer(shape, DType::F32);
         backend.head_loss(&x, &weight, &labels, vocab);
         backend.head_loss_adjoint(&x, &weight, &labels, vocab, Sink { buffer: &mut grads, slot: &slot });
-        // All blocks came back, so what is idle is at least what was ever held at once.
+        // All blocks came back, so what is idle is at least what was ever held at once; a MiB a thread for panels.
         let idle = backend.pool.idle_bytes();
-        assert!(idle < 4 * (BLOCK + 4 * rows * d), "{idle} bytes");
+        assert!(idle < 4 * (BLOCK + 4 * rows * d) + (backend.threads() << 20), "{idle} bytes");
     }
 
     fn cross_entropy(row: &mut [f32], label: i32) -> f32 {

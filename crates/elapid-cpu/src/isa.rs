@@ -15,6 +15,9 @@ pub enum Isa {
     /// AVX-512 F, BW, DQ and VL: 16 lanes.
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    /// The same with products of bf16 pairs.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
 }
 
 impl Isa {
@@ -33,6 +36,9 @@ impl Isa {
                 && is_x86_feature_detected!("avx512vl")
             {
                 paths.push(Isa::Avx512);
+                if is_x86_feature_detected!("avx512bf16") {
+                    paths.push(Isa::Avx512Bf16);
+                }
             }
         }
         paths
@@ -54,7 +60,7 @@ impl Isa {
             Isa::Avx2 => unsafe { avx2(f) },
             // SAFETY: as above: these four features, which imply AVX2.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => unsafe { avx512(f) },
+            Isa::Avx512 | Isa::Avx512Bf16 => unsafe { avx512(f) },
         }
     }
 }

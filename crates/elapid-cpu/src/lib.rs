@@ -123,12 +123,12 @@ impl CpuBackend {
         for _ in 0..6 {
             let start = std::time::Instant::now();
             matmul::matmul(
-                &self.workers,
+                self,
                 matmul::Into::Set,
                 &mut c,
                 N,
-                matmul::Mat::new(&a, N, N),
-                matmul::Mat::new(&b, N, N),
+                matmul::Mat::new(&*a, N, N),
+                matmul::Mat::new(&*b, N, N),
             );
             best = best.min(start.elapsed().as_secs_f64());
         }

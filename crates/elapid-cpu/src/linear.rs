@@ -25,13 +25,11 @@ pub(crate) fn product(backend: &CpuBackend, x: &Tensor, weight: &Tensor, bias: O
     *shape.last_mut().expect("not a scalar") = output;
     let mut y = backend.pool.take::<f32>(rows * output);
     let out = y.as_mut_slice::<f32>(rows * output);
-    let x = backend.cast_to(x, DType::F32);
     if rows < FEW_ROWS {
-        few_rows(backend, x.f32(), weight, out, rows);
+        few_rows(backend, backend.cast_to(x, DType::F32).f32(), weight, out, rows);
     } else {
-        let weight = backend.cast_to(weight, DType::F32);
-        let weight = Mat::new(weight.f32(), output, input).t();
-        matmul(&backend.workers, Into::Set, out, output, Mat::new(x.f32(), rows, input), weight);
+        let weight = Mat::new(weight.floats(), output, input).t();
+        matmul(backend, Into::Set, out, output, Mat::new(x.floats(), rows, input), weight);
     }
     if let Some(bias) = bias {
         let bias = backend.cast_to(bias, DType::F32);
@@ -75,19 +73,16 @@ pub(crate) fn adjoint(
 ) -> Tensor {
     let (input, output) = (x.last(), weight.shape()[0]);
     let rows = x.len() / input;
-    let dy = backend.cast_to(dy, DType::F32);
-    let x32 = backend.cast_to(x, DType::F32);
     let Sink { buffer, slot } = d_weight;
-    let dy_mat = Mat::new(dy.f32(), rows, output);
-    let x_mat = Mat::new(x32.f32(), rows, input);
-    matmul(&backend.workers, Into::Add, buffer.slot_mut(slot), input, dy_mat.t(), x_mat);
+    let dy_mat = Mat::new(dy.floats(), rows, output);
+    let x_mat = Mat::new(x.floats(), rows, input);
+    matmul(backend, Into::Add, buffer.slot_mut(slot), input, dy_mat.t(), x_mat);
     if let Some(slot) = d_bias {
-        let sums = backend.sum_rows(dy.f32(), output);
+        let sums = backend.sum_rows(backend.cast_to(dy, DType::F32).f32(), output);
         buffer.slot_mut(slot).iter_mut().zip(&sums).for_each(|(g, s)| *g += s);
     }
-    let weight = backend.cast_to(weight, DType::F32);
     let mut dx = backend.pool.take::<f32>(rows * input);
     let out = dx.as_mut_slice::<f32>(rows * input);
-    matmul(&backend.workers, Into::Set, out, input, dy_mat, Mat::new(weight.f32(), output, input));
+    matmul(backend, Into::Set, out, input, dy_mat, Mat::new(weight.floats(), output, input));
     backend.cast_to(&Tensor::new(dx, x.shape(), DType::F32), x.dtype())
 }

@@ -71,6 +71,12 @@ impl Tensor {
     }
 }
 
+impl<'a> From<&'a [f32]> for Floats<'a> {
+    fn from(values: &'a [f32]) -> Self {
+        Floats::F32(values)
+    }
+}
+
 /// Borrowed floats of either compute dtype.
 #[derive(Clone, Copy)]
 pub(crate) enum Floats<'a> {
@@ -79,6 +85,21 @@ pub(crate) enum Floats<'a> {
 }
 
 impl<'a> Floats<'a> {
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Floats::F32(values) => values.len(),
+            Floats::Bf16(values) => values.len(),
+        }
+    }
+
+    /// The numbers from `first` on.
+    pub(crate) fn from(self, first: usize) -> Self {
+        match self {
+            Floats::F32(values) => Floats::F32(&values[first..]),
+            Floats::Bf16(values) => Floats::Bf16(&values[first..]),
+        }
+    }
+
     /// `scratch.len()` numbers from `from` on, in place where they are fp32 and through `scratch` where not.
     #[inline(always)]
     pub(crate) fn row<'s>(&self, from: usize, scratch: &'s mut [f32]) -> &'s [f32]

@@ -63,7 +63,14 @@ fn every_broken_rule_is_found() {
         }),
         ("static", |m| first(m, "dot").shape.as_mut().unwrap().is_dynamic_dimension[0] = true),
         ("row-major", |m| {
-            first(m, "dot").shape.as_mut().unwrap().layout.as_mut().unwrap().tail_padding_alignment_in_elements = 0
+            first(m, "dot")
+                .shape
+                .as_mut()
+                .unwrap()
+                .layout
+                .as_mut()
+                .unwrap()
+                .tail_padding_alignment_in_elements = 0
         }),
         ("no shape", |m| first(m, "dot").shape = None),
         ("does not give f32", |m| first(m, "dot").shape.as_mut().unwrap().element_type = 16),

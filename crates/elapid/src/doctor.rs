@@ -61,10 +61,11 @@ fn row(isa: Isa, finding: &Finding) -> Value {
     })
 }
 
-/// Which of `gemm`'s kernels multiplies matrices: it chooses for itself.
+/// What multiplies matrices on the best path: our own kernel with AVX-512, else that of `gemm`, which chooses for itself.
 fn products() -> &'static str {
     let has = |name| features().contains(&(name, true));
     match () {
+        () if has("avx512f") && has("avx512_bf16") => "avx512f, bf16 by avx512_bf16",
         () if has("avx512f") => "avx512f",
         () if has("fma") => "fma",
         () if has("neon") => "neon",

@@ -6,6 +6,7 @@ pub mod commands;
 pub mod config;
 pub mod convert;
 pub mod data;
+mod disk;
 pub mod doctor;
 pub mod error;
 pub mod generate;

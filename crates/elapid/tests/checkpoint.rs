@@ -160,10 +160,10 @@ fn a_damaged_checkpoint_is_passed_over_or_named() {
         ("manifest.json", &|at| fs::remove_file(at.join("manifest.json")).unwrap()),
         ("bytes instead of", &|at| shorten(&at.join(piece), 1)),
         ("is missing", &|at| fs::remove_file(at.join(piece)).unwrap()),
-        ("checksum", &|at| {
+        // The file ends with the last tensor.
+        (": v.backbone.norm_f.weight is damaged", &|at| {
             let mut bytes = fs::read(at.join(piece)).unwrap();
-            let middle = bytes.len() / 2;
-            bytes[middle] ^= 0x10;
+            *bytes.last_mut().unwrap() ^= 0x10;
             fs::write(at.join(piece), bytes).unwrap();
         }),
     ];
@@ -214,14 +214,42 @@ fn what_may_change_and_what_may_not() {
     let (split, whole) = (losses("split"), losses("whole"));
     assert!(split.len() == 2 && split.iter().zip(&whole).all(|(a, b)| (a - b).abs() < 1e-5 * b), "{split:?}");
 
+    // Another number of samples a step, and another dataset: said, and exact to the bit when gone on with in turn.
+    for (name, flags, words) in [
+        ("batch", "--batch 2", "a step reads 2 samples from here on, 4 before"),
+        ("data", "--batch 4 --data-dir other", "another dataset, read from its beginning (fingerprint"),
+    ] {
+        let more = format!("{base} {flags} --max-steps 9 --lr-schedule cosine");
+        let stderr = succeed(
+            dir.path(),
+            &format!("{more} --resume r/checkpoints --checkpoint-freq 3 --output-dir {name}"),
+        );
+        assert!(stderr.contains(words) && stderr.contains("lr-schedule"), "{stderr}");
+        let from = format!("{name}/checkpoints/step-00000006");
+        let stderr = succeed(dir.path(), &format!("{more} --resume {from} --output-dir {name}-again"));
+        assert!(!stderr.contains("from here on") && !stderr.contains("another dataset"), "{stderr}");
+        let lines = metrics(&dir.path().join(name));
+        assert_eq!((lines.len(), &lines[3..]), (6, &metrics(&dir.path().join(format!("{name}-again")))[..]));
+    }
+
     for (flags, words) in [
-        ("--batch 2", "the product --batch × --grad-accum-usteps"),
         ("--batch 4 --seed 9", "was random with seed 0, now it is random with seed 9"),
-        ("--batch 4 --data-dir other", "the dataset has changed (fingerprint"),
         ("--batch 4 --n-groups 1", "the model has changed (n_groups 2 → 1)"),
         ("--batch 4 --rmsnorm-across-groups", "norm_group"),
     ] {
         let stderr = fail(dir.path(), &format!("{on} {flags} --output-dir refused"));
+        assert!(stderr.contains(words), "{flags}: {stderr}");
+    }
+
+    // Carried states belong to their rows.
+    let carry = "--carry-state --lr-schedule constant";
+    succeed(dir.path(), &format!("{carry} --batch 4 --max-steps 3 --save-last-step --output-dir carried"));
+    for (flags, words) in [
+        ("--batch 2", "the product --batch × --grad-accum-usteps"),
+        ("--batch 4 --data-dir other", "the dataset has changed (fingerprint"),
+    ] {
+        let on = format!("{carry} --max-steps 5 --resume carried/checkpoints {flags} --output-dir refused");
+        let stderr = fail(dir.path(), &on);
         assert!(stderr.contains(words), "{flags}: {stderr}");
     }
 }
@@ -231,13 +259,14 @@ fn weights_alone_can_be_loaded() {
     let dir = place();
     succeed(dir.path(), "--max-steps 4 --save-last-step --tag exp --output-dir r");
     succeed(dir.path(), "--max-steps 3 --init-from r/hf --output-dir from-hf");
+    succeed(dir.path(), "--max-steps 3 --init-from r/checkpoints --output-dir from-checkpoints");
     let load = "--max-steps 3 --checkpoint_load --checkpoint_load_dir r/checkpoints";
     succeed(dir.path(), &format!("{load} --checkpoint_load_tag exp --output-dir by-tag"));
     succeed(dir.path(), &format!("{load} --checkpoint_load_tag step-00000004-exp --output-dir by-name"));
     succeed(dir.path(), &format!("{load} --output-dir by-latest"));
     let expected = metrics(&dir.path().join("from-hf"));
     assert!(expected[0].starts_with("1 "));
-    for run in ["by-tag", "by-name", "by-latest"] {
+    for run in ["from-checkpoints", "by-tag", "by-name", "by-latest"] {
         assert_eq!(metrics(&dir.path().join(run)), expected, "{run}");
     }
     let stderr = fail(dir.path(), &format!("{load} --checkpoint_load_tag expp --output-dir none"));

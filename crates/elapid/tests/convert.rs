@@ -195,12 +195,35 @@ fn t14_a_tied_head_shares_its_storage() {
 fn checkpoints_become_the_models_that_their_runs_exported() {
     let room = Room::with_data();
     room.ok(&format!("{} --save-last-step --output-dir run", common::TRAIN));
-    room.ok("convert --from elapid -i run/checkpoints -o out -t data/tokenizer");
-    assert_eq!(room.names("out"), room.names("run/hf"));
-    for name in room.names("out") {
-        same_bytes(&room.path(&format!("out/{name}")), &room.path(&format!("run/hf/{name}")));
-    }
+    // The tokenizer is in the checkpoint.
+    let same = |of: &str| {
+        assert_eq!(room.names(of), room.names("run/hf"));
+        for name in room.names(of) {
+            same_bytes(&room.path(&format!("{of}/{name}")), &room.path(&format!("run/hf/{name}")));
+        }
+    };
+    room.ok("convert --from elapid -i run/checkpoints -o out");
+    same("out");
     assert!(room.ok("diff run/checkpoints out").starts_with("equal: "));
+
+    // And back: weights that a run can begin with, in either of three ways.
+    room.ok("convert --from hf --to elapid -i out -o back");
+    room.ok("convert --from elapid -i back -o again");
+    same("again");
+    for (name, flags) in [
+        ("init", "--init-from out"),
+        ("load", "--checkpoint-load --checkpoint-load-dir back"),
+        ("resume", "--resume back"),
+    ] {
+        let train = if name == "init" {
+            common::TRAIN.replace("--model tiny.json ", "")
+        } else {
+            common::TRAIN.into()
+        };
+        room.ok(&format!("{train} {flags} --output-dir {name}"));
+        assert_eq!(room.losses(name), room.losses("init"), "{name}");
+    }
+    assert_eq!(room.json("inspect back --verify --json")["step"], 0);
 }
 
 #[test]
@@ -447,7 +470,7 @@ fn what_cannot_be_converted_is_refused_and_leaves_nothing() {
     let before = room.names(".");
     let from = |flags: &str| format!("convert -i {} -o out {flags}", ssm.display());
     room.refuses(&from("--from mamba_ssm --to neuron-tp"), &["--to neuron-tp is not implemented"]);
-    room.refuses(&from("--from mamba_ssm --to elapid"), &["--to elapid is not implemented", "--init-from"]);
+    room.refuses(&from("--from mamba_ssm --to elapid -p bf16"), &["the masters in a checkpoint are fp32"]);
     room.refuses(&from("--from mamba_ssm --to mamba_ssm --split-proj"), &["--split-proj"]);
     room.refuses(&from("--from mamba_ssm --to codestral"), &["d_state is 8"]);
     room.refuses(&from("--from mamba_ssm --n-groups 2"), &["--n-groups does not go with"]);
@@ -455,7 +478,7 @@ fn what_cannot_be_converted_is_refused_and_leaves_nothing() {
     room.refuses(&from("--from codestral"), &["params.json"]);
     room.refuses(&from("--from elapid"), &["there is no checkpoint"]);
     room.refuses(&from("--from neuron-tp"), &["dp_rank_00_tp_rank_00"]);
-    room.refuses(&from("--from mamba_ssm -t nowhere"), &["there is no tokenizer nowhere"]);
+    room.refuses(&from("--from mamba_ssm -t ./nowhere"), &["there is no tokenizer ./nowhere"]);
     room.refuses("convert -m mamba_ssm -i nowhere -o out", &["nowhere"]);
     room.refuses(&from("--from mamba_ssm -o tiny.json"), &["tiny.json exists already"]);
     assert_eq!(room.names("."), before);

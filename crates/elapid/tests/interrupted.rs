@@ -25,56 +25,6 @@ fn lines(run: &Path) -> usize {
     fs::read_to_string(run.join("metrics.jsonl")).map_or(0, |text| text.lines().count())
 }
 
-/// A run whose process is killed again and again, mostly while it saves, still comes to the same end.
-#[test]
-fn kill_9_loses_nothing() {
-    let dir = place();
-    let flags = "--max-steps 60 --batch 2 --shuffle";
-    succeed(dir.path(), &format!("{flags} --output-dir straight"));
-    let start = Instant::now();
-    let (mut kills, mut delay, mut seen) = (0, 1_u64, 0);
-    for name in ["a", "b", "c", "d", "e", "f"] {
-        if start.elapsed() > Duration::from_secs(8) {
-            break;
-        }
-        let flags =
-            format!("{flags} --checkpoint-freq 1 --num-kept-checkpoint 2 --resume auto --output-dir {name}");
-        for _ in 0..12 {
-            let mut child = command(dir.path(), &flags).spawn().unwrap();
-            // Wait for a step beyond the last checkpoint, then for the next save or for a moment that is never the same.
-            let at = checkpoints(&dir.path().join(name)).last().cloned();
-            wait_for(|| child_is_past(dir.path(), name, at.as_deref()));
-            delay = delay.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            if kills % 2 == 0 {
-                let run = dir.path().join(name);
-                wait_for(|| !leftovers(&run).is_empty() || run.join("finished.json").exists());
-            } else {
-                std::thread::sleep(Duration::from_micros((delay >> 33) % 12_000));
-            }
-            child.kill().unwrap();
-            child.wait().unwrap();
-            kills += 1;
-            seen += leftovers(&dir.path().join(name)).len();
-            let newest = checkpoints(&dir.path().join(name)).pop().expect("saved before the kill");
-            elapid::checkpoint::Checkpoint::open(&newest).expect("what is in place is whole");
-            if dir.path().join(name).join("finished.json").exists()
-                || start.elapsed() > Duration::from_secs(8)
-            {
-                break;
-            }
-        }
-        succeed(dir.path(), &flags);
-        same_as_straight(dir.path(), name);
-    }
-    assert!(kills >= 5, "only {kills} kills");
-    assert!(seen >= 1, "no kill of {kills} hit a save");
-}
-
-fn child_is_past(dir: &Path, name: &str, at: Option<&Path>) -> bool {
-    let run = dir.join(name);
-    run.join("finished.json").exists() || checkpoints(&run).last().is_some_and(|newest| Some(&**newest) != at)
-}
-
 #[test]
 fn ctrl_c_and_sigterm_in_a_step_save_and_leave() {
     let dir = place();

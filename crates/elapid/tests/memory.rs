@@ -40,6 +40,7 @@ fn predicted_memory_is_that_of_the_process() {
     std::fs::write(dir.join("config.json"), config.to_json()).unwrap();
     for (dtype, checkpointing, mesh) in [
         ("float32", "none", ""),
+        ("float32", "none", "--checkpoint-freq 1"),
         ("float32", "block", ""),
         ("bfloat16", "none", ""),
         ("bfloat16", "block", ""),
@@ -47,6 +48,7 @@ fn predicted_memory_is_that_of_the_process() {
         ("bfloat16", "none", "--tp 2 --sequence-parallel-enabled"),
         ("bfloat16", "block", "--tp 2"),
         ("bfloat16", "none", "--dp 2 --use-zero-1"),
+        ("bfloat16", "none", "--dp 2 --use-zero-1 --checkpoint-freq 1"),
     ] {
         let run = format!("{dtype}-{checkpointing}{}", mesh.replace(' ', ""));
         #[rustfmt::skip]

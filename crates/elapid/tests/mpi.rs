@@ -5,13 +5,15 @@
 
 mod common;
 
-use std::process::{Command, Output};
+use std::fs;
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use common::{Room, stderr};
 use elapid_cpu::comm::mpi::World;
 use elapid_cpu::comm::{FloatsMut, Reduce};
 use half::bf16;
+use serde_json::json;
 
 fn mpirun(ranks: usize) -> Command {
     let mut command = Command::new("mpirun");
@@ -41,6 +43,13 @@ fn number(rank: usize, place: usize) -> f32 {
 /// Called by mpirun on every rank.
 fn check_collectives() {
     let world = World::start(|failure| eprintln!("{}", failure.message)).unwrap();
+    check_collectives_of(&world);
+    // The same in many messages, as what is too large for one is sent.
+    check_collectives_of(&world.with_messages_of(1000));
+    world.finish();
+}
+
+fn check_collectives_of(world: &World) {
     let comm = world.all(Duration::from_secs(60));
     let (rank, size) = (comm.rank(), comm.size());
     let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
@@ -74,10 +83,15 @@ fn check_collectives() {
         data[5 * rank..][..5].fill(rank as u8);
         comm.all_gather(&mut data);
         assert!(data.iter().enumerate().all(|(i, x)| *x == (i / 5) as u8));
+        let mut data = vec![0xee; len * size];
+        let mine = |rank: usize, i: usize| (rank * 31 + i) as u8;
+        data[len * rank..][..len].iter_mut().enumerate().for_each(|(i, x)| *x = mine(rank, i));
+        comm.all_gather(&mut data);
+        assert!(data.iter().enumerate().all(|(i, x)| *x == mine(i / len, i % len)));
         for root in 0..size {
-            let mut data = [rank as u8; 9];
+            let mut data: Vec<_> = (0..len).map(|i| mine(rank, i)).collect();
             comm.broadcast(&mut data, root);
-            assert_eq!(data, [root as u8; 9]);
+            assert!(data.iter().enumerate().all(|(i, x)| *x == mine(root, i)));
         }
     }
     // Two groups: even and odd ranks.
@@ -88,7 +102,6 @@ fn check_collectives() {
     half.all_reduce(FloatsMut::F32(&mut data), Reduce::Sum);
     assert_eq!(data[0], ranks.iter().sum::<usize>() as f32);
     comm.barrier();
-    world.finish();
 }
 
 #[test]
@@ -154,29 +167,151 @@ fn the_world_decides_dp() {
     );
 }
 
-#[test]
-fn one_rank_that_dies_ends_the_run() {
-    let room = Room::with_data();
-    let line = format!("{TRAIN} --dp 4 --output-dir run").replace("--max-steps 3", "--max-steps 1000000");
-    let mut run = room.mpirun(4, &line);
-    let mut run = run.stderr(std::process::Stdio::piped()).spawn().unwrap();
-    let metrics = room.path("run/metrics.jsonl");
-    let begun = Instant::now();
-    while std::fs::metadata(&metrics).map_or(true, |file| file.len() == 0) {
-        assert!(
-            begun.elapsed() < Duration::from_secs(60) && run.try_wait().unwrap().is_none(),
-            "it does not begin"
-        );
-        std::thread::sleep(Duration::from_millis(50));
+/// A run whose ranks can be told apart from outside, and that ends with it.
+struct Running(Option<Child>);
+
+impl Running {
+    fn start(mut command: Command) -> Self {
+        command.stdout(Stdio::null()).stderr(Stdio::piped());
+        Self(Some(command.spawn().unwrap()))
     }
-    // The children of mpirun are the ranks.
-    let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", run.id())).unwrap();
-    let victim = children.split_whitespace().last().unwrap();
-    assert!(Command::new("kill").args(["-9", victim]).status().unwrap().success());
-    let killed = Instant::now();
-    let output = run.wait_with_output().unwrap();
-    assert!(!output.status.success());
-    assert!(killed.elapsed() < Duration::from_secs(20), "{:?}", killed.elapsed());
+
+    /// The process of a rank: a child of mpirun that has this number.
+    fn send(&self, signal: &str, rank: usize) {
+        let mpirun = self.0.as_ref().unwrap().id();
+        let children = fs::read_to_string(format!("/proc/{mpirun}/task/{mpirun}/children")).unwrap();
+        let number = format!("OMPI_COMM_WORLD_RANK={rank}");
+        let is_rank = |pid: &&str| {
+            let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+            environment.split(|byte| *byte == 0).any(|variable| variable == number.as_bytes())
+        };
+        let process = children.split_whitespace().find(is_rank).unwrap();
+        assert!(Command::new("kill").args([signal, process]).status().unwrap().success());
+    }
+
+    fn wait_for(&mut self, condition: impl Fn() -> bool) {
+        let begun = Instant::now();
+        while !condition() {
+            let ended = self.0.as_mut().unwrap().try_wait().unwrap();
+            assert!(begun.elapsed() < Duration::from_secs(60) && ended.is_none(), "it does not come to that");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn end(mut self) -> Output {
+        self.0.take().unwrap().wait_with_output().unwrap()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.0.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Two by two ranks, with a vocabulary large enough that steps and saves take a while.
+const FAULTY: &str = "train --model tiny.json --vocab-size 60000 --data-dir data --max-steps 12 --lr 1e-2 --threads 1 \
+    --lr-schedule constant --batch 2 --tp 2 --dp 2 --use-zero-1 --checkpoint-freq 2";
+
+fn steps(room: &Room, run: &str) -> usize {
+    fs::read_to_string(room.path(&format!("{run}/metrics.jsonl"))).map_or(0, |text| text.lines().count())
+}
+
+/// Whether a checkpoint is being written, besides those that are whole.
+fn saves(room: &Room, run: &str) -> bool {
+    room.names(&format!("{run}/checkpoints")).iter().any(|name| name.starts_with('.'))
+}
+
+/// In a step, in a collective, in a save: the others end soon with an error that names the rank, and the run goes on from
+/// its last checkpoint as if nothing had been.
+#[test]
+fn a_rank_that_is_killed_is_named_and_the_run_goes_on() {
+    let room = Room::with_data();
+    done(&room.mpirun(4, &format!("{FAULTY} --output-dir straight")).output().unwrap());
+    for (phase, victim) in [("step", 1), ("collective", 2), ("save", 3)] {
+        let line = format!("{FAULTY} --output-dir {phase}");
+        let mut run = Running::start(room.mpirun(4, &line));
+        run.wait_for(|| room.path(&format!("{phase}/checkpoints/step-00000002")).exists());
+        match phase {
+            "step" => {
+                let before = steps(&room, phase);
+                run.wait_for(|| steps(&room, phase) > before);
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            "collective" => {
+                // The others come as far as the next collective with a rank that is stopped, and wait there.
+                run.send("-STOP", 0);
+                std::thread::sleep(Duration::from_secs(1));
+            }
+            _ => run.wait_for(|| saves(&room, phase)),
+        }
+        run.send("-KILL", victim);
+        let killed = Instant::now();
+        let output = run.end();
+        let said = stderr(&output);
+        assert!(!output.status.success() && killed.elapsed() < Duration::from_secs(30), "{phase}: {said}");
+        assert!(said.contains(&format!("rank {victim}")), "{phase}: {said}");
+        assert!(steps(&room, phase) < 12, "{phase}: it was over");
+
+        let output = room.mpirun(4, &format!("{line} --resume auto")).output().unwrap();
+        done(&output);
+        assert!(stderr(&output).contains("going on after step"), "{phase}: {}", stderr(&output));
+        assert_eq!(room.losses(phase), room.losses("straight"), "{phase}");
+        let file = |run: &str| fs::read(room.path(&format!("{run}/hf/model.safetensors"))).unwrap();
+        assert!(file(phase) == file("straight"), "{phase}");
+    }
+}
+
+/// A rank that is slow is waited for as long as --comm-timeout says, and named then.
+#[test]
+fn a_slow_rank_is_waited_for_and_named_when_it_is_too_late() {
+    let room = Room::with_data();
+    let line = FAULTY.replace("--checkpoint-freq 2", "--comm-timeout 4");
+    done(&room.mpirun(4, &format!("{line} --output-dir straight")).output().unwrap());
+    let stop = |name: &str, rank| {
+        let mut run = Running::start(room.mpirun(4, &format!("{line} --output-dir {name}")));
+        run.wait_for(|| steps(&room, name) >= 2);
+        run.send("-STOP", rank);
+        run
+    };
+    let run = stop("slow", 3);
+    std::thread::sleep(Duration::from_millis(1500));
+    run.send("-CONT", 3);
+    done(&run.end());
+    assert_eq!(room.losses("slow"), room.losses("straight"));
+
+    let begun = Instant::now();
+    let output = stop("late", 1).end();
+    let said = stderr(&output);
+    assert!(!output.status.success() && begun.elapsed() < Duration::from_secs(30), "{said}");
+    assert!(said.contains("waited 4 s in") && said.contains("for rank 1, which did not come"), "{said}");
+    assert!(said.contains("hint: ") && said.contains("--comm-timeout"), "{said}");
+}
+
+#[test]
+fn bench_measures_processes() {
+    let room = Room::new();
+    for (line, engine) in [
+        ("bench comm --max-mib 1 --json", Some("mpi")),
+        ("bench train --model tiny --seq-len 64 --steps 2 --threads 1 --json", None),
+    ] {
+        let output = room.mpirun(2, line).output().unwrap();
+        done(&output);
+        let report = common::one_object(&String::from_utf8(output.stdout).unwrap());
+        match engine {
+            Some(engine) => {
+                assert_eq!((&report["engine"], &report["ranks"]), (&json!(engine), &json!(2)));
+                assert_eq!(report["collectives"].as_array().unwrap().len(), 18);
+            }
+            None => {
+                assert_eq!((&report["ranks"]["dp"], &report["ranks"]["tp"]), (&json!(2), &json!(1)));
+                assert!(report["ranks"]["collectives_s"].as_f64().unwrap() > 0.0);
+            }
+        }
+    }
 }
 
 /// A rank that is alive and does not come is named.

@@ -418,8 +418,15 @@ fn t16_gradients_flow_through_carried_states() {
 #[test]
 fn t16_carried_training_has_the_loss_of_the_long_sequence() {
     fn carried(data: &Dataset, shape: &Shape, rows: usize, steps: u64) {
-        let sampler =
-            Sampler { len: data.len(), batch: rows, dp: 1, rank: 0, accum: 1, order: Order::Stretches };
+        let sampler = Sampler {
+            len: data.len(),
+            batch: rows,
+            dp: 1,
+            rank: 0,
+            accum: 1,
+            order: Order::Stretches,
+            from: (0, 0),
+        };
         let backend = cpu();
         let fresh = || shape.model(&backend);
         let still = AdamW { lr: 0.0, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.0, step: 1 };

@@ -1,21 +1,25 @@
-//! The predicted traffic between ranks beside what they hand to their communicators.
+//! The predicted traffic between ranks beside what they hand to their communicators, and `elapid inspect --plan`.
 #![allow(missing_docs)]
+
+mod common;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use common::Room;
 use elapid::config::ModelConfig;
 use elapid::data::Sample;
 use elapid::model::Mamba2ForCausalLM;
 use elapid::model::init::Init;
 use elapid::parallel::Mesh;
-use elapid::train::memory::Demand;
-use elapid::train::plan::{Plan, Traffic};
+use elapid::train::memory::{Demand, Memory};
+use elapid::train::plan::Traffic;
 use elapid::train::{Batch, Trainer};
 use elapid_cpu::comm::{Abort, Communicator, FloatsMut, Groups, Reduce, threads};
 use elapid_cpu::{CpuBackend, CpuOptions};
 use elapid_tensor::{AdamW, Checkpointing, DType, NormGroup};
+use serde_json::{Value, json};
 
 /// Counts what a rank of a ring would send: bytes times the number of ranks, which is a whole number.
 #[derive(Debug)]
@@ -145,24 +149,62 @@ fn traffic_is_what_the_ranks_send() {
     }
 }
 
+/// The tables of docs/distributed.md are what the commands above them print.
 #[test]
-fn a_plan_shows_every_size_on_every_mesh() {
-    let names = ["mamba2-130m", "mamba2-2.7b", "Mamba7B"];
-    let configs = names.map(|name| ModelConfig::preset(name).unwrap());
-    let meshes = [(1, 1), (8, 1), (1, 8), (4, 8)];
-    let demands = names.iter().zip(&configs).flat_map(|(name, config)| {
-        meshes.map(|(dp, tp)| {
-            let mesh = Mesh { dp, tp };
-            let plain = Demand { mesh, batch: 1, length: 2048, dtype: DType::Bf16, ..demand(config) };
-            (*name, Demand { zero1: dp > 1, sequence_parallel: tp > 1, ..plain })
-        })
-    });
-    let text = Plan::new(demands).to_string();
-    println!("{text}");
-    assert_eq!(text.lines().count(), 1 + names.len() * meshes.len());
-    let widths: Vec<_> = text.lines().map(str::len).collect();
-    assert!(widths.iter().all(|width| *width == widths[0]));
-    for word in ["Mamba7B", "dp 4 tp 8 zero-1 sp", "sent a micro-step"] {
-        assert!(text.contains(word), "{text}");
+fn the_documented_plans_are_those_that_are_printed() {
+    let room = Room::new();
+    let page = include_str!("../../../docs/distributed.md");
+    let mut blocks = 0;
+    for block in page.split("    $ elapid ").skip(1) {
+        let lines: Vec<&str> =
+            block.lines().take_while(|line| line.is_empty() || line.starts_with("    ")).collect();
+        let (line, documented) = block.split_once('\n').unwrap();
+        let documented: Vec<_> = documented.lines().take(lines.len()).collect();
+        let printed = room.ok(line);
+        let printed: Vec<_> = printed.lines().map(|line| format!("    {line}")).collect();
+        assert!(documented.starts_with(&printed.iter().map(String::as_str).collect::<Vec<_>>()), "{line}");
+        blocks += 1;
+    }
+    assert_eq!(blocks, 3);
+}
+
+#[test]
+fn a_plan_says_what_ranks_hold_and_send() {
+    let room = Room::new();
+    let found = room.json("inspect Mamba7B --plan --dtype bfloat16 --batch 2 --seq-len 512 --json");
+    assert_eq!(
+        (&found["kind"], &found["batch"], &found["dtype"]),
+        (&json!("plan"), &json!(2), &json!("bfloat16"))
+    );
+    let meshes = found["meshes"].as_array().unwrap();
+    let mesh = |mesh: &Value| [&mesh["dp"], &mesh["tp"]].map(|n| n.as_u64().unwrap());
+    assert_eq!(meshes.iter().map(mesh).collect::<Vec<_>>(), [[1, 1], [8, 1], [1, 8], [4, 8]]);
+    let config = ModelConfig::preset("Mamba7B").unwrap();
+    let checkpointing = Checkpointing::None;
+    let alone = Demand::alone(&config, (2, 512), DType::Bf16, checkpointing, 1);
+    for row in meshes {
+        let [dp, tp] = mesh(row).map(|n| n as usize);
+        let demand = Demand { mesh: Mesh { dp, tp }, zero1: dp > 1, sequence_parallel: tp > 1, ..alone };
+        let (memory, traffic) = (Memory::predict(&demand), Traffic::predict(&demand));
+        let number = |name: &str| row[name].as_u64().unwrap();
+        assert_eq!(
+            (number("parameters_bytes"), number("moments_bytes")),
+            (memory.parameters, memory.moments)
+        );
+        assert_eq!(number("all_bytes"), memory.total() - memory.program);
+        assert_eq!(number("sent_a_micro_step_bytes"), traffic.micro_step);
+        assert_eq!(number("sent_an_update_bytes"), traffic.update + traffic.replicas);
+    }
+
+    // Meshes of one's own, and those that a model cannot have.
+    let found = room.json("inspect tiny.json --plan --mesh dp=3,zero-1 --mesh tp=2 --json");
+    assert_eq!(found["meshes"].as_array().unwrap().iter().map(mesh).collect::<Vec<_>>(), [[3, 1], [1, 2]]);
+    let all = room.json("inspect tiny.json --plan --json");
+    assert_eq!(all["meshes"].as_array().unwrap().len(), 2, "four heads are not for eight ranks");
+    room.refuses("inspect tiny.json --plan --mesh tp=3", &["--tp is 3"]);
+    room.refuses("inspect tiny.json --plan --mesh dp=0", &["--dp is 0"]);
+    for mesh in ["tp=x", "pp=2", ""] {
+        let output = room.command(&["inspect", "tiny.json", "--plan", "--mesh", mesh]).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{mesh}");
     }
 }

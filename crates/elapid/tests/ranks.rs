@@ -5,6 +5,7 @@
 mod common;
 
 use common::{Room, failed_in_order, stderr};
+use serde_json::Value;
 
 /// Four steps of four sequences each.
 const FOUR: &str =
@@ -103,6 +104,85 @@ fn carried_states_go_from_mesh_to_mesh() {
     }
 }
 
+/// The norm of every tensor is that of one rank: copies count once, shares add up.
+#[test]
+fn norms_of_all_ranks_are_those_of_one() {
+    let room = Room::with_data();
+    let train = format!("{FOUR} --max-steps 2 --log-norms");
+    room.ok(&format!("{train} --batch 4 --output-dir one"));
+    let norms = |run: &str| -> Vec<Value> {
+        let lines = room.read(&format!("{run}/norms.jsonl"));
+        lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let one = norms("one");
+    for (i, mesh) in MESHES.iter().enumerate() {
+        room.ok(&format!("{train} {mesh} --output-dir run{i}"));
+        room.ok(&format!("{} {mesh} --output-dir plain{i}", train.replace("--log-norms", "")));
+        assert_eq!(room.losses(&format!("run{i}")), room.losses(&format!("plain{i}")), "{mesh}");
+        let run = norms(&format!("run{i}"));
+        assert_eq!(run.len(), 2);
+        for (run, one) in run.iter().zip(&one) {
+            for kind in ["gradients", "updates", "parameters"] {
+                let (run, one) = (run[kind].as_object().unwrap(), one[kind].as_object().unwrap());
+                assert_eq!(run.len(), one.len());
+                for (name, value) in one {
+                    let (got, want) = (run[name].as_f64().unwrap(), value.as_f64().unwrap());
+                    assert!((got / want - 1.0).abs() < 1e-4, "{mesh}: {kind} of {name}: {got} for {want}");
+                }
+            }
+        }
+    }
+}
+
+/// Ranks share the blocks of an evaluation, and the result is that of one rank to the bit: also where ranks have
+/// nothing to do in a round, and where the last batch is smaller.
+#[test]
+fn ranks_share_an_evaluation() {
+    let room = Room::with_data();
+    for (i, (batch, dp)) in [(1, 2), (1, 3), (2, 3), (3, 4)].into_iter().enumerate() {
+        let flags = "--max-steps 2 --eval-fraction 0.3";
+        room.ok(&format!("{FOUR} {flags} --batch {batch} --dp {dp} --output-dir run{i}"));
+        let line = &room.metrics(&format!("run{i}"))[1];
+        let line_of = format!(
+            "eval --model run{i}/hf --data-dir data --eval-fraction 0.3 --batch {batch} --threads 1 --json"
+        );
+        let alone = room.json(&line_of);
+        assert_eq!(line["eval_loss"], alone["loss"], "batch {batch}, dp {dp}");
+        assert_eq!(line["eval_bits_per_byte"], alone["bits_per_byte"]);
+    }
+}
+
+/// A step that is finite, and an update after which nothing is.
+#[test]
+fn an_evaluation_that_is_not_finite_is_named() {
+    let room = Room::with_data();
+    for mesh in ["--batch 2", "--dp 2"] {
+        let line =
+            format!("train --model tiny.json --data-dir data --max-steps 3 {mesh} --lr 1e30 --threads 1");
+        let line = format!("{line} --eval-fraction 0.2 --eval-freq 1 --output-dir run");
+        let expected = ["evaluation after step 1: the loss is not finite", "among blocks", "lower --lr"];
+        let output = room.run(&line);
+        let said = failed_in_order(&output);
+        assert!(expected.iter().all(|part| said.contains(part)), "{said}");
+    }
+}
+
+/// Where the data ends in the middle of a batch all ranks go on with the next epoch alike: nothing is left out, and none
+/// of them has less to do.
+#[test]
+fn t24_data_that_ends_in_a_batch_ends_for_all_ranks_alike() {
+    let room = Room::with_data();
+    let blocks = room.json("inspect data --json")["blocks"].as_u64().unwrap();
+    assert!(!blocks.is_multiple_of(7 * 2) && !blocks.is_multiple_of(7));
+    let train = format!("{FOUR} --shuffle --max-steps {}", 2 * blocks / 14 + 3);
+    room.ok(&format!("{train} --batch 14 --output-dir one"));
+    room.ok(&format!("{train} --batch 2 --dp 7 --use-zero-1 --output-dir run"));
+    close(&room.losses("run"), &room.losses("one"), "dp 7");
+    let tokens = |run: &str| room.metrics(run).last().unwrap()["tokens"].as_u64();
+    assert_eq!(tokens("run"), tokens("one"));
+    assert!(tokens("run").unwrap() > 2 * blocks * 32, "the data ends twice");
+}
+
 #[test]
 fn what_ranks_cannot_do_is_refused() {
     let room = Room::with_data();
@@ -112,7 +192,6 @@ fn what_ranks_cannot_do_is_refused() {
     room.refuses(&format!("{train} --dp 0"), &["--dp is 0"]);
     room.refuses(&format!("{train} --dp 99999999"), &["--dp is 99999999"]);
     room.refuses(&format!("{train} --comm-timeout 0"), &["--comm-timeout is 0"]);
-    room.refuses(&format!("{train} --dp 2 --log-norms"), &["--log-norms needs a single rank"]);
     room.refuses(&format!("{train} --dp 8 --batch 64 --carry-state"), &["each of the 512 rows"]);
     // An error that all ranks meet is said once.
     room.write("data/dataset_card.json", "{");

@@ -252,6 +252,65 @@ fn bench_train_adds_up() {
 }
 
 #[test]
+fn bench_train_on_ranks_says_what_is_hidden() {
+    let room = Room::new();
+    let bench = "bench train --model tiny --seq-len 64 --steps 2 --threads 2 --json";
+    for (mesh, dp, ops) in [
+        ("dp=2", 2, &["send row", "await row"][..]),
+        ("dp=2,zero-1", 2, &["collective"]),
+        ("tp=2,sp", 1, &["collective"]),
+    ] {
+        let report = room.json(&format!("{bench} --mesh {mesh}"));
+        check_setup(&report, "train");
+        let step = report["best_step_s"].as_f64().unwrap();
+        assert!((report["tokens_per_s"].as_f64().unwrap() * step / f64::from(64 * dp) - 1.0).abs() < 1e-9);
+        for op in ops {
+            assert!(rows(&report["ops"]).iter().any(|row| row["op"] == **op), "{mesh}: {op}");
+        }
+        let of_ranks = |name: &str| report["ranks"][name].as_f64().unwrap();
+        let (taken, waited, hidden) =
+            (of_ranks("collectives_s"), of_ranks("waited_s"), of_ranks("hidden_share"));
+        assert!(taken > 0.0 && waited > 0.0 && (0.0..1.0).contains(&hidden), "{report}");
+        assert!((hidden - (1.0 - waited / taken).max(0.0)).abs() < 1e-9);
+        // All collectives of tensor parallelism are waited for.
+        assert!(mesh != "tp=2,sp" || hidden < 1e-6, "{hidden}");
+    }
+    room.refuses("bench train --model tiny.json --mesh tp=3", &["--tp is 3"]);
+}
+
+#[test]
+fn bench_comm_measures_every_collective() {
+    let room = Room::new();
+    let report = room.json("bench comm --dp 3 --max-mib 1 --json");
+    assert_eq!(keys(&report), BTreeSet::from(["bench", "engine", "ranks", "copies", "collectives"]));
+    assert_eq!((&report["engine"], &report["ranks"]), (&json!("threads"), &json!(3)));
+    assert_eq!(rows(&report["copies"]).len(), 3);
+    let measured = rows(&report["collectives"]);
+    assert_eq!(measured.len(), 6 * 3);
+    for row in measured {
+        let number = |name: &str| row[name].as_f64().unwrap();
+        let sent = match (row["collective"].as_str().unwrap(), row["of"].as_str().unwrap()) {
+            ("all_reduce", "float32" | "bfloat16") => 4.0 / 3.0,
+            ("reduce_scatter", "float32" | "bfloat16") | ("all_gather", "bytes") => 2.0 / 3.0,
+            ("broadcast", "bytes") => 1.0,
+            other => panic!("{other:?}"),
+        };
+        let bus = sent * number("bytes") / number("median_s") / 1e9;
+        assert!(
+            (number("bus_gb_per_s") / bus - 1.0).abs() < 1e-9 && number("best_s") <= number("median_s"),
+            "{row}"
+        );
+        let copies = rows(&report["copies"]).iter().find(|copy| copy["bytes"] == row["bytes"]).unwrap();
+        assert!(
+            (number("copy_share") * copies["gb_per_s"].as_f64().unwrap() / bus - 1.0).abs() < 1e-9,
+            "{row}"
+        );
+    }
+    assert!(room.ok("bench comm --max-mib 1").contains("bus gb/s"));
+    room.refuses("bench comm --dp 1", &["one rank has nobody to speak with"]);
+}
+
+#[test]
 fn bench_decode_counts_the_weights_once_a_token() {
     let room = Room::new();
     let report = room.json("bench decode --model tiny --seq-len 32 --tokens 5 --dtype bfloat16 --json");

@@ -18,6 +18,7 @@ use half::bf16;
 
 pub use threads::threads;
 
+use crate::isa::Isa;
 pub use crate::memory::Plain;
 use crate::tensor::{narrow, widen};
 
@@ -193,10 +194,12 @@ impl Number for f32 {
 }
 
 impl Number for bf16 {
+    #[inline(always)]
     fn widen(from: &[bf16], to: &mut [f32]) {
         widen(from, to);
     }
 
+    #[inline(always)]
     fn narrow(from: &[f32], to: &mut [bf16]) {
         narrow(from, to);
     }
@@ -208,6 +211,17 @@ const BLOCK: usize = 2048;
 /// `out` = the ranks' numbers reduced in rank order; `source(rank, place, n)` gives `n` of a rank's from `place` on.
 /// `out` itself may be where one rank's numbers came from: a place is written after all ranks' were read.
 fn reduce<'a, T: Number + 'a>(
+    size: usize,
+    len: usize,
+    reduce: Reduce,
+    source: impl Fn(usize, usize, usize) -> &'a [T],
+    write: impl FnMut(usize, &[f32]),
+) {
+    Isa::best().run(|| reduce_inline(size, len, reduce, source, write));
+}
+
+#[inline(always)]
+fn reduce_inline<'a, T: Number + 'a>(
     size: usize,
     len: usize,
     reduce: Reduce,

@@ -1,10 +1,10 @@
 //! Ranks that are processes, over MPI.
 //!
-//! Sums are made here, in rank order: each rank is sent its piece by all others. Gathers, broadcasts and barriers are
-//! MPI's own. Nothing blocks inside MPI: every wait is a loop of `MPI_Test` that knows the time. A failure ends the
+//! Sums are made here, in rank order: each rank is sent its piece by all others. Gathers go from rank to rank as well, so
+//! that it is known who is waited for; broadcasts and barriers are MPI's own. Nothing blocks inside MPI: every wait is a loop of `MPI_Test` that knows the time. A failure ends the
 //! whole run from here (`MPI_Abort`), since MPI may still be writing into memory that unwinding would give back.
 
-use std::ffi::{c_int, c_void};
+use std::ffi::c_int;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -46,6 +46,13 @@ impl World {
         Ok(Self { group })
     }
 
+    /// The same ranks, which send no message of more than `bytes` (1 GiB unless given; MPI counts to 2³¹ − 1), but
+    /// several.
+    #[must_use]
+    pub fn with_messages_of(&self, bytes: usize) -> Self {
+        Self { group: MpiGroup { longest: bytes, ..self.group.clone() } }
+    }
+
     /// This process's number.
     pub fn rank(&self) -> usize {
         self.group.rank
@@ -71,7 +78,8 @@ impl World {
             unsafe { ffi::MPI_Comm_split(self.group.comm, color as c_int, self.rank() as c_int, &mut comm) };
         self.group.check("split", code);
         // SAFETY: made above.
-        Arc::new(unsafe { MpiGroup::new(comm, timeout, self.group.farewell, Some(ranks)) })
+        let group = unsafe { MpiGroup::new(comm, timeout, self.group.farewell, Some(ranks)) };
+        Arc::new(MpiGroup { longest: self.group.longest, ..group })
     }
 
     /// Ends MPI; all ranks call this together, after the last collective.
@@ -104,6 +112,8 @@ struct MpiGroup {
     ranks: Vec<usize>,
     timeout: Duration,
     farewell: Farewell,
+    /// Bytes of the longest message.
+    longest: usize,
 }
 
 // SAFETY: a communicator may be used from several threads (`MPI_THREAD_MULTIPLE` was granted); the handle itself never
@@ -136,7 +146,7 @@ impl MpiGroup {
         }
         let (rank, size) = (rank as usize, size as usize);
         let ranks = ranks.unwrap_or_else(|| (0..size).collect());
-        Self { comm, rank, size, ranks, timeout, farewell }
+        Self { comm, rank, size, ranks, timeout, farewell, longest: 1 << 30 }
     }
 
     fn fail(&self, what: String) -> ! {
@@ -155,12 +165,6 @@ impl MpiGroup {
         if code != 0 {
             self.fail(format!("failed in {what}: {}", message(code)));
         }
-    }
-
-    /// Number of elements as MPI counts them.
-    fn count(&self, what: &str, len: usize) -> c_int {
-        c_int::try_from(len)
-            .unwrap_or_else(|_| self.fail(format!("cannot move {len} bytes at once in {what}")))
     }
 
     /// Waits until all transfers are done. Their memory stays where it is: this does not unwind.
@@ -208,35 +212,55 @@ impl MpiGroup {
     fn exchange<T: Number>(&self, what: &str, data: &[T]) -> Vec<T> {
         let mine = piece(data.len(), self.size, self.rank).len();
         let mut incoming = vec![data[0]; mine * (self.size - 1)];
-        // Counted by the byte, in messages that MPI can count.
-        let largest = 1 << 30;
+        let first = incoming.as_mut_ptr();
+        let out = |peer| {
+            let theirs = &data[piece(data.len(), self.size, peer)];
+            (theirs.as_ptr().cast(), size_of_val(theirs))
+        };
+        let into = |peer| {
+            let slot = if peer < self.rank { peer } else { peer - 1 };
+            (first.wrapping_add(slot * mine).cast(), mine * size_of::<T>())
+        };
+        // SAFETY: `data` is only read; `incoming` has `mine` numbers for each peer and is not touched meanwhile.
+        unsafe { self.trade(what, out, into) };
+        incoming
+    }
+
+    /// Sends every other rank the bytes that `out` gives for it and gets those of `into` from it: as many as that rank sends
+    /// to this one.
+    ///
+    /// # Safety
+    /// The memory lives and nobody else uses it until this returns; what comes in overlaps with nothing.
+    unsafe fn trade(
+        &self,
+        what: &str,
+        out: impl Fn(usize) -> (*const u8, usize),
+        into: impl Fn(usize) -> (*mut u8, usize),
+    ) {
         let mut transfers = Vec::new();
         for peer in (0..self.size).filter(|peer| *peer != self.rank) {
-            let slot = if peer < self.rank { peer } else { peer - 1 };
-            let theirs = piece(data.len(), self.size, peer);
-            let from = &mut incoming[slot * mine..(slot + 1) * mine];
-            for part in bytes_mut(from).chunks_mut(largest) {
+            let (to, len) = into(peer);
+            for at in (0..len).step_by(self.longest) {
+                let count = self.longest.min(len - at) as c_int;
                 self.start(what, peer, &mut transfers, |comm, peer, request| {
-                    // SAFETY: the memory lives until `wait` has seen this transfer done, and nobody else uses it.
+                    // SAFETY: the caller's promise, and `wait` below sees the transfer done.
                     unsafe {
-                        let (to, len) = (part.as_mut_ptr().cast(), part.len() as c_int);
-                        ffi::MPI_Irecv(to, len, ffi::RSMPI_UINT8_T, peer, 0, comm, request)
+                        ffi::MPI_Irecv(to.add(at).cast(), count, ffi::RSMPI_UINT8_T, peer, 0, comm, request)
                     }
                 });
             }
-            let (first, bytes) = (data[theirs.clone()].as_ptr().cast::<u8>(), size_of_val(&data[theirs]));
-            for at in (0..bytes).step_by(largest) {
+            let (from, len) = out(peer);
+            for at in (0..len).step_by(self.longest) {
+                let count = self.longest.min(len - at) as c_int;
                 self.start(what, peer, &mut transfers, |comm, peer, request| {
-                    // SAFETY: `data` is borrowed for as long, and only read.
+                    // SAFETY: as above.
                     unsafe {
-                        let (from, len) = (first.add(at).cast(), largest.min(bytes - at) as c_int);
-                        ffi::MPI_Isend(from, len, ffi::RSMPI_UINT8_T, peer, 0, comm, request)
+                        ffi::MPI_Isend(from.add(at).cast(), count, ffi::RSMPI_UINT8_T, peer, 0, comm, request)
                     }
                 });
             }
         }
         self.wait(what, transfers);
-        incoming
     }
 
     fn start(
@@ -293,18 +317,14 @@ impl MpiGroup {
         data.copy_from_slice(&padded[..data.len()]);
     }
 
+    /// From rank to rank, so that one that does not come is known by name.
     fn gather(&self, what: &str, data: &mut [u8]) {
         let each = data.len() / self.size;
-        let own = data[self.rank * each..][..each].to_vec();
-        let count = self.count(what, each);
-        self.collective(what, |comm, request| {
-            let (from, to) = (own.as_ptr().cast::<c_void>(), data.as_mut_ptr().cast::<c_void>());
-            // SAFETY: both live until the collective is done; `data` has a piece for each rank.
-            unsafe {
-                let byte = ffi::RSMPI_UINT8_T;
-                ffi::MPI_Iallgather(from, count, byte, to, count, byte, comm, request)
-            }
-        });
+        let first = data.as_mut_ptr();
+        let piece = |rank: usize| (first.wrapping_add(rank * each), each);
+        let own = piece(self.rank);
+        // SAFETY: a piece for each rank, of which this rank's is only read and each of the others written by one transfer.
+        unsafe { self.trade(what, |_| (own.0.cast_const(), each), piece) };
     }
 }
 
@@ -338,14 +358,15 @@ impl Communicator for MpiGroup {
     }
 
     fn broadcast(&self, data: &mut [u8], root: usize) {
-        let count = self.count("broadcast", data.len());
-        self.collective("broadcast", |comm, request| {
-            // SAFETY: the memory lives until the collective is done.
-            unsafe {
-                let data = data.as_mut_ptr().cast();
-                ffi::MPI_Ibcast(data, count, ffi::RSMPI_UINT8_T, root as c_int, comm, request)
-            }
-        });
+        for message in data.chunks_mut(self.longest) {
+            self.collective("broadcast", |comm, request| {
+                // SAFETY: the memory lives until the collective is done.
+                unsafe {
+                    let (data, count) = (message.as_mut_ptr().cast(), message.len() as c_int);
+                    ffi::MPI_Ibcast(data, count, ffi::RSMPI_UINT8_T, root as c_int, comm, request)
+                }
+            });
+        }
     }
 
     fn barrier(&self) {

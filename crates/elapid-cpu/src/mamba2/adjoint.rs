@@ -137,7 +137,7 @@ impl Pass<'_> {
                     .run(|| weigh(weighted, p, |i| decays.entering(i), |i| &d_scan[at + i * e..][..p]));
                 // SAFETY: each (sequence, chunk, head) belongs to one unit.
                 let local = unsafe { shared.slice(dims.state_at(unit.b, unit.chunk, head), dims.state()) };
-                small(Into::Set, local, n_state, Mat::new(weighted, unit.n, p).t(), views.c());
+                small(backend, Into::Set, local, n_state, Mat::new(&*weighted, unit.n, p).t(), views.c());
             }
         });
         // The recurrence, backwards; in place, as in the forward direction.
@@ -198,7 +198,7 @@ impl Pass<'_> {
             };
             d_bc.fill(0.0);
             s.d_scores.fill(0.0);
-            small(Into::Set, s.scores, n, views.c(), views.b().t());
+            small(backend, Into::Set, s.scores, n, views.c(), views.b().t());
             for head in unit.heads.clone() {
                 let decays = Decays::new(dims, front, self.documents, &unit, head);
                 let at = dims.state_at(unit.b, unit.chunk, head);
@@ -220,8 +220,15 @@ impl Pass<'_> {
                 let dx = |i: usize| unsafe { act.slice(x_at + i * dims.c, dims.spec.head_dim) };
                 *d = head_adjoint(backend, dims, &views, &decays, &io, &mut s, d_bc, dt, da, dx);
             }
-            small(Into::Add, d_bc, width, Mat::new(s.d_scores, n, n).t(), views.c());
-            small(Into::Add, &mut d_bc[dims.spec.state..], width, Mat::new(s.d_scores, n, n), views.b());
+            small(backend, Into::Add, d_bc, width, Mat::new(&*s.d_scores, n, n).t(), views.c());
+            small(
+                backend,
+                Into::Add,
+                &mut d_bc[dims.spec.state..],
+                width,
+                Mat::new(&*s.d_scores, n, n),
+                views.b(),
+            );
         });
         out
     }
@@ -372,7 +379,7 @@ fn head_adjoint<'x>(
     let dy_row = |i: usize| &io.dy[i * e..][..p];
     let (state, d_state) = (Mat::new(io.state, p, n_state), Mat::new(io.d_state, p, n_state));
 
-    small(Into::Set, s.d_kernel, n, dy, views.x(head).t());
+    small(backend, Into::Set, s.d_kernel, n, dy, views.x(head).t());
     d_cum.fill(0.0);
     backend.isa.run(|| {
         for i in 0..n {
@@ -406,8 +413,8 @@ fn head_adjoint<'x>(
         }
     });
 
-    small(Into::Set, s.u, p, Mat::new(s.kernel, n, n).t(), dy);
-    small(Into::Set, s.weighted, p, views.b(), d_state.t());
+    small(backend, Into::Set, s.u, p, Mat::new(&*s.kernel, n, n).t(), dy);
+    small(backend, Into::Set, s.weighted, p, views.b(), d_state.t());
     let mut d_skip = 0.0;
     backend.isa.run(|| {
         let mut through_end = 0.0;
@@ -432,7 +439,7 @@ fn head_adjoint<'x>(
         weigh(s.weighted, p, |i| decays.entering(i), dy_row);
     });
 
-    small(Into::Set, s.from_state, n_state, Mat::new(s.weighted, n, p), state);
+    small(backend, Into::Set, s.from_state, n_state, Mat::new(&*s.weighted, n, p), state);
     backend.isa.run(|| {
         for (i, dc) in s.from_state.chunks_exact(n_state).enumerate() {
             d_cum[i] += math::dot(dc, views.c_row(i));
@@ -441,7 +448,7 @@ fn head_adjoint<'x>(
         }
         weigh(s.weighted, p, |j| decays.leaving(j) * decays.dt[j], |j| views.x_row(head, j));
     });
-    small(Into::Add, d_bc, 2 * n_state, Mat::new(s.weighted, n, p), d_state);
+    small(backend, Into::Add, d_bc, 2 * n_state, Mat::new(&*s.weighted, n, p), d_state);
 
     // c_i = Σ_{l ≤ i} Δt_l A, so the cotangent of Δt_l·A is the sum of those of c_i from l on.
     for l in (0..last).rev() {

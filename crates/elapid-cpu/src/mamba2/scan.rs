@@ -149,7 +149,7 @@ pub(super) fn local_states(backend: &CpuBackend, dims: &Dims, front: &Front, doc
             });
             // SAFETY: each (sequence, chunk, head) belongs to one unit.
             let local = unsafe { shared.slice(dims.state_at(unit.b, unit.chunk, head), dims.state()) };
-            small(Into::Set, local, n_state, Mat::new(weighted, unit.n, p).t(), views.b());
+            small(backend, Into::Set, local, n_state, Mat::new(&*weighted, unit.n, p).t(), views.b());
         }
     });
     states
@@ -224,12 +224,11 @@ pub(super) fn outputs(
         let (scores, rest) = scratch.as_mut_slice::<f32>(2 * n * n + n * p).split_at_mut(n * n);
         let (weights, from_state) = rest.split_at_mut(n * n);
         // C·Bᵀ is shared by the heads of the group.
-        small(Into::Set, scores, n, views.c(), views.b().t());
+        small(backend, Into::Set, scores, n, views.c(), views.b().t());
         for head in unit.heads.clone() {
             let decays = Decays::new(dims, front, documents, &unit, head);
-            let state =
-                Mat::new(&states[dims.state_at(unit.b, unit.chunk, head)..][..dims.state()], p, n_state);
-            small(Into::Set, from_state, p, views.c(), state.t());
+            let state = Mat::new(&states[dims.state_at(unit.b, unit.chunk, head)..], p, n_state);
+            small(backend, Into::Set, from_state, p, views.c(), state.t());
             let at = (unit.b * dims.len + unit.row) * e + head * p;
             backend.isa.run(|| {
                 for i in 0..n {
@@ -256,7 +255,7 @@ pub(super) fn outputs(
                 }
             });
             // SAFETY: as above.
-            unsafe { product(Into::Add, &shared, at, e, Mat::new(weights, n, n), views.x(head)) };
+            unsafe { product(backend, Into::Add, &shared, at, e, Mat::new(&*weights, n, n), views.x(head)) };
         }
     });
     y

@@ -64,7 +64,7 @@ pub fn decode(setup: &Setup, tokens: usize) -> Result<Value, Error> {
     let checks = check(timed.inner())?;
     refuse(prefill_ops.iter().chain(&ops).map(|op| op.0), &checks)?;
 
-    let limits = Limits::measure(timed.inner(), compute);
+    let limits = Limits::measure(timed.inner(), compute, 1);
     let (weights, state) = (weight_bytes(setup, &layout), state_bytes(setup));
     let figures = json!({
         "prefill_s": prefill,

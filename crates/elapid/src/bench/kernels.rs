@@ -42,7 +42,7 @@ pub fn kernels(setup: &Setup) -> Result<Value, Error> {
         "give a smaller --batch, --seq-len or --model",
     )?;
     let checks = check(timed.inner())?;
-    let limits = Limits::measure(timed.inner(), setup.compute());
+    let limits = Limits::measure(timed.inner(), setup.compute(), 1);
     let mut rows = Rows { timed: &timed, limits: &limits, checks: &checks, rows: Vec::new() };
     layer(setup, &one, &mut rows);
     update(&whole, &mut rows);

@@ -9,6 +9,14 @@ use elapid_tensor::{
     Mamba2Sinks, Mamba2Spec, Mamba2Weights, Row, Sink, Slot, State,
 };
 
+/// What is between ranks and computes nothing: a collective that the rank takes part in, a row handed to the thread that
+/// carries it, and waiting for that row.
+pub(super) const BETWEEN_RANKS: [&str; 3] = [COLLECTIVE, SEND, AWAIT];
+const COLLECTIVE: &str = "collective";
+const SEND: &str = "send row";
+/// Seconds in it are spent waiting for another thread's collective.
+pub(super) const AWAIT: &str = "await row";
+
 /// What an op has to do, whatever its kernel does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Work {
@@ -67,6 +75,16 @@ impl Timed {
         tally.work.flops += flops as u64;
         tally.work.bytes += bytes as u64;
         result
+    }
+}
+
+impl Timed {
+    /// An op of several ranks; one alone does nothing.
+    fn collective<R>(&self, group: Group, bytes: usize, run: impl FnOnce(&CpuBackend) -> R) -> R {
+        if self.group_size(group) == 1 {
+            return run(&self.inner);
+        }
+        self.op(COLLECTIVE, 0, bytes, run)
     }
 }
 
@@ -288,8 +306,6 @@ impl Backend for Timed {
         self.op("logits", 2 * len(x) * outputs, traffic, |inner| inner.logits(x, weight))
     }
 
-    // Nothing travels between the ranks of a benchmark: there is one.
-
     fn group_size(&self, group: Group) -> usize {
         self.inner.group_size(group)
     }
@@ -299,43 +315,49 @@ impl Backend for Timed {
     }
 
     fn all_reduce(&self, x: &Tensor, group: Group) -> Tensor {
-        self.inner.all_reduce(x, group)
+        self.collective(group, bytes(x), |inner| inner.all_reduce(x, group))
     }
 
     fn all_reduce_max(&self, x: &Tensor, group: Group) -> Tensor {
-        self.inner.all_reduce_max(x, group)
+        self.collective(group, bytes(x), |inner| inner.all_reduce_max(x, group))
     }
 
     fn all_gather(&self, x: &Tensor, axis: usize, group: Group) -> Tensor {
-        self.inner.all_gather(x, axis, group)
+        let traffic = bytes(x) * self.group_size(group);
+        self.collective(group, traffic, |inner| inner.all_gather(x, axis, group))
     }
 
     fn reduce_scatter(&self, x: &Tensor, axis: usize, group: Group) -> Tensor {
-        self.inner.reduce_scatter(x, axis, group)
+        self.collective(group, bytes(x), |inner| inner.reduce_scatter(x, axis, group))
     }
 
     fn all_reduce_slot(&self, buffer: &mut Buffer, slot: &Slot, group: Group) {
-        self.inner.all_reduce_slot(buffer, slot, group);
+        let traffic = slot.len() * size(buffer.dtype());
+        self.collective(group, traffic, |inner| inner.all_reduce_slot(buffer, slot, group));
     }
 
     fn sum_slot_over_neighbours(&self, buffer: &mut Buffer, slot: &Slot, ranks: usize) {
-        self.inner.sum_slot_over_neighbours(buffer, slot, ranks);
+        let traffic = slot.len() * size(buffer.dtype());
+        self.collective(Group::Tp, traffic, |inner| inner.sum_slot_over_neighbours(buffer, slot, ranks));
     }
 
     fn reduce_scatter_row(&self, whole: &mut Buffer, row: Row, shard: &mut Buffer, group: Group) {
-        self.inner.reduce_scatter_row(whole, row, shard, group);
+        let traffic = 4 * whole.shape().whole(row).len();
+        self.collective(group, traffic, |inner| inner.reduce_scatter_row(whole, row, shard, group));
     }
 
     fn start_sum(&self, buffer: &Buffer, row: Row, scatter: bool, group: Group) -> Pending {
-        self.inner.start_sum(buffer, row, scatter, group)
+        let traffic = 8 * buffer.shape().whole(row).len();
+        self.op(SEND, 0, traffic, |inner| inner.start_sum(buffer, row, scatter, group))
     }
 
     fn finish_sum(&self, pending: Pending, to: &mut Buffer) {
-        self.inner.finish_sum(pending, to);
+        self.op(AWAIT, 0, 0, |inner| inner.finish_sum(pending, to));
     }
 
     fn all_gather_row(&self, shard: &Buffer, row: Row, whole: &mut Buffer, group: Group) {
-        self.inner.all_gather_row(shard, row, whole, group);
+        let traffic = whole.shape().whole(row).len() * size(whole.dtype());
+        self.collective(group, traffic, |inner| inner.all_gather_row(shard, row, whole, group));
     }
 
     fn clip(&self, grads: &Buffer, loss: &Tensor, clipping: &Clipping<'_>) -> Tensor {

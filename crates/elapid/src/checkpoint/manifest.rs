@@ -7,12 +7,13 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::piece::verify;
 use crate::Error;
 use crate::data::Order;
 use crate::parallel::Mesh;
 
-/// Version of the format that this build writes, and the only one so far.
-const VERSION: u32 = 1;
+/// Version of the format that this build writes, and the only one that it reads.
+const VERSION: u32 = 2;
 
 /// What tells one dataset from another.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,7 +33,7 @@ pub struct Data {
 pub struct Progress {
     /// Optimizer steps done.
     pub step: u64,
-    /// Data position: global samples read since step 1.
+    /// Data position: global samples of this dataset that were read.
     pub samples: u64,
     /// Inputs since step 1.
     pub tokens: u64,
@@ -48,8 +49,33 @@ pub struct Progress {
     pub order: Order,
     /// The dataset.
     pub data: Data,
-    /// The flags of the run, schedule and optimizer among them.
+    /// What `metrics.jsonl` says of the last step; null before the first.
+    pub metrics: Value,
+    /// The flags of the run, schedule and optimizer among them; null where no run has trained the weights.
     pub settings: Value,
+}
+
+impl Progress {
+    /// That of weights that no run has trained.
+    pub(super) fn none() -> Self {
+        Self {
+            step: 0,
+            samples: 0,
+            tokens: 0,
+            seconds: 0.0,
+            first_loss: f64::NAN,
+            last_loss: f64::NAN,
+            order: Order::Dataset,
+            data: Data { blocks: 0, seq_len: 0, fingerprint: None, tokenizer: None },
+            metrics: Value::Null,
+            settings: Value::Null,
+        }
+    }
+
+    /// Whether a run has come to it, so that there are moments.
+    pub(crate) fn is_of_a_run(&self) -> bool {
+        !self.settings.is_null()
+    }
 }
 
 fn or_nan<'de, D: serde::Deserializer<'de>>(source: D) -> Result<f64, D::Error> {
@@ -76,6 +102,8 @@ pub struct Piece {
     pub offset: Vec<usize>,
     /// Its extents.
     pub shape: Vec<usize>,
+    /// CRC-32 of its bytes.
+    pub crc32: String,
 }
 
 /// A tensor as the model knows it, whatever the mesh.
@@ -97,6 +125,8 @@ pub struct Manifest {
     pub mesh: Mesh,
     /// How far the run had come.
     pub progress: Progress,
+    /// Names of the tokenizer's files; none where the dataset has none.
+    pub tokenizer: Vec<String>,
     /// All other files, by name.
     pub files: BTreeMap<String, FileInfo>,
     /// All tensors, by name with prefix.
@@ -110,10 +140,11 @@ impl Manifest {
     pub(super) fn new(
         mesh: Mesh,
         progress: Progress,
+        tokenizer: Vec<String>,
         files: BTreeMap<String, FileInfo>,
         tensors: BTreeMap<String, LogicalTensor>,
     ) -> Self {
-        Self { version: VERSION, mesh, progress, files, tensors }
+        Self { version: VERSION, mesh, progress, tokenizer, files, tensors }
     }
 
     /// JSON whose last field is the checksum of what stands before that field.
@@ -161,8 +192,20 @@ impl Manifest {
         Ok(manifest)
     }
 
+    /// Compares a file of the checkpoint in `dir` with what is said of it here.
+    ///
+    /// # Errors
+    /// It is missing, cut off or changed; of damaged tensors the names.
+    pub fn verify(&self, dir: &Path, file: &str) -> Result<(), Error> {
+        let pieces = self.tensors.values().flat_map(|tensor| &tensor.pieces);
+        verify(&dir.join(file), &self.files[file], pieces.filter(|piece| piece.file == file))
+    }
+
     /// Names no file outside of its folder, and every tensor is tiled by blocks inside of it.
     fn check(&self) -> Result<(), String> {
+        if let Some(name) = self.tokenizer.iter().find(|name| !self.files.contains_key(*name)) {
+            return Err(format!("the tokenizer's file {name:?} is none of this folder"));
+        }
         for name in self.files.keys() {
             if Path::new(name).file_name().is_none_or(|last| last != name.as_str()) {
                 return Err(format!("{name:?} is no file of this folder"));
@@ -227,13 +270,20 @@ mod tests {
             last_loss: 4.0,
             order: Order::Shuffled(3),
             data: Data { blocks: 9, seq_len: 16, fingerprint: None, tokenizer: Some("bytes".into()) },
+            metrics: serde_json::json!({ "step": 7 }),
             settings: serde_json::json!({ "lr": 3e-4 }),
         };
         let file = FileInfo { bytes: 48, crc32: "00000000".into() };
-        let half = |at| Piece { file: "a".into(), name: "w".into(), offset: vec![at, 0], shape: vec![2, 3] };
+        let half = |at| Piece {
+            file: "a".into(),
+            name: "w".into(),
+            offset: vec![at, 0],
+            shape: vec![2, 3],
+            crc32: "00000000".into(),
+        };
         let tensor = LogicalTensor { shape: vec![4, 3], dtype: "F32".into(), pieces: vec![half(0), half(2)] };
         let (files, tensors) = ([("a".to_owned(), file)].into(), [("model.w".to_owned(), tensor)].into());
-        Manifest::new(Mesh::SINGLE, progress, files, tensors)
+        Manifest::new(Mesh::SINGLE, progress, vec!["a".into()], files, tensors)
     }
 
     fn read(text: &[u8]) -> Result<Manifest, String> {

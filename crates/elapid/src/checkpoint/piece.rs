@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use crc32fast::Hasher;
@@ -53,13 +54,16 @@ pub(crate) fn write(
     write().map_err(|cause| Error::io("write", path, &cause))
 }
 
-/// A safetensors file of fp32 tensors, of which `values` gives one at a time by its place in `entries`.
+/// Takes values, a stretch at a time.
+pub(super) type Sink<'a> = &'a mut dyn FnMut(&[f32]) -> std::io::Result<()>;
+
+/// A safetensors file of fp32 tensors, of which `values` gives one at a time by its place in `entries`; their checksums, too.
 /// Format: the safetensors README (length of the header as u64, JSON header, data).
 pub(super) fn write_tensors(
     path: &Path,
     entries: &[(String, Vec<usize>)],
-    values: impl Fn(usize) -> Vec<f32>,
-) -> Result<FileInfo, Error> {
+    values: impl Fn(usize, Sink<'_>) -> std::io::Result<()>,
+) -> Result<(FileInfo, Vec<String>), Error> {
     let mut end = 0;
     let infos = entries.iter().map(|(name, shape)| {
         let start = end;
@@ -71,19 +75,27 @@ pub(super) fn write_tensors(
         .and_then(|header| serde_json::to_string(&header).map_err(|cause| cause.to_string()))
         .map_err(|cause| Error::new(format!("cannot make the header of {}: {cause}", path.display())))?;
     let blanks = header.len().next_multiple_of(8) - header.len();
-    write(path, |out| {
+    let mut sums = Vec::with_capacity(entries.len());
+    let info = write(path, |out| {
         out.write_all(&((header.len() + blanks) as u64).to_le_bytes())?;
         write!(out, "{header}{:blanks$}", "")?;
         let mut bytes = Vec::with_capacity(CHUNK);
         for place in 0..entries.len() {
-            for part in values(place).chunks(CHUNK / 4) {
-                bytes.clear();
-                bytes.extend(part.iter().flat_map(|value| value.to_le_bytes()));
-                out.write_all(&bytes)?;
-            }
+            let mut crc = Hasher::new();
+            values(place, &mut |part| {
+                for part in part.chunks(CHUNK / 4) {
+                    bytes.clear();
+                    bytes.extend(part.iter().flat_map(|value| value.to_le_bytes()));
+                    crc.update(&bytes);
+                    out.write_all(&bytes)?;
+                }
+                Ok(())
+            })?;
+            sums.push(hex(crc));
         }
         Ok(())
-    })
+    })?;
+    Ok((info, sums))
 }
 
 fn damaged(path: &Path, what: impl std::fmt::Display) -> Error {
@@ -91,8 +103,13 @@ fn damaged(path: &Path, what: impl std::fmt::Display) -> Error {
         .with_hint("the checkpoint is damaged; take an earlier one, or --resume auto, which finds one")
 }
 
-/// Reads the whole file and compares it with what the manifest says.
-pub(crate) fn verify(path: &Path, info: &FileInfo) -> Result<(), Error> {
+/// Reads the whole file and compares it with what the manifest says: its length and checksum. Where that is not right, the
+/// error names those of its `pieces` that are damaged.
+pub(super) fn verify<'a>(
+    path: &Path,
+    info: &FileInfo,
+    pieces: impl Iterator<Item = &'a Piece>,
+) -> Result<(), Error> {
     let mut file = match File::open(path) {
         Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => {
             return Err(damaged(path, "is missing"));
@@ -103,18 +120,35 @@ pub(crate) fn verify(path: &Path, info: &FileInfo) -> Result<(), Error> {
     if bytes != info.bytes {
         return Err(damaged(path, format!("has {bytes} bytes instead of {}", info.bytes)));
     }
+    let crc = checksum(&mut file).map_err(|cause| Error::io("read", path, &cause))?;
+    if crc == info.crc32 {
+        return Ok(());
+    }
+    let what = format!("has checksum {crc} instead of {}", info.crc32);
+    let Ok(file) = PieceFile::open(path) else { return Err(damaged(path, what)) };
+    let names: Vec<_> =
+        pieces.filter(|piece| !file.is_whole(piece)).map(|piece| piece.name.as_str()).collect();
+    Err(damaged(
+        path,
+        match names.len() {
+            0 => format!("{what}: its header is not the one that was written"),
+            1..=NAMED => format!("{what}: {} is damaged", names.join(", ")),
+            count => format!("{what}: {} and {} more are damaged", names[..NAMED].join(", "), count - NAMED),
+        },
+    ))
+}
+
+/// Damaged tensors that a message names.
+const NAMED: usize = 4;
+
+fn checksum(from: &mut impl Read) -> std::io::Result<String> {
     let (mut crc, mut chunk) = (Hasher::new(), vec![0; CHUNK]);
     loop {
-        match file.read(&mut chunk).map_err(|cause| Error::io("read", path, &cause))? {
-            0 => break,
+        match from.read(&mut chunk)? {
+            0 => return Ok(hex(crc)),
             read => crc.update(&chunk[..read]),
         }
     }
-    let crc = hex(crc);
-    if crc != info.crc32 {
-        return Err(damaged(path, format!("has checksum {crc} instead of {}", info.crc32)));
-    }
-    Ok(())
 }
 
 /// A safetensors file open for reading.
@@ -140,43 +174,56 @@ impl PieceFile {
         Ok(Self { path: path.to_owned(), file, header, data: 8 + length })
     }
 
-    /// Copies a block to its place in the logical tensor of extents `shape`, both row-major.
-    pub(super) fn read(&self, piece: &Piece, shape: &[usize], values: &mut [f32]) -> Result<(), Error> {
-        let Piece { name, offset, shape: extents, .. } = piece;
+    /// Where the bytes of a block begin in the file.
+    fn start(&self, piece: &Piece) -> Result<u64, Error> {
+        let Piece { name, shape, .. } = piece;
         let info = self.header.info(name).ok_or_else(|| damaged(&self.path, format!("holds no {name}")))?;
-        if info.dtype != Dtype::F32 || info.shape != *extents {
+        if info.dtype != Dtype::F32 || info.shape != *shape {
             let what = format!("holds {name} as {} {:?}", info.dtype, info.shape);
-            return Err(damaged(&self.path, format!("{what} instead of F32 {extents:?}")));
+            return Err(damaged(&self.path, format!("{what} instead of F32 {shape:?}")));
         }
-        let io = |cause| Error::io("read", &self.path, &cause);
+        Ok(self.data + info.data_offsets.0 as u64)
+    }
+
+    /// Whether a block is as it was written.
+    fn is_whole(&self, piece: &Piece) -> bool {
+        let bytes = 4 * piece.shape.iter().product::<usize>() as u64;
         let mut file = &self.file;
-        file.seek(SeekFrom::Start(self.data + info.data_offsets.0 as u64)).map_err(io)?;
-        let mut file = std::io::BufReader::with_capacity(CHUNK, file);
-        // The longest stretches that lie together in both: whole trailing axes and one more.
-        let whole = (0..shape.len()).rev().take_while(|&axis| extents[axis] == shape[axis]).count();
-        let outer = (shape.len() - whole).saturating_sub(1);
-        let run: usize = extents[outer..].iter().product();
-        let runs: usize = extents[..outer].iter().product();
-        let mut bytes = vec![0; 4 * run.min(CHUNK / 4)];
-        for index in 0..runs {
-            let (mut rest, mut start, mut stride) = (index, 0, 1);
-            for axis in (0..shape.len()).rev() {
-                let within = if axis < outer {
-                    let within = rest % extents[axis];
-                    rest /= extents[axis];
-                    within
-                } else {
-                    0
-                };
-                start += (offset[axis] + within) * stride;
-                stride *= shape[axis];
-            }
-            for part in values[start..start + run].chunks_mut(CHUNK / 4) {
-                let bytes = &mut bytes[..4 * part.len()];
-                file.read_exact(bytes).map_err(io)?;
-                for (value, quad) in part.iter_mut().zip(bytes.as_chunks().0) {
+        let start = self.start(piece).and_then(|start| {
+            file.seek(SeekFrom::Start(start)).map_err(|cause| Error::io("read", &self.path, &cause))
+        });
+        start.is_ok() && checksum(&mut file.take(bytes)).is_ok_and(|crc| crc == piece.crc32)
+    }
+
+    /// Copies elements `from` of a block, stretch by stretch, to the stretches `to` of `values`: as many in all.
+    pub(super) fn read(
+        &self,
+        piece: &Piece,
+        from: Vec<Range<usize>>,
+        to: Vec<Range<usize>>,
+        values: &mut [f32],
+    ) -> Result<(), Error> {
+        let start = self.start(piece)?;
+        let io = |cause| Error::io("read", &self.path, &cause);
+        let mut bytes = Vec::new();
+        let mut to = to.into_iter();
+        let mut free = 0..0;
+        for run in from {
+            let mut file = &self.file;
+            file.seek(SeekFrom::Start(start + 4 * run.start as u64)).map_err(io)?;
+            let mut rest = run.len();
+            while rest > 0 {
+                if free.is_empty() {
+                    free = to.next().expect("as many elements on either side");
+                }
+                let len = rest.min(free.len()).min(CHUNK / 4);
+                bytes.resize(4 * len, 0);
+                file.read_exact(&mut bytes).map_err(io)?;
+                for (value, quad) in values[free.start..][..len].iter_mut().zip(bytes.as_chunks().0) {
                     *value = f32::from_le_bytes(*quad);
                 }
+                free.start += len;
+                rest -= len;
             }
         }
         Ok(())
@@ -187,37 +234,38 @@ impl PieceFile {
 mod tests {
     use super::*;
 
-    /// A tensor cut up into blocks, as another mesh would write it, comes back whole.
+    /// Whatever part of a block is asked for, these elements are read and come to their places.
     #[test]
-    fn blocks_go_to_their_places() {
+    fn stretches_go_to_their_places() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("piece");
-        let shape = [4, 3, 5];
-        let element = |at: [usize; 3]| ((at[0] * 3 + at[1]) * 5 + at[2]) as f32;
-        let blocks: [([usize; 3], [usize; 3]); 4] =
-            [([0, 0, 0], [1, 3, 5]), ([1, 0, 0], [3, 1, 5]), ([1, 1, 0], [3, 2, 2]), ([1, 1, 2], [3, 2, 3])];
-        let entries: Vec<_> =
-            blocks.iter().enumerate().map(|(i, (_, extents))| (i.to_string(), extents.to_vec())).collect();
-        let values = |place: usize| {
-            let (offset, [a, b, c]) = blocks[place];
-            let mut values = Vec::new();
-            for (i, j, k) in (0..a).flat_map(|i| (0..b).flat_map(move |j| (0..c).map(move |k| (i, j, k)))) {
-                values.push(element([offset[0] + i, offset[1] + j, offset[2] + k]));
-            }
-            values
-        };
-        let info = write_tensors(&path, &entries, values).unwrap();
-        verify(&path, &info).unwrap();
+        let entries: Vec<_> = ["a", "b"].map(|name| (name.to_owned(), vec![6, 5])).into();
+        let (info, sums) = write_tensors(&path, &entries, |place, sink| {
+            let values: Vec<f32> = (0..30).map(|i| (100 * place + i) as f32).collect();
+            values.chunks(7).try_for_each(sink)
+        })
+        .unwrap();
         // The library agrees that this is a safetensors file.
         safetensors::SafeTensors::deserialize(&std::fs::read(&path).unwrap()).unwrap();
+        let piece = |place: usize| Piece {
+            file: "piece".into(),
+            name: entries[place].0.clone(),
+            offset: vec![0, 0],
+            shape: vec![6, 5],
+            crc32: sums[place].clone(),
+        };
+        verify(&path, &info, [piece(0), piece(1)].iter()).unwrap();
         let file = PieceFile::open(&path).unwrap();
-        let mut whole = vec![f32::NAN; 60];
-        for (name, (offset, extents)) in blocks.iter().enumerate() {
-            let (file_name, name) = ("piece".to_owned(), name.to_string());
-            let piece = Piece { file: file_name, name, offset: offset.to_vec(), shape: extents.to_vec() };
-            file.read(&piece, &shape, &mut whole).unwrap();
-        }
-        assert!(whole.iter().enumerate().all(|(i, value)| *value == i as f32), "{whole:?}");
+        assert!(file.is_whole(&piece(0)) && file.is_whole(&piece(1)));
+        let mut values = vec![-1.0; 8];
+        file.read(&piece(1), vec![3..5, 20..24], vec![1..2, 4..8, 0..1], &mut values).unwrap();
+        assert_eq!(values, [123.0, 103.0, -1.0, -1.0, 104.0, 120.0, 121.0, 122.0]);
+
+        let mut bytes = std::fs::read(&path).unwrap();
+        *bytes.last_mut().unwrap() ^= 4;
+        std::fs::write(&path, bytes).unwrap();
+        let error = verify(&path, &info, [piece(0), piece(1)].iter()).unwrap_err().to_string();
+        assert!(error.ends_with(": b is damaged"), "{error}");
     }
 
     #[test]
@@ -227,11 +275,11 @@ mod tests {
         let info = write(&path, |out| out.write_all(b"0123456789")).unwrap();
         let reason = |content: &[u8]| {
             std::fs::write(&path, content).unwrap();
-            verify(&path, &info).unwrap_err().to_string()
+            verify(&path, &info, [].iter()).unwrap_err().to_string()
         };
         assert!(reason(b"0123456788").contains("checksum"));
         assert!(reason(b"012345678").contains("9 bytes instead of 10"));
         std::fs::remove_file(&path).unwrap();
-        assert!(verify(&path, &info).unwrap_err().to_string().contains("is missing"));
+        assert!(verify(&path, &info, [].iter()).unwrap_err().to_string().contains("is missing"));
     }
 }

@@ -1,18 +1,16 @@
 //! The folder of a run's checkpoints: one is written aside and put into place by one rename.
 
-use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use elapid_tensor::Backend;
 
-use serde::{Deserialize, Serialize};
-
-use super::piece::{write, write_tensors};
-use super::{CONFIG, FileInfo, LogicalTensor, MANIFEST, Manifest, Piece, Progress, State};
+use super::piece::write;
+use super::write::write_files;
+use super::{Progress, State};
 use crate::Error;
-use crate::config::ModelConfig;
-use crate::parallel::{Mesh, Rank};
+use crate::disk;
+use crate::parallel::Rank;
 
 /// Names the newest checkpoint, for whoever asks no [`Store`].
 pub(crate) const LATEST: &str = "latest";
@@ -102,15 +100,9 @@ pub(super) fn latest(dir: &Path) -> Result<Option<PathBuf>, Error> {
     }
 }
 
-/// Waits until the entries of a folder are on disk. Windows cannot open folders and needs no such call.
-fn sync(dir: &Path) -> Result<(), Error> {
-    #[cfg(unix)]
-    File::open(dir).and_then(|folder| folder.sync_all()).map_err(|cause| Error::io("write", dir, &cause))?;
-    Ok(())
-}
-
 /// A folder that vanishes unless it is put into place.
-struct Aside(PathBuf);
+#[derive(Debug)]
+pub(super) struct Aside(PathBuf);
 
 impl Drop for Aside {
     fn drop(&mut self) {
@@ -127,25 +119,36 @@ pub(crate) fn put(
     name: &str,
     content: impl FnOnce(&Path) -> Result<(), Error>,
 ) -> Result<PathBuf, Error> {
-    let (place, aside) = (dir.join(name), dir.join(format!(".{name}.partial")));
-    let mut made = None;
+    let _made = begin(rank, dir, name)?;
+    content(&aside(dir, name))?;
+    rank.from_first(|| commit(dir, name))?;
+    Ok(dir.join(name))
+}
+
+/// Where the folder `name` of `dir` is written.
+pub(super) fn aside(dir: &Path, name: &str) -> PathBuf {
+    dir.join(format!(".{name}.partial"))
+}
+
+/// Makes the folder that [`aside`] names, which vanishes with the first rank's answer. All ranks call this together.
+pub(super) fn begin(rank: &Rank, dir: &Path, name: &str) -> Result<Option<Aside>, Error> {
+    let (aside, mut made) = (aside(dir, name), None);
     rank.from_first(|| {
         if aside.exists() {
             // A process was killed here.
             fs::remove_dir_all(&aside).map_err(|cause| Error::io("remove", &aside, &cause))?;
         }
         fs::create_dir(&aside).map_err(|cause| Error::io("create", &aside, &cause))?;
-        made = Some(Aside(aside.clone()));
+        made = Some(Aside(aside));
         Ok(())
     })?;
-    content(&aside)?;
-    rank.from_first(|| {
-        sync(&aside)?;
-        let _old = retire(dir, name)?;
-        fs::rename(&aside, &place).map_err(|cause| Error::io("write", &place, &cause))?;
-        sync(dir)
-    })?;
-    Ok(place)
+    Ok(made)
+}
+
+/// Puts what was written aside into its place.
+pub(super) fn commit(dir: &Path, name: &str) -> Result<(), Error> {
+    let _old = retire(dir, name)?;
+    disk::place(&aside(dir, name), &dir.join(name))
 }
 
 /// Takes a folder out of sight; its files go when the answer is dropped. A kill in between leaves no half one.
@@ -156,6 +159,12 @@ fn retire(dir: &Path, name: &str) -> Result<Option<Aside>, Error> {
         Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(cause) => Err(Error::io("remove", &place, &cause)),
     }
+}
+
+/// What to say of a save that failed.
+pub(super) fn earlier_ones_stay(error: Error) -> Error {
+    let what = error.hint().map_or(String::new(), |hint| format!("{hint}; "));
+    error.with_hint(format!("{what}checkpoints written before are whole, --resume auto goes on from them"))
 }
 
 impl Store {
@@ -196,8 +205,8 @@ impl Store {
     }
 
     /// Writes a checkpoint of `state`: aside, every file on disk, then one rename. All ranks call this together; each
-    /// writes the blocks that it holds, one at a time in memory, into the same folder. A checkpoint of the same name is
-    /// replaced. Afterwards the oldest ones go, where only so many are kept.
+    /// writes the blocks that it holds, a stretch at a time in memory, into the same folder. A checkpoint of the same name
+    /// is replaced. Afterwards the oldest ones go, where only so many are kept.
     ///
     /// # Errors
     /// The disk is full, or gone. What was there before is still there.
@@ -208,29 +217,33 @@ impl Store {
         state: &State<'_, B>,
         progress: Progress,
     ) -> Result<PathBuf, Error> {
-        let step = progress.step;
+        let (name, step) = (self.name(progress.step), progress.step);
+        let save = || {
+            let _made = begin(rank, &self.dir, &name)?;
+            write_files(&aside(&self.dir, &name), rank, backend, state, progress)?;
+            rank.from_first(|| self.commit(step))
+        };
+        save().map_err(earlier_ones_stay)?;
+        Ok(self.dir.join(name))
+    }
+
+    /// The name of a checkpoint after `step`.
+    pub(super) fn name(&self, step: u64) -> String {
         let tag = self.tag.as_ref().map_or(String::new(), |tag| format!("-{tag}"));
-        let name = format!("step-{step:08}{tag}");
-        let content = |aside: &Path| write_files(aside, rank, backend, state, progress);
-        put(rank, &self.dir, &name, content)
-            .and_then(|place| {
-                rank.from_first(|| self.point_to(&name).and_then(|()| self.prune(step)))?;
-                Ok(place)
-            })
-            .map_err(|error| {
-                let what = error.hint().map_or(String::new(), |hint| format!("{hint}; "));
-                error.with_hint(format!(
-                    "{what}checkpoints written before are whole, --resume auto goes on from them"
-                ))
-            })
+        format!("step-{step:08}{tag}")
+    }
+
+    /// Puts the checkpoint of `step`, whose files are all aside and on disk, into its place.
+    pub(super) fn commit(&self, step: u64) -> Result<(), Error> {
+        let name = self.name(step);
+        commit(&self.dir, &name).and_then(|()| self.point_to(&name)).and_then(|()| self.prune(step))
     }
 
     /// Makes `latest` name that checkpoint.
     fn point_to(&self, name: &str) -> Result<(), Error> {
         let pointer = self.dir.join(format!(".{LATEST}.partial"));
         write(&pointer, |out| writeln!(out, "{name}"))?;
-        fs::rename(&pointer, self.dir.join(LATEST)).map_err(|cause| Error::io("write", &pointer, &cause))?;
-        sync(&self.dir)
+        disk::place(&pointer, &self.dir.join(LATEST))
     }
 
     /// Removes the oldest until so many are left, counting back from the one just written: what claims a later step was
@@ -243,76 +256,4 @@ impl Store {
         }
         Ok(())
     }
-}
-
-/// What a rank has written: its file, where it holds any block, and the blocks of each tensor.
-#[derive(Serialize, Deserialize)]
-struct Pieces {
-    file: Option<(String, FileInfo)>,
-    /// (name, logical extents, block)
-    blocks: Vec<(String, Vec<usize>, Piece)>,
-}
-
-/// Writes the files of a checkpoint into `dir`; all ranks call this together.
-pub(crate) fn write_files<B: Backend>(
-    dir: &Path,
-    rank: &Rank,
-    backend: &B,
-    state: &State<'_, B>,
-    progress: Progress,
-) -> Result<(), Error> {
-    let pieces = rank.gather(write_pieces(dir, rank, backend, state)?);
-    rank.from_first(|| write_manifest(dir, rank.mesh(), state.model.config(), progress, pieces))
-}
-
-fn write_pieces<B: Backend>(
-    dir: &Path,
-    rank: &Rank,
-    backend: &B,
-    state: &State<'_, B>,
-) -> Result<Pieces, Error> {
-    let file = format!("rank-{:05}.safetensors", rank.number());
-    let held = state.held(backend);
-    if held.is_empty() {
-        return Ok(Pieces { file: None, blocks: Vec::new() });
-    }
-    let mut count = HashMap::new();
-    let entries: Vec<_> = held
-        .iter()
-        .map(|block| {
-            // The only block of a tensor has its name, further ones of the same file a number as well.
-            let nth = count.entry(&block.tensor).and_modify(|n| *n += 1).or_insert(0);
-            let name = if *nth == 0 { block.tensor.clone() } else { format!("{}#{nth}", block.tensor) };
-            (name, block.shape.clone())
-        })
-        .collect();
-    let info = write_tensors(&dir.join(&file), &entries, |place| held[place].values(backend))?;
-    let blocks = held.into_iter().zip(entries).map(|(block, (name, shape))| {
-        let piece = Piece { file: file.clone(), name, offset: block.offset, shape };
-        (block.tensor, block.logical, piece)
-    });
-    Ok(Pieces { blocks: blocks.collect(), file: Some((file, info)) })
-}
-
-fn write_manifest(
-    dir: &Path,
-    mesh: Mesh,
-    config: &ModelConfig,
-    progress: Progress,
-    pieces: Vec<Pieces>,
-) -> Result<(), Error> {
-    let json = config.to_json();
-    let config = write(&dir.join(CONFIG), |out| out.write_all(json.as_bytes()))?;
-    let mut files = BTreeMap::from([(CONFIG.to_owned(), config)]);
-    let mut tensors = BTreeMap::new();
-    for Pieces { file, blocks } in pieces {
-        files.extend(file);
-        for (name, shape, piece) in blocks {
-            let tensor = LogicalTensor { shape, dtype: "F32".into(), pieces: Vec::new() };
-            tensors.entry(name).or_insert(tensor).pieces.push(piece);
-        }
-    }
-    let manifest = Manifest::new(mesh, progress, files, tensors);
-    write(&dir.join(MANIFEST), |out| out.write_all(manifest.to_json().as_bytes()))?;
-    Ok(())
 }

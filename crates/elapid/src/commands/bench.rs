@@ -4,9 +4,10 @@ use clap::Subcommand;
 
 use super::show::show;
 use crate::Error;
-use crate::bench::{Setup, decode, kernels, train};
+use crate::bench::{Setup, comm, decode, kernels, train};
 use crate::config::ModelConfig;
 use crate::config::run::{ActivationCheckpointing, Dtype};
+use crate::parallel::Arrangement;
 
 /// Flags of `elapid bench`.
 #[derive(clap::Args)]
@@ -29,6 +30,21 @@ enum What {
         /// What layers keep for the backward pass
         #[arg(long, value_enum, default_value = "none")]
         activation_checkpointing: ActivationCheckpointing,
+        /// Ranks, such as dp=2,zero-1 or tp=2,sp [default: one; under mpirun as many dp as were started]
+        #[arg(long, value_name = "MESH")]
+        mesh: Option<Arrangement>,
+    },
+    /// Collectives between ranks, from small to large
+    Comm {
+        /// Ranks [default: 2; under mpirun as many as were started]
+        #[arg(long, value_name = "N")]
+        dp: Option<usize>,
+        /// The largest data to measure
+        #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=256))]
+        max_mib: u16,
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
     },
     /// Generation: a prompt of L tokens in one pass, then one token at a time
     Decode {
@@ -88,10 +104,11 @@ pub(super) fn run(args: &BenchArgs) -> Result<(), Error> {
                     .with_hint("`elapid doctor` shows every check")),
             }
         }
-        What::Train { common, steps, activation_checkpointing } => {
-            let report = train(&common.setup()?, usize::from(*steps), (*activation_checkpointing).into())?;
-            show(&report, common.json)
+        What::Train { common, steps, activation_checkpointing, mesh } => {
+            let checkpointing = (*activation_checkpointing).into();
+            show(&train(&common.setup()?, usize::from(*steps), checkpointing, *mesh)?, common.json)
         }
+        What::Comm { dp, max_mib, json } => show(&comm(*dp, usize::from(*max_mib) << 20)?, *json),
         What::Decode { common, tokens } => {
             show(&decode(&common.setup()?, usize::from(*tokens))?, common.json)
         }

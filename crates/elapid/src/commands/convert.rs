@@ -25,7 +25,7 @@ pub(super) struct ConvertArgs {
     /// Element type to write [default: as it is]
     #[arg(short, long, value_enum)]
     precision: Option<Precision>,
-    /// Tokenizer: a folder with tokenizer.json or tokenizer.model, or such a file [default: the input's]
+    /// Tokenizer: a folder with tokenizer.json or tokenizer.model, such a file, or a model on the Hub [default: the input's]
     #[arg(short, long, alias = "tokenizer-model-path", value_name = "PATH")]
     tokenizer: Option<PathBuf>,
     /// Write in_proj as in_proj_z, in_proj_xBC and in_proj_dt

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::ModelConfig;
 use crate::Error;
+use crate::checkpoint::Checkpoint;
 use crate::error::say;
 use crate::model::init::Init;
 use crate::model::shard::check_ranks;
@@ -102,7 +103,7 @@ pub struct TrainArgs {
     /// Gated norm over the whole inner width instead of per group
     #[arg(long)]
     pub rmsnorm_across_groups: bool,
-    /// Start from the weights of a Hugging Face folder
+    /// Start from the weights of a Hugging Face folder, or of a checkpoint and nothing else of it
     #[arg(long, value_name = "DIR")]
     pub init_from: Option<PathBuf>,
     /// Initial values of a new model
@@ -208,6 +209,9 @@ pub struct TrainArgs {
     /// Write a checkpoint after the last step
     #[arg(long)]
     pub save_last_step: bool,
+    /// Wait in each save until it is on disk: takes no memory for a copy of masters and moments
+    #[arg(long)]
+    pub no_async_save: bool,
     /// Go on from the newest checkpoint of this run, or from the one given
     #[arg(long, value_name = "auto|PATH")]
     pub resume: Option<Resume>,
@@ -289,6 +293,13 @@ impl TrainArgs {
     /// # Errors
     /// A value that cannot be meant, with its flag.
     pub fn resolve(self) -> Result<Run, Error> {
+        // Of a folder of checkpoints it is one that is meant.
+        let init_from = self.init_from.map(|dir| Checkpoint::locate(&dir).unwrap_or(dir));
+        let this = Self { init_from, ..self };
+        this.resolved()
+    }
+
+    fn resolved(self) -> Result<Run, Error> {
         for (flag, given) in [("--backend", self.backend.is_some()), ("--debug", self.debug)] {
             if given {
                 say(format_args!("warning: {flag} means nothing here and is passed over"));
@@ -315,13 +326,6 @@ impl TrainArgs {
         at_least_one("--comm-timeout", self.comm_timeout)?;
         let mesh = Mesh::new(self.tp, self.dp, parallel::world_size()?)?;
         check_ranks(&config, self.tp)?;
-        if self.log_norms && mesh.size() > 1 {
-            return Err(Error::new(format!(
-                "--log-norms needs a single rank, and there are {}",
-                mesh.size()
-            ))
-            .with_hint("leave it out, or give neither --tp nor --dp"));
-        }
         let samples = [self.batch as u64, self.grad_accum_usteps as u64, mesh.dp as u64]
             .into_iter()
             .try_fold(self.max_steps, |product, factor| product.checked_mul(factor));

@@ -9,15 +9,17 @@ mod open;
 mod torch;
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 pub use diff::{Comparison, TensorComparison, compare};
 pub use open::Dimensions;
 
 use crate::Error;
+use crate::checkpoint::{Checkpoint, write_weights};
 use crate::config::{ModelConfig, TokenIds};
 use crate::data::Tokenizer;
+use crate::disk;
 use crate::error::say;
 use crate::model::pretrained::{
     Aside, CONFIG, FileDType, MAX_SHARD_SIZE, PICKLE, save_tensors, write_tensors,
@@ -89,9 +91,9 @@ pub fn convert(conversion: &Conversion) -> Result<(), Error> {
             return Err(Error::new("--to neuron-tp is not implemented: files of ranks are read only")
                 .with_hint("convert to hf; elapid trains on any number of ranks from that"));
         }
-        Format::Elapid => {
-            return Err(Error::new("--to elapid is not implemented: a checkpoint is the state of a run")
-                .with_hint("start a run from a Hugging Face folder: elapid train --init-from DIR"));
+        Format::Elapid if conversion.dtype.is_some_and(|dtype| dtype != FileDType::F32) => {
+            return Err(Error::new("-p does not go with --to elapid: the masters in a checkpoint are fp32")
+                .with_hint("leave -p out"));
         }
         _ => {}
     }
@@ -125,6 +127,12 @@ pub fn convert(conversion: &Conversion) -> Result<(), Error> {
     match to {
         Format::Hf => write_hf(&folder.aside, &config, &layout, &weights, dtype, conversion.split_proj)?,
         Format::MambaSsm => write_mamba_ssm(&folder.aside, &config, &weights, dtype)?,
+        Format::Elapid => {
+            let parameters = shapes(&weights).into_iter().collect();
+            let source = |name: &str, first, count| values(&*weights.0[name], first, count);
+            write_weights(&folder.aside, &config, tokenizer.contents()?, parameters, source)?;
+            return folder.commit();
+        }
         _ => write_codestral(&folder.aside, &config, &weights, dtype)?,
     }
     tokenizer.save(&folder.aside)?;
@@ -221,10 +229,14 @@ enum Tokens {
 }
 
 fn find_tokenizer(conversion: &Conversion) -> Result<Tokens, Error> {
-    let place = conversion.tokenizer.as_ref().unwrap_or(&conversion.input);
+    let place = match (&conversion.tokenizer, conversion.from) {
+        (Some(given), _) => given,
+        (None, Format::Elapid) => &Checkpoint::locate(&conversion.input)?,
+        (None, _) => &conversion.input,
+    };
     if !place.exists() {
-        return Err(Error::new(format!("there is no tokenizer {}", place.display()))
-            .with_hint("-t is a folder with a tokenizer.json, or a tokenizer's file"));
+        // A name on the Hub, or an error.
+        return Ok(Tokens::Json(Box::new(Tokenizer::load(&place.display().to_string())?)));
     }
     let json = place.is_dir() && place.join("tokenizer.json").exists()
         || place.extension().is_some_and(|extension| extension == "json");
@@ -261,13 +273,31 @@ fn find_tokenizer(conversion: &Conversion) -> Result<Tokens, Error> {
 }
 
 impl Tokens {
+    /// Names and contents of its files.
+    fn contents(&self) -> Result<Vec<(String, Vec<u8>)>, Error> {
+        let of = |file: &PathBuf| {
+            let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            fs::read(file).map(|content| (name, content)).map_err(|cause| Error::io("read", file, &cause))
+        };
+        match self {
+            Self::None => Ok(Vec::new()),
+            Self::Json(tokenizer) => Ok(tokenizer
+                .files()
+                .iter()
+                .map(|(name, content)| ((*name).into(), content.clone()))
+                .collect()),
+            Self::Files(files) => files.iter().map(of).collect(),
+        }
+    }
+
     fn save(&self, dir: &Path) -> Result<(), Error> {
         match self {
             Self::None => Ok(()),
             Self::Json(tokenizer) => tokenizer.save(dir),
             Self::Files(files) => files.iter().try_for_each(|file| {
                 let place = dir.join(file.file_name().unwrap_or_default());
-                fs::copy(file, &place).map(drop).map_err(|cause| Error::io("copy", file, &cause))
+                let copy = || fs::copy(file, &place).and_then(|_| File::open(&place)?.sync_all());
+                copy().map_err(|cause| Error::io("copy", file, &cause))
             }),
         }
     }
@@ -291,7 +321,7 @@ impl Folder {
     }
 
     fn commit(self) -> Result<(), Error> {
-        fs::rename(&self.aside, &self.dir).map_err(|cause| Error::io("write", &self.dir, &cause))
+        disk::place(&self.aside, &self.dir)
     }
 }
 

@@ -9,6 +9,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::Error;
+use crate::disk;
 use crate::vacant::vacant;
 
 const LOCK: &str = "lock";
@@ -108,8 +109,7 @@ impl Aside {
     /// # Errors
     /// Somebody else has put something there.
     pub(super) fn place(mut self) -> Result<(), Error> {
-        fs::rename(self.folder(), &self.dir)
-            .map_err(|cause| Error::io("put the dataset into", &self.dir, &cause))?;
+        disk::place(&self.folder(), &self.dir)?;
         self.placed = true;
         Ok(())
     }

@@ -29,8 +29,8 @@ pub struct Place {
 }
 
 /// The order of samples of a run. It depends on nothing but these numbers, so any step of any rank can be asked for
-/// at any time: of the n = dp·batch rows of step s and micro-step m (both from 0), which is micro-step s·accum + m of
-/// the run, rank r reads those from r·batch on. What a row reads depends on n, not on dp.
+/// at any time: of the n = dp·batch rows of step s and micro-step m (both from 0), rank r reads those from r·batch on. What a
+/// row reads depends on n, not on dp.
 #[derive(Clone, Copy, Debug)]
 pub struct Sampler {
     /// Samples in the dataset; with [`Order::Stretches`] at least n.
@@ -45,6 +45,10 @@ pub struct Sampler {
     pub accum: usize,
     /// Which way through the dataset.
     pub order: Order,
+    /// A step s₀ and the sample a, counted over epochs, that its first row reads: row i of step s and micro-step m reads sample
+    /// a + ((s − s₀)·accum + m)·n + i. Earlier steps have read other data, or other numbers of samples. (0, 0), and with
+    /// [`Order::Stretches`] without a meaning, where there are none.
+    pub from: (u64, u64),
 }
 
 impl Sampler {
@@ -55,14 +59,19 @@ impl Sampler {
 
     /// What the rows of one micro-step read.
     pub fn places(&self, step: u64, micro: usize) -> Vec<Place> {
-        let micro_step = step * self.accum as u64 + micro as u64;
         let first = self.rank * self.batch;
-        (first..first + self.batch).map(|row| self.place(micro_step, row)).collect()
+        (first..first + self.batch).map(|row| self.place(step, micro, row)).collect()
     }
 
-    fn place(&self, micro_step: u64, row: usize) -> Place {
+    /// Samples that have been read before `step`.
+    pub fn read_before(&self, step: u64) -> u64 {
+        let (from, sample) = self.from;
+        sample + (step - from) * (self.dp * self.batch * self.accum) as u64
+    }
+
+    fn place(&self, step: u64, micro: usize, row: usize) -> Place {
         let (rows, len) = (self.dp * self.batch, self.len as u64);
-        let global = micro_step * rows as u64 + row as u64;
+        let global = self.read_before(step) + (micro * rows + row) as u64;
         let (epoch, index) = (global / len, (global % len) as usize);
         match self.order {
             Order::Dataset => Place { index, epoch, follows: false },
@@ -72,6 +81,7 @@ impl Sampler {
             Order::Stretches => {
                 let (start, end) = (row * self.len / rows, (row + 1) * self.len / rows);
                 let size = (end - start) as u64;
+                let micro_step = step * self.accum as u64 + micro as u64;
                 let index = start + (micro_step % size) as usize;
                 Place { index, epoch: micro_step / size, follows: index > start }
             }
@@ -122,13 +132,23 @@ pub(super) fn mix(x: u64) -> u64 {
 mod tests {
     use super::*;
 
-    const PLAIN: Sampler = Sampler { len: 10, batch: 2, dp: 1, rank: 0, accum: 3, order: Order::Dataset };
+    const PLAIN: Sampler =
+        Sampler { len: 10, batch: 2, dp: 1, rank: 0, accum: 3, order: Order::Dataset, from: (0, 0) };
 
     #[test]
     fn samples_come_in_order_and_wrap() {
         assert_eq!(PLAIN.indices(0, 0), [0, 1]);
         assert_eq!(PLAIN.indices(0, 2), [4, 5]);
         assert_eq!(PLAIN.indices(1, 2), [0, 1]);
+    }
+
+    #[test]
+    fn t24_another_batch_goes_on_where_the_last_one_ended() {
+        let sampler = Sampler { len: 100, batch: 4, accum: 1, ..PLAIN };
+        assert_eq!((sampler.indices(4, 0), sampler.read_before(5)), (vec![16, 17, 18, 19], 20));
+        let sampler = Sampler { batch: 3, accum: 2, from: (5, 20), ..sampler };
+        assert_eq!([sampler.indices(5, 0), sampler.indices(5, 1)], [[20, 21, 22], [23, 24, 25]]);
+        assert_eq!((sampler.indices(6, 0), sampler.read_before(6)), (vec![26, 27, 28], 26));
     }
 
     /// T24: the global order is the same for every number of ranks.

@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 
 use super::hub;
 use crate::Error;
+use crate::disk;
 
 /// End of text of the `bytes` tokenizer.
 const END_OF_TEXT: &str = "<|endoftext|>";
@@ -225,11 +226,16 @@ impl Tokenizer {
     /// When they cannot be written.
     pub fn save(&self, dir: &Path) -> Result<(), Error> {
         fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, &e))?;
-        for (name, content) in &self.files {
+        for (name, content) in self.files() {
             let path = dir.join(name);
-            fs::write(&path, content).map_err(|e| Error::io("write", &path, &e))?;
+            disk::write(&path, content)?;
         }
         Ok(())
+    }
+
+    /// Names and contents of the files that [`Self::save`] writes.
+    pub(crate) fn files(&self) -> &[(&'static str, Vec<u8>)] {
+        &self.files
     }
 }
 

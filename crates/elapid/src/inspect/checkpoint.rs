@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{Fields, fields, model};
 use crate::Error;
-use crate::checkpoint::{LATEST, MANIFEST, Manifest, list, verify};
+use crate::checkpoint::{LATEST, MANIFEST, Manifest, list};
 use crate::config::ModelConfig;
 
 /// Everything that the manifest says, and the model.
@@ -17,7 +17,7 @@ pub(super) fn describe(dir: &Path, check: bool, faults: &mut Vec<String>) -> Res
         .files
         .iter()
         .map(|(name, info)| {
-            let fault = if check { fault(verify(&dir.join(name), info), faults) } else { None };
+            let fault = if check { fault(manifest.verify(dir, name), faults) } else { None };
             json!({ "name": name, "bytes": info.bytes, "crc32": info.crc32, "fault": fault })
         })
         .collect();
@@ -34,6 +34,8 @@ pub(super) fn describe(dir: &Path, check: bool, faults: &mut Vec<String>) -> Res
         "mesh": manifest.mesh,
         "order": progress.order,
         "data": progress.data,
+        "tokenizer": manifest.tokenizer,
+        "metrics": progress.metrics,
         "bytes": manifest.files.values().map(|file| file.bytes).sum::<u64>(),
         "verified": check,
         "files": files,
@@ -61,8 +63,8 @@ pub(super) fn rows(dir: &Path, check: bool, faults: &mut Vec<String>) -> Result<
             (bytes, manifest.progress.samples, manifest.progress.last_loss)
         });
         let whole = manifest.and_then(|manifest| {
-            let mut files = manifest.files.iter().filter(|_| check);
-            files.try_for_each(|(file, info)| verify(&place.join(file), info))
+            let mut files = manifest.files.keys().filter(|_| check);
+            files.try_for_each(|file| manifest.verify(&place, file))
         });
         json!({
             "name": name,

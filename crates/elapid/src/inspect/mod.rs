@@ -5,11 +5,14 @@
 mod checkpoint;
 mod dataset;
 mod model;
+mod plan;
 mod run;
 
 use std::path::Path;
 
 use serde_json::{Map, Value};
+
+pub use plan::{MicroStep, plan};
 
 use crate::Error;
 use crate::checkpoint::MANIFEST;

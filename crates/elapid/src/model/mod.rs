@@ -5,6 +5,7 @@ pub mod init;
 pub mod layout;
 pub mod pretrained;
 pub mod shard;
+mod table;
 pub(crate) mod weights;
 
 pub use causal_lm::Mamba2ForCausalLM;

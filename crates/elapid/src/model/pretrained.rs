@@ -17,6 +17,7 @@ pub use super::weights::FileDType;
 use super::weights::{EMBEDDING, EMBEDDING_ALIAS, PIECE, Weights, check_finite, open_safetensors};
 use crate::Error;
 use crate::config::ModelConfig;
+use crate::disk;
 use crate::error::say;
 
 pub(crate) const CONFIG: &str = "config.json";
@@ -344,7 +345,7 @@ impl Aside {
     }
 
     pub(crate) fn commit(self) -> Result<(), Error> {
-        fs::rename(&self.partial, &self.path).map_err(|cause| Error::io("write", &self.path, &cause))
+        disk::place(&self.partial, &self.path)
     }
 }
 

@@ -49,6 +49,17 @@ impl Rank {
         }
     }
 
+    /// This rank, with its two groups seen through `wrap`.
+    pub fn with_groups(&self, wrap: impl Fn(Arc<dyn Communicator>) -> Arc<dyn Communicator>) -> Self {
+        let groups = Groups { tp: wrap(self.groups.tp.clone()), dp: wrap(self.groups.dp.clone()) };
+        Self { groups, world: self.world.clone(), ..*self }
+    }
+
+    /// All ranks as one group.
+    pub fn world(&self) -> &dyn Communicator {
+        &*self.world
+    }
+
     /// The arrangement of all ranks.
     pub fn mesh(&self) -> Mesh {
         self.mesh
@@ -142,9 +153,32 @@ impl Rank {
         all.iter().sum()
     }
 
+    /// Each of `numbers` becomes its sum over all ranks, in their order.
+    pub fn sum(&self, numbers: &mut [f64]) {
+        sum(&*self.world, numbers);
+    }
+
+    /// Each of `numbers` becomes its sum over the ranks that share the samples, in their order.
+    pub fn sum_all_over_samples(&self, numbers: &mut [f64]) {
+        sum(&*self.groups.dp, numbers);
+    }
+
     /// Returns when all ranks have come here.
     pub fn barrier(&self) {
         self.world.barrier();
+    }
+}
+
+fn sum(comm: &dyn Communicator, numbers: &mut [f64]) {
+    let len = numbers.len();
+    let mut all = vec![0; comm.size() * len];
+    let own = all[comm.rank() * len..].iter_mut().zip(&*numbers);
+    own.for_each(|(place, number)| *place = number.to_bits());
+    comm.all_gather(bytes_mut(&mut all));
+    for (i, number) in numbers.iter_mut().enumerate() {
+        // The first number itself and not 0 before it: −0 stays.
+        let terms = all[i..].iter().step_by(len).map(|bits| f64::from_bits(*bits));
+        *number = terms.reduce(|sum, term| sum + term).unwrap_or_default();
     }
 }
 

@@ -1,5 +1,7 @@
 //! How the ranks of a run are arranged.
 
+use std::str::FromStr;
+
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
@@ -78,6 +80,43 @@ impl Mesh {
     /// The ranks that hold the same part of the tensors as `rank`.
     pub fn dp_group(self, rank: usize) -> Vec<usize> {
         (rank % self.tp..self.size()).step_by(self.tp).collect()
+    }
+}
+
+/// A mesh with what is cut on it. As text, words with commas between them: `dp=4,tp=8,zero-1,sp`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Arrangement {
+    /// The ranks.
+    pub mesh: Mesh,
+    /// Whether masters and moments are cut over the data-parallel ranks.
+    pub zero1: bool,
+    /// Whether the residual stream is cut along the sequence, over the tensor-parallel ranks.
+    pub sequence_parallel: bool,
+}
+
+impl Arrangement {
+    /// One rank.
+    pub const ALONE: Self = Self { mesh: Mesh::SINGLE, zero1: false, sequence_parallel: false };
+}
+
+impl FromStr for Arrangement {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let unknown = |word: &str| format!("{word:?} is none of dp=N, tp=N, zero-1, sp");
+        let mut arrangement = Self::ALONE;
+        for word in text.split(',') {
+            match word.split_once('=') {
+                None if word == "zero-1" => arrangement.zero1 = true,
+                None if word == "sp" => arrangement.sequence_parallel = true,
+                Some((name @ ("dp" | "tp"), count)) => {
+                    let count = count.parse().map_err(|_| unknown(word))?;
+                    *(if name == "dp" { &mut arrangement.mesh.dp } else { &mut arrangement.mesh.tp }) = count;
+                }
+                _ => return Err(unknown(word)),
+            }
+        }
+        Ok(arrangement)
     }
 }
 

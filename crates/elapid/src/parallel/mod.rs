@@ -4,4 +4,4 @@ mod launch;
 mod mesh;
 
 pub use launch::{Launch, Rank, finish, launch, let_the_first_speak, world_size};
-pub use mesh::{MAX_RANKS, Mesh};
+pub use mesh::{Arrangement, MAX_RANKS, Mesh};

@@ -11,6 +11,7 @@ use crate::Error;
 use crate::config::run::Run;
 use crate::data::{Dataset, Order, Sampler};
 use crate::model::Mamba2ForCausalLM;
+use crate::parallel::Rank;
 
 /// What an evaluation came to.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -58,13 +59,17 @@ pub fn evaluate<B: Backend>(
     let style = ProgressStyle::with_template("evaluating {pos}/{len} blocks {bar:24}  ETA {eta}")
         .expect("the template is constant");
     let bar = ProgressBar::new(blocks.len() as u64).with_style(style.progress_chars("━╸ "));
-    let result = quietly(backend, model, data, blocks, batch, carry_state, |done| bar.inc(done));
+    let alone = Rank::single(None);
+    let result = quietly(&alone, backend, model, data, blocks, batch, carry_state, |done| bar.inc(done));
     bar.finish_and_clear();
     result
 }
 
-/// [`evaluate`] without a bar; `progress` is told of blocks as they are done.
+/// [`evaluate`] without a bar; `progress` is told of blocks as they are done. The ranks that share the samples share the
+/// batches, and all get what a rank alone would, to the bit: the losses of batches are summed in the order of the batches.
+/// Where states are carried each rank reads everything, since what a row reads would depend on their number.
 fn quietly<B: Backend>(
+    rank: &Rank,
     backend: &B,
     model: &Mamba2ForCausalLM<B>,
     data: &Dataset,
@@ -75,10 +80,13 @@ fn quietly<B: Backend>(
 ) -> Result<Evaluation, Error> {
     let (len, batch) = (blocks.len(), batch.min(blocks.len()));
     let order = if carry_state { Order::Stretches } else { Order::Dataset };
-    let sampler = Sampler { len, batch, dp: 1, rank: 0, accum: 1, order };
+    let sampler = Sampler { len, batch, dp: 1, rank: 0, accum: 1, order, from: (0, 0) };
     let mut states = carry_state.then(Vec::new);
-    let (mut sum, mut tokens) = (0.0, 0);
-    for step in 0..len.div_ceil(batch) {
+    let batches = len.div_ceil(batch);
+    let (first, ranks) = if carry_state { (0, 1) } else { (rank.dp_rank(), rank.mesh().dp) };
+    let mut sums = vec![0.0; batches];
+    let mut tokens = 0;
+    for step in (first..batches).step_by(ranks) {
         let mut places = sampler.places(step as u64, 0);
         places.iter_mut().for_each(|place| place.index += blocks.start);
         if !carry_state {
@@ -92,18 +100,29 @@ fn quietly<B: Backend>(
             }
         }
         let loss = batch.loss(&mut Tape::inference(backend), model, states.as_mut(), Checkpointing::None);
-        sum += f64::from(backend.values(&loss)[0]);
+        sums[step] = f64::from(backend.values(&loss)[0]);
         tokens += batch.valid() as u64;
         progress(places.iter().filter(|place| place.epoch == 0).count() as u64);
+    }
+    if ranks > 1 {
+        rank.sum_all_over_samples(&mut sums);
+        tokens = rank.sum_over_samples(tokens);
     }
     if tokens == 0 {
         return Err(Error::new("the dataset has no label that counts")
             .with_hint("blocks of one token, or labels that are all -100, cannot be evaluated"));
     }
-    let loss = sum / tokens as f64;
-    if !loss.is_finite() {
-        return Err(Error::new(format!("the loss is {loss}")).with_hint("try --dtype float32"));
+    if let Some(at) = sums.iter().position(|sum| !sum.is_finite()) {
+        let of = match (carry_state, blocks.start + at * batch) {
+            (true, _) => format!("block {at} of a row"),
+            (_, first) => format!("among blocks {first} to {}", blocks.end.min(first + batch) - 1),
+        };
+        let error = Error::new(format!("the loss is not finite: {} {of}", sums[at]));
+        return Err(error.with_hint(
+            "try --dtype float32; where a training step led to it, go on from an earlier checkpoint with a lower --lr",
+        ));
     }
+    let loss = sums.iter().sum::<f64>() / tokens as f64;
     let tokens_per_byte = data.card().and_then(|card| card.tokens_per_byte());
     let bits_per_byte = tokens_per_byte.map(|tokens| loss / LN_2 * tokens);
     Ok(Evaluation { loss, tokens, bits_per_byte })
@@ -197,6 +216,7 @@ impl<'a> HeldOut<'a> {
     pub(super) fn after<B: Backend>(
         &self,
         step: u64,
+        rank: &Rank,
         backend: &B,
         model: &Mamba2ForCausalLM<B>,
     ) -> Result<Option<Evaluation>, Error> {
@@ -204,7 +224,7 @@ impl<'a> HeldOut<'a> {
             return Ok(None);
         }
         let data = self.own.as_ref().unwrap_or(self.train);
-        quietly(backend, model, data, self.blocks.clone(), self.batch, self.carry_state, |_| ())
+        quietly(rank, backend, model, data, self.blocks.clone(), self.batch, self.carry_state, |_| ())
             .map(Some)
             .map_err(|error| error.at(format!("evaluation after step {step}")))
     }

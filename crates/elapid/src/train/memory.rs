@@ -23,7 +23,7 @@ use play::Play;
 /// What the program holds apart from tensors on each thread: stack, and the packed operands of matrix products.
 const THREAD: u64 = 2 << 20;
 /// Beyond this share of the memory that is free a run is warned of, or refused, by what the prediction may be off.
-const MARGIN: f64 = 0.1;
+pub(super) const MARGIN: f64 = 0.1;
 
 /// The run that is about to start.
 #[derive(Clone, Copy, Debug)]
@@ -52,6 +52,8 @@ pub struct Demand<'a> {
     pub evaluation: &'a [(usize, usize)],
     /// Whether the masters before each update are kept, to compare.
     pub log_norms: bool,
+    /// Whether masters and moments are copied, to be written while the run goes on.
+    pub saves: bool,
 }
 
 /// Predicted memory of a run at its peak, in bytes: of all its ranks in this process.
@@ -63,6 +65,8 @@ pub struct Memory {
     pub gradients: u64,
     /// AdamW's two moments, fp32.
     pub moments: u64,
+    /// Copies of masters and moments that are written while the run goes on.
+    pub copies: u64,
     /// What all layers keep between forward and backward.
     pub activations: u64,
     /// What single ops need while they run, and blocks that wait for their next use.
@@ -94,6 +98,7 @@ impl<'a> Demand<'a> {
             sequence_parallel: false,
             evaluation: &[],
             log_norms: false,
+            saves: false,
         }
     }
 
@@ -112,7 +117,9 @@ impl Memory {
     /// | parameters | 4·n | 6·n | 4·n + 4·n/dp | 2·n + 4·m + 4·n/dp |
     /// | gradients | 4·n | 4·n | 4·n + 4·n/dp | 4·n + 4·n/dp |
     /// | moments | 8·n | 8·n | 8·n/dp | 8·n/dp |
+    /// | copies | 12·n | 12·n | 12·n/dp | 12·n/dp |
     ///
+    /// where copies are made only of what no other rank writes, and only where the run saves as it goes on;
     /// and with several data-parallel ranks copies of two layers' gradients, which travel while the backward pass goes
     /// on.
     pub fn predict(demand: &Demand<'_>) -> Self {
@@ -135,6 +142,8 @@ impl Memory {
             if demand.mesh.dp > 1 { UNDER_WAY.min(layout.flat.layers) * layout.flat.row } else { 0 } as u64;
         let ranks = demand.ranks_here as u64;
         let before = if demand.log_norms { 4 } else { 0 };
+        // Where data-parallel ranks hold the same, the first of them writes.
+        let writers = if shards > 1 { ranks } else { ranks.min(demand.mesh.tp as u64) };
         let mut play = Play::new(demand);
         let held = play.micro_step();
         play.micro_step();
@@ -146,10 +155,11 @@ impl Memory {
         }
         let within = |bytes: u128| u64::try_from(bytes).unwrap_or(u64::MAX).min(1 << 60);
         Self {
-            parameters: ranks * (4 * elements / shards + copy + before * elements),
+            parameters: ranks * ((4 + before) * elements / shards + copy),
             gradients: ranks
                 * (4 * (elements + sending) + if shards > 1 { 4 * elements / shards } else { 0 }),
             moments: ranks * (8 * elements / shards),
+            copies: if demand.saves { writers * (12 * elements / shards) } else { 0 },
             activations: within(held * u128::from(ranks)),
             transient: within((play.pool.peak - held) * u128::from(ranks)),
             program: status("VmRSS").unwrap_or(16 << 20) + THREAD * demand.threads as u64 * ranks,
@@ -158,8 +168,8 @@ impl Memory {
 
     /// All of it.
     pub fn total(&self) -> u64 {
-        let Self { parameters, gradients, moments, activations, transient, program } = self;
-        parameters + gradients + moments + activations + transient + program
+        let Self { parameters, gradients, moments, copies, activations, transient, program } = self;
+        parameters + gradients + moments + copies + activations + transient + program
     }
 
     /// Compares with what this machine has left, before anything of it is taken: refuses what will not fit, unless
@@ -189,7 +199,7 @@ impl Memory {
             }
             _ => Err(Error::new(message).with_hint(
                 "--activation-checkpointing block and a smaller --batch (with more --grad-accum-usteps) need less \
-                 memory; --ignore-memory-limit tries it all the same",
+                 memory, as does --no-async-save; --ignore-memory-limit tries it all the same",
             )),
         }
     }
@@ -197,16 +207,18 @@ impl Memory {
 
 impl fmt::Display for Memory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { parameters, gradients, moments, activations, transient, program } = *self;
+        let Self { parameters, gradients, moments, copies, activations, transient, program } = *self;
         let parts = [
             ("parameters", parameters),
             ("gradients", gradients),
             ("moments", moments),
+            ("copies", copies),
             ("activations", activations),
             ("transient", transient),
             ("program", program),
         ];
-        let parts: Vec<String> = parts.iter().map(|(name, n)| format!("{name} {}", bytes(*n))).collect();
+        let parts = parts.iter().filter(|(_, n)| *n > 0);
+        let parts: Vec<String> = parts.map(|(name, n)| format!("{name} {}", bytes(*n))).collect();
         f.write_str(&parts.join(", "))
     }
 }

@@ -6,13 +6,16 @@ use serde_json::{Map, Value, json};
 use super::Trainer;
 use super::folder::Log;
 use crate::Error;
+use crate::parallel::Rank;
 
 /// Elements that are read back at a time: a large tensor needs no second copy.
 const STRETCH: usize = 1 << 16;
 
-/// `norms.jsonl` of a run. It reads and never writes what the run computes with.
+/// `norms.jsonl` of a run. It reads and never writes what the run computes with. Every rank has one, and all call it
+/// together.
 pub(super) struct Norms<B: Backend> {
-    log: Log,
+    /// On the first rank.
+    log: Option<Log>,
     /// The masters before the update.
     before: B::Buffer,
     /// Norms of the gradients of this step, by name.
@@ -20,16 +23,24 @@ pub(super) struct Norms<B: Backend> {
 }
 
 impl<B: Backend> Norms<B> {
-    pub(super) fn new(backend: &B, trainer: &Trainer<'_, B>, log: Log) -> Self {
-        let before = backend.buffer(trainer.model().layout().flat, DType::F32);
+    pub(super) fn new(backend: &B, trainer: &Trainer<'_, B>, log: Option<Log>) -> Self {
+        let model = trainer.model();
+        let before = backend.buffer(model.layout().flat.shard(model.part(backend).0), DType::F32);
         Self { log, before, gradients: Map::new() }
     }
 
     /// Looks at the gradients of the mean loss over `valid` labels, before they are clipped.
-    pub(super) fn before_update(&mut self, backend: &B, trainer: &Trainer<'_, B>, valid: usize) {
+    pub(super) fn before_update(
+        &mut self,
+        rank: &Rank,
+        backend: &B,
+        trainer: &mut Trainer<'_, B>,
+        valid: usize,
+    ) {
+        trainer.sum_gradients();
         let scale = f64::from(1.0 / valid as f32);
-        let gradient = |part: &Slot| backend.values(&backend.view(trainer.grads(), part));
-        self.gradients = by_name(trainer, |slot| scale * norm(slot, gradient));
+        let gradient = |part: &Slot| backend.values(&backend.view(trainer.summed_gradients(), part));
+        self.gradients = norms(rank, backend, trainer, scale, gradient);
         backend.cast_buffer(trainer.model().masters(), &mut self.before);
     }
 
@@ -40,6 +51,7 @@ impl<B: Backend> Norms<B> {
     pub(super) fn after_update(
         &mut self,
         step: u64,
+        rank: &Rank,
         backend: &B,
         trainer: &Trainer<'_, B>,
     ) -> Result<(), Error> {
@@ -51,30 +63,50 @@ impl<B: Backend> Norms<B> {
         let line = json!({
             "step": step,
             "gradients": self.gradients,
-            "updates": by_name(trainer, |slot| norm(slot, update)),
-            "parameters": by_name(trainer, |slot| norm(slot, now)),
+            "updates": norms(rank, backend, trainer, 1.0, update),
+            "parameters": norms(rank, backend, trainer, 1.0, now),
         });
-        self.log.push(&line)
+        self.log.as_mut().map_or(Ok(()), |log| log.push(&line))
     }
 
-    /// Waits until all of it is on disk.
-    pub(super) fn sync(&self) -> Result<(), Error> {
-        self.log.sync()
+    /// Its file; the first rank has it.
+    pub(super) fn log(&self) -> Option<&Log> {
+        self.log.as_ref()
     }
 }
 
-/// `f` of every parameter.
-fn by_name<B: Backend>(trainer: &Trainer<'_, B>, f: impl Fn(&Slot) -> f64) -> Map<String, Value> {
-    trainer.model().layout().iter().map(|(name, slot, _)| (name, f(&slot).into())).collect()
+/// Euclidean norm, times `scale`, of every parameter over all ranks. `values` gives any stretch of the part of the
+/// parameters that this rank updates.
+fn norms<B: Backend>(
+    rank: &Rank,
+    backend: &B,
+    trainer: &Trainer<'_, B>,
+    scale: f64,
+    values: impl Fn(&Slot) -> Vec<f32>,
+) -> Map<String, Value> {
+    let layout = trainer.model().layout();
+    let (parts, part) = trainer.model().part(backend);
+    // What all data-parallel ranks hold counts once.
+    let counts = parts > 1 || rank.dp_rank() == 0;
+    let squares = |slot: &Slot| -> f64 {
+        let counted = if counts { layout.counted(slot, parts, part) } else { Vec::new() };
+        counted.iter().flat_map(stretches).map(|part| squares(&values(&part))).sum()
+    };
+    let mut sums: Vec<f64> = layout.iter().map(|(_, slot, _)| squares(&slot)).collect();
+    rank.sum(&mut sums);
+    let names = layout.iter().map(|(name, ..)| name);
+    names.zip(sums).map(|(name, sum)| (name, (scale * sum.sqrt()).into())).collect()
 }
 
-/// Euclidean norm of the tensor at `slot`, of which `values` gives any stretch.
-fn norm(slot: &Slot, values: impl Fn(&Slot) -> Vec<f32>) -> f64 {
-    let stretches = (0..slot.len()).step_by(STRETCH).map(|start| Slot {
-        row: slot.row,
-        offset: slot.offset + start,
-        shape: vec![STRETCH.min(slot.len() - start)],
-    });
-    let squares = |part: Slot| values(&part).iter().map(|&x| f64::from(x).powi(2)).sum::<f64>();
-    stretches.map(squares).sum::<f64>().sqrt()
+fn stretches(slot: &Slot) -> impl Iterator<Item = Slot> {
+    let (row, offset, len) = (slot.row, slot.offset, slot.len());
+    (0..len).step_by(STRETCH).map(move |start| Slot {
+        row,
+        offset: offset + start,
+        shape: vec![STRETCH.min(len - start)],
+    })
+}
+
+fn squares(values: &[f32]) -> f64 {
+    values.iter().map(|&x| f64::from(x).powi(2)).sum()
 }

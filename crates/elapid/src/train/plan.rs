@@ -1,10 +1,9 @@
 //! What a rank holds and sends, for any model on any mesh, without running it.
 
-use std::fmt;
-
 use elapid_tensor::{Checkpointing, DType, NormGroup};
 
-use super::memory::{Demand, Memory, bytes};
+use super::memory::{Demand, MARGIN, Memory, bytes};
+use crate::parallel::Mesh;
 
 /// Bytes that a rank sends to its neighbours in a ring. With r ranks, a sum of n bytes over all of them makes each send
 /// 2·n·(r − 1)/r, and a gather or a scattered sum of n bytes in all n·(r − 1)/r.
@@ -71,74 +70,70 @@ impl Traffic {
     }
 }
 
-/// Runs side by side, as a table of what one rank holds and sends.
-#[derive(Clone, Debug)]
-pub struct Plan {
-    lines: Vec<[String; 9]>,
-}
-
-impl Plan {
-    /// The plan for `demands`, each with a name.
-    pub fn new<'a>(demands: impl IntoIterator<Item = (&'a str, Demand<'a>)>) -> Self {
-        let line = |(name, demand): (&str, Demand<'_>)| {
-            let demand = Demand { ranks_here: 1, ..demand };
-            let (memory, traffic) = (Memory::predict(&demand), Traffic::predict(&demand));
-            let mut mesh = format!("dp {} tp {}", demand.mesh.dp, demand.mesh.tp);
-            for (is, name) in [(demand.zero1, " zero-1"), (demand.sequence_parallel, " sp")] {
-                mesh += if is { name } else { "" };
-            }
-            let [held, work] = [
-                memory.parameters + memory.gradients + memory.moments,
-                memory.activations + memory.transient,
-            ];
-            [
-                name.to_owned(),
-                mesh,
-                bytes(memory.parameters),
-                bytes(memory.gradients),
-                bytes(memory.moments),
-                bytes(work),
-                bytes(held + work),
-                bytes(traffic.micro_step),
-                bytes(traffic.update + traffic.replicas),
-            ]
-        };
-        Self { lines: demands.into_iter().map(line).collect() }
+/// What in `demand` does nothing on its mesh, or makes ranks hold what another setting would spare them, each with the
+/// reason. A saving below a tenth is not worth a word.
+pub fn waste(demand: &Demand<'_>) -> Vec<String> {
+    let Mesh { dp, tp } = demand.mesh;
+    let total = Memory::predict(demand).total();
+    let spared = |other: Demand<'_>| {
+        let spared = total.saturating_sub(Memory::predict(&other).total());
+        (spared as f64 > MARGIN * total as f64).then(|| format!("{} of {}", bytes(spared), bytes(total)))
+    };
+    let mut lines = Vec::new();
+    if demand.zero1 && dp == 1 {
+        lines.push("--use-zero-1 does nothing: there is no other data-parallel rank to share with".into());
     }
+    if demand.sequence_parallel && tp == 1 {
+        lines.push(
+            "--sequence-parallel-enabled does nothing: there is no other tensor-parallel rank to share with"
+                .into(),
+        );
+    }
+    if !demand.zero1
+        && dp > 1
+        && let Some(spared) = spared(Demand { zero1: true, ..*demand })
+    {
+        lines.push(format!(
+            "each of {dp} data-parallel ranks holds all masters and moments; --use-zero-1 would spare {spared}"
+        ));
+    }
+    if !demand.sequence_parallel
+        && tp > 1
+        && let Some(spared) = spared(Demand { sequence_parallel: true, ..*demand })
+    {
+        lines.push(format!(
+            "each of {tp} tensor-parallel ranks holds what lies between the blocks as a whole; \
+             --sequence-parallel-enabled would spare {spared}"
+        ));
+    }
+    lines
 }
 
-impl fmt::Display for Plan {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let titles = [
-            "model",
-            "mesh",
-            "parameters",
-            "gradients",
-            "moments",
-            "activations",
-            "all",
-            "sent a micro-step",
-            "sent an update",
-        ];
-        let titles = titles.map(str::to_owned);
-        let width = |column: usize| {
-            let cells = self.lines.iter().chain([&titles]).map(|line| line[column].len());
-            cells.max().unwrap_or(0)
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::ModelConfig;
+
+    #[test]
+    fn what_is_wasted_is_named() {
+        let config = ModelConfig::preset("mamba2-130m").unwrap();
+        let alone = Demand::alone(&config, (1, 2048), DType::Bf16, Checkpointing::None, 1);
+        let on = |dp, tp, zero1, sequence_parallel| {
+            waste(&Demand { mesh: Mesh { dp, tp }, zero1, sequence_parallel, ..alone })
         };
-        let widths: [usize; 9] = std::array::from_fn(width);
-        for (i, line) in std::iter::once(&titles).chain(&self.lines).enumerate() {
-            if i > 0 {
-                writeln!(f)?;
-            }
-            for (column, (cell, width)) in line.iter().zip(widths).enumerate() {
-                // Texts to the left, numbers to the right.
-                match column {
-                    0 => write!(f, "{cell:<width$}")?,
-                    1 => write!(f, "  {cell:<width$}")?,
-                    _ => write!(f, "  {cell:>width$}")?,
-                }
-            }
-        }
-        Ok(())
+        assert!(on(1, 1, false, false).is_empty() && on(4, 4, true, true).is_empty());
+        let one = |lines: Vec<String>, start: &str, end: &str| {
+            assert!(lines.len() == 1 && lines[0].starts_with(start) && lines[0].contains(end), "{lines:?}");
+        };
+        one(on(1, 1, true, false), "--use-zero-1 does nothing", "data-parallel");
+        one(on(1, 1, false, true), "--sequence-parallel-enabled does nothing", "tensor-parallel");
+        one(on(8, 1, false, false), "each of 8 data-parallel ranks", "--use-zero-1 would spare");
+        one(
+            on(1, 8, false, false),
+            "each of 8 tensor-parallel ranks",
+            "--sequence-parallel-enabled would spare",
+        );
+        // With two ranks in fp32 the shards' own buffers are as large as what they spare.
+        assert!(waste(&Demand { mesh: Mesh { dp: 2, tp: 1 }, dtype: DType::F32, ..alone }).is_empty());
     }
 }

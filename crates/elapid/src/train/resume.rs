@@ -1,6 +1,7 @@
 //! Going on where a run stopped: which checkpoint, whether it fits, and what it puts back.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use elapid_tensor::{Backend, DType, Group, State};
 use serde::{Deserialize, Serialize};
@@ -9,7 +10,9 @@ use serde_json::{Map, Value};
 use super::folder::RunFolder;
 use super::{Outcome, Trainer};
 use crate::Error;
-use crate::checkpoint::{Checkpoint, Data, PREFIXES, Store, carried_cuts_of, carried_name};
+use crate::checkpoint::{
+    Checkpoint, Data, MANIFEST, Manifest, PREFIXES, Store, carried_cuts_of, carried_name,
+};
 use crate::config::ModelConfig;
 use crate::config::run::{Resume, Run, TrainArgs};
 use crate::data::{Dataset, Order, Sampler};
@@ -28,11 +31,14 @@ pub(super) enum Start {
     Finished(Outcome),
 }
 
-/// A [`Start`] as the first rank tells the others.
+/// What the first rank finds, as it tells the others.
 #[derive(Serialize, Deserialize)]
 enum Found {
     Fresh,
+    /// A checkpoint, that of this folder.
     At(PathBuf),
+    /// The newest whole checkpoint, where there is one.
+    Newest,
     Finished,
 }
 
@@ -46,58 +52,56 @@ pub(super) fn start(
 ) -> Result<Start, Error> {
     let mut own = None;
     let found = rank.from_first(|| {
-        let start = look(run, folder.expect("the first rank has the folder"), store)?;
-        let found = match &start {
-            Start::Fresh => Found::Fresh,
-            Start::From(checkpoint) => Found::At(checkpoint.dir().to_owned()),
-            Start::Finished(_) => Found::Finished,
-        };
-        own = Some(start);
+        let (found, outcome) = look(run, folder.expect("the first rank has the folder"), store)?;
+        own = outcome;
         Ok(found)
     })?;
-    match (own, found) {
-        (Some(start), _) => Ok(start),
-        (None, Found::Fresh) => Ok(Start::Fresh),
-        (None, Found::At(dir)) => Ok(Start::From(Box::new(Checkpoint::open(&dir)?))),
-        (None, Found::Finished) => Ok(Start::Finished(Outcome::new(run.output_dir.join("hf")))),
+    let begin = Instant::now();
+    let start = match found {
+        Found::Fresh => Start::Fresh,
+        Found::Finished => Start::Finished(own.unwrap_or_else(|| Outcome::new(run.output_dir.join("hf")))),
+        Found::At(dir) => Start::From(Box::new(Checkpoint::open_on(rank, &dir)?)),
+        Found::Newest => match Checkpoint::newest(rank, store.dir(), None)? {
+            Some(checkpoint) => Start::From(Box::new(checkpoint)),
+            None => {
+                say(format_args!("no checkpoint in {}: starting at step 1", store.dir().display()));
+                Start::Fresh
+            }
+        },
+    };
+    if let Start::From(checkpoint) = &start {
+        say(format_args!("{} checked in {:.2} s", checkpoint.dir().display(), begin.elapsed().as_secs_f64()));
     }
+    Ok(start)
 }
 
-fn look(run: &Run, folder: &RunFolder, store: &Store) -> Result<Start, Error> {
+fn look(run: &Run, folder: &RunFolder, store: &Store) -> Result<(Found, Option<Outcome>), Error> {
     match &run.args.resume {
         None => {
             folder.refuse_a_run()?;
             match store.last()? {
-                None => Ok(Start::Fresh),
+                None => Ok((Found::Fresh, None)),
                 Some((_, name)) => Err(Error::new(format!("{} already holds {name}", store.dir().display()))
                     .with_hint("go on from it with --resume auto, or give another --checkpoint-dir")),
             }
         }
-        Some(Resume::Auto) => {
-            if let Some(outcome) = folder.finished(run.args.max_steps)? {
-                return Ok(Start::Finished(outcome));
-            }
-            match Checkpoint::newest(store.dir(), None)? {
-                Some(checkpoint) => Ok(Start::From(Box::new(checkpoint))),
-                None => {
-                    say(format_args!("no checkpoint in {}: starting at step 1", store.dir().display()));
-                    Ok(Start::Fresh)
-                }
-            }
-        }
+        Some(Resume::Auto) => match folder.finished(run.args.max_steps)? {
+            Some(outcome) => Ok((Found::Finished, Some(outcome))),
+            None => Ok((Found::Newest, None)),
+        },
         Some(Resume::Path(path)) => {
-            let checkpoint = Checkpoint::find(path)?;
-            let step = checkpoint.manifest().progress.step;
+            let dir = Checkpoint::locate(path)?;
+            let step = Manifest::read(&dir.join(MANIFEST))?.progress.step;
             match store.last()? {
                 Some((later, name)) if later > step => Err(Error::new(format!(
                     "{} is at step {step}, but {} holds {name}",
-                    checkpoint.dir().display(),
+                    dir.display(),
                     store.dir().display()
                 ))
                 .with_hint(
                     "move later checkpoints away to train these steps again, or give another --checkpoint-dir",
                 )),
-                _ => Ok(Start::From(Box::new(checkpoint))),
+                _ => Ok((Found::At(dir), None)),
             }
         }
     }
@@ -106,14 +110,15 @@ fn look(run: &Run, folder: &RunFolder, store: &Store) -> Result<Start, Error> {
 /// Replaces the parameters by those of the checkpoint that `--checkpoint-load-dir` and `-tag` name.
 pub(super) fn load_weights<B: Backend>(
     args: &TrainArgs,
+    rank: &Rank,
     backend: &B,
     model: &mut Mamba2ForCausalLM<B>,
 ) -> Result<(), Error> {
     let dir = args.checkpoint_load_dir.as_deref().unwrap_or(Path::new("."));
     let checkpoint = match &args.checkpoint_load_tag {
-        None => Checkpoint::find(dir)?,
-        Some(tag) if dir.join(tag).is_dir() => Checkpoint::open(&dir.join(tag))?,
-        Some(tag) => Checkpoint::newest(dir, Some(tag))?.ok_or_else(|| {
+        None => Checkpoint::open_on(rank, &rank.from_first(|| Checkpoint::locate(dir))?)?,
+        Some(tag) if dir.join(tag).is_dir() => Checkpoint::open_on(rank, &dir.join(tag))?,
+        Some(tag) => Checkpoint::newest(rank, dir, Some(tag))?.ok_or_else(|| {
             Error::new(format!("there is no checkpoint {tag} in {}", dir.display())).with_hint(
                 "give --checkpoint-load-tag the name of a step-… folder, or the --tag that it was saved with",
             )
@@ -131,7 +136,7 @@ pub(super) fn read_weights<B: Backend>(
     let layout = model.layout().clone();
     let [weights, ..] = PREFIXES;
     let masters = model.masters_mut();
-    checkpoint.read(weights, &layout, |slot, values| backend.write_slot(masters, slot, values))?;
+    checkpoint.read(weights, &layout, (1, 0), |slot, values| backend.write_slot(masters, slot, values))?;
     model.refresh(backend);
     Ok(())
 }
@@ -146,19 +151,15 @@ pub(super) fn identity(data: &Dataset, sampler: &Sampler) -> Data {
     }
 }
 
-/// Samples of one optimizer step, over all ranks.
-pub(super) fn samples_per_step(sampler: &Sampler) -> u64 {
-    (sampler.dp * sampler.batch * sampler.accum) as u64
-}
-
-/// Checks that the checkpoint is of this model and this order of samples, and says which other flags have changed.
+/// Checks that the checkpoint is of this model and of samples that the run can go on with, and says what has changed. Gives
+/// [`Sampler::from`]: where it goes on, or the beginning of another dataset.
 pub(super) fn check(
     checkpoint: &Checkpoint,
     run: &Run,
     config: &ModelConfig,
     data: &Dataset,
     sampler: &Sampler,
-) -> Result<(), Error> {
+) -> Result<(u64, u64), Error> {
     let old = &checkpoint.manifest().progress;
     let fault = |what: String, hint: &str| {
         Err(Error::new(format!("cannot go on from {}: {what}", checkpoint.dir().display())).with_hint(hint))
@@ -170,18 +171,17 @@ pub(super) fn check(
             "give the same model, or start a new run with --checkpoint-load, which takes the weights alone",
         );
     }
-    let new = identity(data, sampler);
-    if old.data != new {
-        let json = |data: &Data| match serde_json::to_value(data) {
-            Ok(Value::Object(fields)) => fields,
-            _ => Map::new(),
-        };
-        return fault(
-            format!("the dataset has changed ({})", differences(&json(&old.data), &json(&new)).join(", ")),
-            "give the dataset that the run was started with; for another one start a new run with --checkpoint-load",
-        );
+    if !old.is_of_a_run() {
+        say(format_args!("beginning with the weights of {}", checkpoint.dir().display()));
+        return Ok((0, 0));
     }
-    if old.order != sampler.order {
+    let json = |data: &Data| match serde_json::to_value(data) {
+        Ok(Value::Object(fields)) => fields,
+        _ => Map::new(),
+    };
+    let dataset = differences(&json(&old.data), &json(&identity(data, sampler))).join(", ");
+    let stretches = [old.order, sampler.order].contains(&Order::Stretches);
+    if old.order != sampler.order && (dataset.is_empty() || stretches) {
         let say = |order: Order| match order {
             Order::Dataset => "that of the dataset".into(),
             Order::Shuffled(seed) => format!("random with seed {seed}"),
@@ -192,15 +192,22 @@ pub(super) fn check(
             "give --shuffle, --seed and --carry-state as before",
         );
     }
-    let per_step = samples_per_step(sampler);
-    if old.samples != old.step * per_step {
+    let setting = |name: &str| old.settings[name].as_u64().unwrap_or(1);
+    let before = setting("batch") * setting("grad-accum-usteps") * checkpoint.manifest().mesh.dp as u64;
+    let per_step = sampler.read_before(1);
+    if stretches && !dataset.is_empty() {
+        return fault(
+            format!("the dataset has changed ({dataset}), and states are carried through it"),
+            "give the dataset that the run was started with; for another one start a new run with --checkpoint-load",
+        );
+    }
+    if stretches && before != per_step {
         return fault(
             format!(
-                "it has read {} samples in {} steps, but --batch {} with --grad-accum-usteps {} and --dp {} makes {per_step} a \
-                 step",
-                old.samples, old.step, sampler.batch, sampler.accum, sampler.dp
+                "a step read {before} samples, but --batch {} with --grad-accum-usteps {} and --dp {} makes {per_step}",
+                sampler.batch, sampler.accum, sampler.dp
             ),
-            "the split may change, but not the product --batch × --grad-accum-usteps × --dp",
+            "with --carry-state the split may change, but not the product --batch × --grad-accum-usteps × --dp",
         );
     }
     if old.step > run.args.max_steps {
@@ -214,12 +221,19 @@ pub(super) fn check(
     if !changed.is_empty() {
         say(format_args!("  changed since: {}", changed.join(", ")));
     }
-    Ok(())
+    if before != per_step {
+        say(format_args!("  a step reads {per_step} samples from here on, {before} before"));
+    }
+    if dataset.is_empty() {
+        return Ok((old.step, old.samples));
+    }
+    say(format_args!("  another dataset, read from its beginning ({dataset})"));
+    Ok((old.step, 0))
 }
 
 /// The flags that have a part in the numbers: not where things go, nor how often.
 fn numeric(settings: &Value) -> Map<String, Value> {
-    const OTHERS: [&str; 11] = [
+    const OTHERS: [&str; 12] = [
         "comm-timeout",
         "output-dir",
         "checkpoint-dir",
@@ -227,6 +241,7 @@ fn numeric(settings: &Value) -> Map<String, Value> {
         "tag",
         "num-kept-checkpoint",
         "save-last-step",
+        "no-async-save",
         "resume",
         "logging-interval",
         "log-norms",
@@ -296,12 +311,11 @@ pub(super) fn restore_carried<B: Backend>(
                 "with --carry-state give --batch as before, or start a new run with --checkpoint-load",
             )
         };
-        let (shape, values) = checkpoint.tensor(&name)?.ok_or_else(|| fault("is missing".into()))?;
-        if shape[0] != ranks * rows {
-            return Err(fault(format!("holds {} sequences instead of {}", shape[0], ranks * rows)));
+        let held = checkpoint.sequences(&name).ok_or_else(|| fault("is missing".into()))?;
+        if held != ranks * rows {
+            return Err(fault(format!("holds {held} sequences instead of {}", ranks * rows)));
         }
-        let own = values.len() / ranks;
-        let values = cuts.slice(&values[rank * own..][..own]);
+        let values = checkpoint.read_carried(&name, cuts, rank * rows)?;
         Ok(backend.tensor(&values, &cuts.shape(), DType::F32))
     };
     let layers = model.layout().flat.layers;
@@ -319,6 +333,13 @@ pub(super) fn restore<B: Backend>(
     trainer: &mut Trainer<'_, B>,
     rows: usize,
 ) -> Result<(), Error> {
+    let start = Instant::now();
     restore_carried(checkpoint, backend, trainer, rows)?;
-    trainer.replace_state(|which, layout, write| checkpoint.read(PREFIXES[which], layout, write))
+    let moments = checkpoint.manifest().progress.is_of_a_run();
+    trainer.replace_state(|which, layout, part, write| match which {
+        1.. if !moments => Ok(()),
+        _ => checkpoint.read(PREFIXES[which], layout, part, write),
+    })?;
+    say(format_args!("  read in {:.2} s", start.elapsed().as_secs_f64()));
+    Ok(())
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use elapid_cpu::{CpuBackend, CpuOptions};
 use elapid_tensor::{AdamW, Checkpointing, DType, State};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::diagnose::{Recorded, diagnose};
 use super::evaluate::HeldOut;
@@ -15,12 +15,15 @@ use super::folder::{Log, RunFolder};
 use super::memory::{self, Demand, Memory};
 use super::nonfinite::{self, NonFinite};
 use super::norms::Norms;
+use super::plan::waste;
 use super::progress::{Figures, Progress};
 use super::resume::{self, Start};
 use super::stop::{self, Graceful};
 use super::{Batch, Evaluation, StepReport, Trainer, start};
 use crate::Error;
-use crate::checkpoint::{Checkpoint, Progress as Position, State as Held, Store, write_files};
+use crate::checkpoint::{
+    Checkpoint, MANIFEST, Progress as Position, Saver, State as Held, Store, write_files,
+};
 use crate::config::ModelConfig;
 use crate::config::TokenIds;
 use crate::config::run::{ActivationCheckpointing, Dtype, Run, TrainArgs, check_threads};
@@ -97,10 +100,11 @@ pub fn cpu(threads: Option<usize>) -> Result<CpuBackend, Error> {
     })
 }
 
-/// A signal that any rank has caught.
-fn agreed(rank: &Rank, caught: Option<i32>) -> Option<i32> {
-    let all = rank.gather_numbers(caught.unwrap_or(0) as u64);
-    all.into_iter().find(|&signal| signal > 0).map(|signal| signal as i32)
+/// A signal that any rank has caught, and whether all ranks say `done`.
+fn agreed(rank: &Rank, caught: Option<i32>, done: bool) -> (Option<i32>, bool) {
+    let all = rank.gather_numbers(caught.unwrap_or(0) as u64 | u64::from(done) << 32);
+    let signal = all.iter().map(|word| *word as i32).find(|&signal| signal > 0);
+    (signal, all.iter().all(|word| word >> 32 == 1))
 }
 
 /// FLOP/s of this rank. One that has the machine for itself measures once in a process for each number of threads; those
@@ -145,7 +149,8 @@ fn train_on(run: &Run, rank: &Rank) -> Result<Outcome, Error> {
         .with_hint("give a smaller --batch, or more data"));
     }
     let backend = rank.cpu()?;
-    let memory = Memory::predict(&Demand {
+    let shapes = held_out.as_ref().map_or_else(Vec::new, HeldOut::shapes);
+    let demand = Demand {
         config: &run.config,
         batch: run.args.batch,
         length: data.seq_len(),
@@ -156,10 +161,13 @@ fn train_on(run: &Run, rank: &Rank) -> Result<Outcome, Error> {
         ranks_here: rank.ranks_here(),
         zero1: run.args.use_zero_1,
         sequence_parallel: run.args.sequence_parallel_enabled,
-        evaluation: &held_out.as_ref().map_or_else(Vec::new, HeldOut::shapes),
+        evaluation: &shapes,
         log_norms: run.args.log_norms,
-    });
-    if let Some(warning) = rank.from_first(|| memory.check(run.args.ignore_memory_limit))? {
+        saves: run.args.checkpoint_freq > 0 && !run.args.no_async_save,
+    };
+    let memory = Memory::predict(&demand);
+    let warning = rank.from_first(|| memory.check(run.args.ignore_memory_limit))?;
+    for warning in waste(&demand).into_iter().chain(warning) {
         say(format_args!("warning: {warning}"));
     }
     // The first rank keeps the folders; the others are told what it finds there.
@@ -174,7 +182,7 @@ fn train_on(run: &Run, rank: &Rank) -> Result<Outcome, Error> {
             return Ok(outcome);
         }
     };
-    let mut model = build_model(run, &data, &backend, from.is_some())?
+    let mut model = build_model(run, rank, &data, &backend, from.is_some())?
         .with_sequence_parallel(run.args.sequence_parallel_enabled);
     if run.args.use_zero_1 {
         model = model.with_zero1(&backend);
@@ -186,21 +194,10 @@ fn train_on(run: &Run, rank: &Rank) -> Result<Outcome, Error> {
     let held_out = held_out.as_ref();
     // Before the metrics are there: who sees them may count on a signal being heard.
     let signals = Graceful::new()?;
-    let mut session = Session::new(
-        run,
-        rank,
-        &data,
-        held_out,
-        folder,
-        &store,
-        &backend,
-        model,
-        tokenizer,
-        from.as_ref(),
-        peak,
-    )?;
+    let mut session =
+        Session::new(run, rank, &data, held_out, folder, &backend, model, tokenizer, from.as_ref(), peak)?;
     session.outcome.predicted_memory = memory.total();
-    session.train(&signals)
+    std::thread::scope(|scope| session.train(&signals, &store, Saver::new(scope, &store, rank, &backend)))
 }
 
 /// Opens the dataset and checks it against the model.
@@ -250,6 +247,7 @@ fn open_tokenizer(run: &Run, data: &Dataset) -> Result<Option<Tokenizer>, Error>
 /// The model of a new run, or a model of zeros of the same configuration for a run that goes on.
 fn build_model(
     run: &Run,
+    rank: &Rank,
     data: &Dataset,
     backend: &CpuBackend,
     goes_on: bool,
@@ -274,9 +272,13 @@ fn build_model(
         return Ok(model);
     }
     if let Some(dir) = &args.init_from {
-        model.load(backend, dir)?;
+        if dir.join(MANIFEST).exists() {
+            resume::read_weights(&Checkpoint::open_on(rank, dir)?, backend, &mut model)?;
+        } else {
+            model.load(backend, dir)?;
+        }
     } else {
-        resume::load_weights(args, backend, &mut model)?;
+        resume::load_weights(args, rank, backend, &mut model)?;
     }
     Ok(model)
 }
@@ -289,7 +291,6 @@ struct Session<'a> {
     held_out: Option<&'a HeldOut<'a>>,
     /// On the first rank, which writes metrics and the end.
     folder: Option<&'a RunFolder>,
-    store: &'a Store,
     backend: &'a CpuBackend,
     trainer: Trainer<'a, CpuBackend>,
     sampler: Sampler,
@@ -297,6 +298,10 @@ struct Session<'a> {
     tokenizer: Option<Tokenizer>,
     metrics: Option<Log>,
     norms: Option<Norms<CpuBackend>>,
+    /// What `metrics.jsonl` says of the last step.
+    last_line: Value,
+    /// Seconds that the run waited for a checkpoint after the last step.
+    save_s: Option<f64>,
     progress: Progress,
     /// Steps that were done before.
     done: u64,
@@ -315,7 +320,6 @@ impl<'a> Session<'a> {
         data: &'a Dataset,
         held_out: Option<&'a HeldOut<'a>>,
         folder: Option<&'a RunFolder>,
-        store: &'a Store,
         backend: &'a CpuBackend,
         model: Mamba2ForCausalLM<CpuBackend>,
         tokenizer: Option<Tokenizer>,
@@ -333,18 +337,19 @@ impl<'a> Session<'a> {
         if args.carry_state {
             trainer = trainer.with_carried_states();
         }
-        let sampler = Sampler {
+        let mut sampler = Sampler {
             len: held_out.map_or(data.samples(), HeldOut::training_samples),
             batch: args.batch,
             dp: run.mesh.dp,
             rank: rank.dp_rank(),
             accum: args.grad_accum_usteps,
             order,
+            from: (0, 0),
         };
         let mut done = 0;
         let mut outcome = Outcome::new(run.output_dir.join("hf"));
         if let Some(checkpoint) = from {
-            resume::check(checkpoint, run, trainer.model().config(), data, &sampler)?;
+            sampler.from = resume::check(checkpoint, run, trainer.model().config(), data, &sampler)?;
             resume::restore(checkpoint, backend, &mut trainer, args.batch)?;
             let position = &checkpoint.manifest().progress;
             done = position.step;
@@ -353,21 +358,22 @@ impl<'a> Session<'a> {
             outcome.tokens = position.tokens;
             outcome.seconds = position.seconds;
         }
-        let norms = folder.map_or(Ok(None), |folder| folder.open_norms(done, args.log_norms))?;
-        let norms = norms.map(|log| Norms::new(backend, &trainer, log));
+        let log = folder.map_or(Ok(None), |folder| folder.open_norms(done, args.log_norms))?;
+        let norms = args.log_norms.then(|| Norms::new(backend, &trainer, log));
         Ok(Self {
             run,
             rank,
             data,
             held_out,
             folder,
-            store,
             backend,
             trainer,
             sampler,
             tokenizer,
             metrics: folder.map(|folder| folder.open_metrics(done)).transpose()?,
             norms,
+            save_s: None,
+            last_line: from.map_or(Value::Null, |checkpoint| checkpoint.manifest().progress.metrics.clone()),
             progress: Progress::new(done + 1, args.max_steps, args.logging_interval),
             done,
             peak,
@@ -376,21 +382,46 @@ impl<'a> Session<'a> {
         })
     }
 
-    fn train(mut self, signals: &Graceful) -> Result<Outcome, Error> {
+    fn train(
+        mut self,
+        signals: &Graceful,
+        store: &Store,
+        mut saver: Saver<'_, '_, CpuBackend>,
+    ) -> Result<Outcome, Error> {
         let args = &self.run.args;
         for step in self.done + 1..=args.max_steps {
-            self.step(step)?;
-            let signal = agreed(self.rank, signals.caught());
-            let due = args.checkpoint_freq > 0 && step.is_multiple_of(args.checkpoint_freq);
-            if due || signal.is_some() || args.save_last_step && step == args.max_steps {
-                let place = self.save(step)?;
-                // One that comes while a checkpoint is written is heard as well.
-                if let Some(signal) = signal.or(agreed(self.rank, signals.caught())) {
-                    self.progress.finish();
-                    return Err(stop::after(step, signal, &place));
+            if let Some(error) = self.step(step)? {
+                // All ranks end here, with a step that cannot be made; what is being saved is whole.
+                if let Err(other) = saver.finish() {
+                    say(format_args!("warning: {other}"));
                 }
+                return Err(error);
+            }
+            let (signal, written) = agreed(self.rank, signals.caught(), saver.is_written());
+            saver.advance(written)?;
+            let due = args.checkpoint_freq > 0 && step.is_multiple_of(args.checkpoint_freq);
+            let last = step == args.max_steps;
+            if !(due || signal.is_some() || args.save_last_step && last) {
+                continue;
+            }
+            let start = Instant::now();
+            self.sync()?;
+            let (state, position) = (self.state(self.trainer.states()), self.position(step));
+            if signal.is_none() && !last && !args.no_async_save {
+                saver.start(&state, position)?;
+                self.save_s = Some(start.elapsed().as_secs_f64());
+                continue;
+            }
+            saver.finish()?;
+            let place = store.save(self.rank, self.backend, &state, position)?;
+            self.save_s = Some(start.elapsed().as_secs_f64());
+            // One that comes while a checkpoint is written is heard as well.
+            if let Some(signal) = signal.or(agreed(self.rank, signals.caught(), false).0) {
+                self.progress.finish();
+                return Err(stop::after(step, signal, &place));
             }
         }
+        saver.finish()?;
         self.progress.finish();
         let model = self.trainer.into_model().without_zero1(self.backend);
         // The ranks that hold the same tensors have nothing to add.
@@ -401,41 +432,41 @@ impl<'a> Session<'a> {
             self.tokenizer.map_or(Ok(()), |tokenizer| tokenizer.save(&self.outcome.model_dir))?;
             folder.finish(args.max_steps, &self.outcome)?;
         }
-        if let Some(signal) = agreed(self.rank, signals.caught()) {
+        if let Some(signal) = agreed(self.rank, signals.caught(), false).0 {
             return Err(stop::after_export(signal, &self.outcome.model_dir));
         }
         self.outcome.peak_memory = memory::peak_resident();
         Ok(self.outcome)
     }
 
-    /// Writes a checkpoint; the lines of its steps reach the disk before it does.
-    fn save(&mut self, step: u64) -> Result<PathBuf, Error> {
-        if let Some(metrics) = &self.metrics {
-            metrics.sync()?;
-        }
-        if let Some(norms) = &self.norms {
-            norms.sync()?;
-        }
-        let state = self.state(self.trainer.states());
-        self.store.save(self.rank, self.backend, &state, self.position(step))
+    /// Brings the lines of all steps to disk, before a checkpoint of them is there.
+    fn sync(&self) -> Result<(), Error> {
+        let logs = self.metrics.iter().chain(self.norms.as_ref().and_then(Norms::log));
+        logs.map(Log::sync).collect()
     }
 
     /// What a checkpoint holds, with these carried states.
     fn state<'s>(&'s self, carried: Option<&'s [State<elapid_cpu::Tensor>]>) -> Held<'s, CpuBackend> {
-        Held { model: self.trainer.model(), buffers: self.trainer.state(), carried }
+        Held {
+            model: self.trainer.model(),
+            buffers: self.trainer.state(),
+            carried,
+            tokenizer: self.tokenizer.as_ref(),
+        }
     }
 
     /// How far the run is after `step`.
     fn position(&self, step: u64) -> Position {
         Position {
             step,
-            samples: step * resume::samples_per_step(&self.sampler),
+            samples: self.sampler.read_before(step),
             tokens: self.outcome.tokens,
             seconds: self.outcome.seconds,
             first_loss: self.outcome.first_loss,
             last_loss: self.outcome.last_loss,
             order: self.sampler.order,
             data: resume::identity(self.data, &self.sampler),
+            metrics: self.last_line.clone(),
             settings: resume::settings(&self.run.args),
         }
     }
@@ -450,7 +481,11 @@ impl<'a> Session<'a> {
         Ok(batch)
     }
 
-    fn step(&mut self, step: u64) -> Result<(), Error> {
+    /// Makes a step. Where all ranks find that it cannot be made, that is the answer.
+    ///
+    /// # Errors
+    /// Those of this rank.
+    fn step(&mut self, step: u64) -> Result<Option<Error>, Error> {
         let start = Instant::now();
         let args = &self.run.args;
         let before = self.trainer.states().map(<[_]>::to_vec);
@@ -468,8 +503,10 @@ impl<'a> Session<'a> {
         let valid = self.rank.sum_over_samples(valid as u64) as usize;
         let tokens = tokens * self.run.mesh.dp;
         if valid == 0 {
-            return Err(Error::new(format!("step {step}: the batch has no label that counts"))
-                .with_hint("blocks of one token, or labels that are all -100, teach nothing"));
+            let error = Error::new(format!("step {step}: the batch has no label that counts"));
+            return Ok(Some(
+                error.with_hint("blocks of one token, or labels that are all -100, teach nothing"),
+            ));
         }
         let lr = self.run.schedule.rate(step);
         let hyper = AdamW {
@@ -481,15 +518,15 @@ impl<'a> Session<'a> {
             step,
         };
         if let Some(norms) = &mut self.norms {
-            norms.before_update(self.backend, &self.trainer, valid);
+            norms.before_update(self.rank, self.backend, &mut self.trainer, valid);
         }
         let report = self.trainer.update(&hyper, args.max_grad_norm, valid);
         if !report.finite {
             self.progress.finish();
-            return Err(self.not_finite(step, before, report)?);
+            return self.not_finite(step, before, report).map(Some);
         }
         if let Some(norms) = &mut self.norms {
-            norms.after_update(step, self.backend, &self.trainer)?;
+            norms.after_update(step, self.rank, self.backend, &self.trainer)?;
         }
         let seconds = start.elapsed().as_secs_f64();
         if step == 1 {
@@ -500,7 +537,7 @@ impl<'a> Session<'a> {
         self.outcome.seconds += seconds;
         let tokens_per_s = tokens as f64 / seconds;
         let evaluation = match self.held_out {
-            Some(held_out) => held_out.after(step, self.backend, self.trainer.model())?,
+            Some(held_out) => held_out.after(step, self.rank, self.backend, self.trainer.model())?,
             None => None,
         };
         self.outcome.evaluation = evaluation;
@@ -514,7 +551,8 @@ impl<'a> Session<'a> {
             step_time_s: seconds,
             mfu: tokens_per_s * self.flops / self.peak,
             evaluation,
-        })
+        })?;
+        Ok(None)
     }
 
     /// Runs the step that came to `report` again to find out why, from the states `before` it, and leaves all that
@@ -573,9 +611,13 @@ impl<'a> Session<'a> {
                 line["eval_bits_per_byte"] = bits.into();
             }
         }
+        if let Some(seconds) = self.save_s.take() {
+            line["save_s"] = seconds.into();
+        }
         if let Some(metrics) = &mut self.metrics {
             metrics.push(&line)?;
         }
+        self.last_line = line;
         self.progress.step(&figures);
         Ok(())
     }

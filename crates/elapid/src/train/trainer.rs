@@ -104,26 +104,21 @@ impl<'b, B: Backend> Trainer<'b, B> {
         [self.model.masters(), &self.m, &self.v]
     }
 
-    /// Replaces [`Self::state`] by what `read` gives of each of the three: every parameter's values on this rank. Brings
-    /// the model up to date; all ranks call this together.
+    /// Replaces [`Self::state`] by what `read` gives of each of the three: of every parameter what this rank holds, with its
+    /// place. `read` is told the layout and which part of how many of each row that is (number of parts, part). Brings the
+    /// model up to date; all ranks call this together.
     ///
     /// # Errors
     /// Those of `read`.
     pub fn replace_state<E>(
         &mut self,
-        mut read: impl FnMut(usize, &Layout, &mut dyn FnMut(&Slot, &[f32])) -> Result<(), E>,
+        mut read: impl FnMut(usize, &Layout, (usize, usize), &mut dyn FnMut(&Slot, &[f32])) -> Result<(), E>,
     ) -> Result<(), E> {
         let Self { backend, model, m, v, .. } = self;
         let layout = model.layout().clone();
-        let (ranks, rank) = model.part(backend);
+        let part = model.part(backend);
         for (which, buffer) in [model.masters_mut(), m, v].into_iter().enumerate() {
-            read(which, &layout, &mut |slot, values| {
-                let (range, offset) = layout.within_part(slot, ranks, rank);
-                if !range.is_empty() {
-                    let here = Slot { row: slot.row, offset, shape: vec![range.len()] };
-                    backend.write_slot(buffer, &here, &values[range]);
-                }
-            })?;
+            read(which, &layout, part, &mut |slot, values| backend.write_slot(buffer, slot, values))?;
         }
         model.refresh(backend);
         Ok(())
@@ -194,23 +189,39 @@ impl<'b, B: Backend> Trainer<'b, B> {
         report
     }
 
+    /// Sums the gradients over the ranks, as far as [`Self::last_micro_step`] has not done it: the first thing that an update
+    /// does. All ranks call this together.
+    pub fn sum_gradients(&mut self) {
+        let Self { backend, model, grads, shard, summed, .. } = self;
+        let flat = model.layout().flat;
+        for row in backend.every_row(flat) {
+            if summed.contains(&row) {
+                continue;
+            }
+            model.sum_replicas(backend, grads, row);
+            match shard {
+                Some(shard) => backend.reduce_scatter_row(grads, row, shard, Group::Dp),
+                None => backend.all_reduce_slot(grads, &flat.whole(row), Group::Dp),
+            }
+            summed.push(row);
+        }
+    }
+
+    /// The gradients after [`Self::sum_gradients`]: whole rows, or with ZeRO-1 this rank's shards of them.
+    pub fn summed_gradients(&self) -> &B::Buffer {
+        self.shard.as_ref().unwrap_or(&self.grads)
+    }
+
     /// The part of [`Self::update`] that runs on the device: gives [`Backend::clip`]'s outcome and the sum of token
     /// losses. The gradients stay, summed. Reads nothing back.
     ///
     /// # Panics
     /// As [`Self::update`].
     pub fn enqueue_update(&mut self, hyper: &AdamW, max_norm: f32, valid: usize) -> [B::Tensor; 2] {
-        let Self { backend, model, grads, shard, summed, m, v, .. } = self;
         let loss = self.loss.take().expect("an update follows a micro-step");
-        let loss = backend.all_reduce(&loss, Group::Dp);
-        let flat = model.layout().flat;
-        for row in backend.every_row(flat).into_iter().filter(|row| !summed.contains(row)) {
-            model.sum_replicas(backend, grads, row);
-            match shard {
-                Some(shard) => backend.reduce_scatter_row(grads, row, shard, Group::Dp),
-                None => backend.all_reduce_slot(grads, &flat.whole(row), Group::Dp),
-            }
-        }
+        let loss = self.backend.all_reduce(&loss, Group::Dp);
+        self.sum_gradients();
+        let Self { backend, model, grads, shard, summed, m, v, .. } = self;
         let (dealt, copies, (layer, shared)) =
             (shard.is_some(), model.layout().copies(), model.layout().decayed);
         let over: &[_] = if dealt { &[Group::Tp, Group::Dp] } else { &[Group::Tp] };

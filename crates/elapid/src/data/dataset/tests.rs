@@ -110,6 +110,7 @@ fn parts_stand_end_to_end_or_are_mixed() {
             rank,
             accum: 2,
             order: crate::data::Order::Dataset,
+            from: (0, 0),
         };
         let indices =
             (0..6).flat_map(|i| (0..dp).flat_map(move |rank| sampler(rank).indices(i / 2, i as usize % 2)));

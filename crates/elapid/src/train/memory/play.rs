@@ -214,24 +214,22 @@ impl Play {
         all
     }
 
-    /// What head_loss needs for a moment: the logits of a block of positions, and fp32 copies of its operands.
+    /// What head_loss needs for a moment: the logits of a block of positions.
     fn head(&mut self) {
-        let Self { rows, d, v, compute, .. } = *self;
-        let x32 = self.cast(rows * d, compute, F32);
-        let weight = self.cast(v * d, compute, F32);
+        let Self { rows, v, .. } = *self;
         let block = ((8 << 20) / v).max(16).min(rows);
         let logits = self.pool.take(block * v * F32);
-        self.pool.give([logits].into_iter().chain(weight).chain(x32));
+        self.pool.give([logits]);
     }
 
     /// One layer: its output and what the ops save. The last of what is saved, the layer's input, is the caller's.
     fn layer(&mut self, save: bool) -> (u128, Vec<u128>) {
-        let Self { span, d, e, proj, compute, residual, .. } = *self;
+        let Self { span, d, proj, compute, residual, .. } = *self;
         let normed = self.pool.take(span * d * compute);
         let normed = self.gather(normed, d * compute);
-        let projected = self.linear(d, proj);
+        let projected = self.linear(proj);
         let (y, mut saved) = self.mamba2(save);
-        let out = self.linear(e, d);
+        let out = self.linear(d);
         let out = self.reduce(out, d * compute);
         let sum = self.pool.take(span * d * residual);
         self.pool.give([out]);
@@ -245,7 +243,7 @@ impl Play {
 
     /// The adjoint of one layer: from the cotangent of its output to that of its input.
     fn layer_adjoint(&mut self, mut saved: Vec<u128>, dy: u128) -> u128 {
-        let Self { span, d, e, proj, compute, residual, .. } = *self;
+        let Self { span, d, e, compute, residual, .. } = *self;
         let x = saved.pop().expect("a layer saves its input");
         let again = match self.checkpointing {
             Checkpointing::None => None,
@@ -262,12 +260,12 @@ impl Play {
             let block = d_out.take().unwrap_or_else(|| self.pool.take(span * d * compute));
             d_out = Some(self.gather(block, d * compute));
         }
-        let dy_mixer = self.linear_adjoint(e, d);
+        let dy_mixer = self.linear_adjoint(e);
         self.pool.give(d_out.into_iter().chain([y]));
         let d_projected = self.mamba2_adjoint();
         let normed = saved.remove(0);
         self.pool.give(saved.into_iter().chain([dy_mixer]));
-        let d_normed = self.linear_adjoint(d, proj);
+        let d_normed = self.linear_adjoint(d);
         self.pool.give([d_projected, normed]);
         let d_normed = self.reduce(d_normed, d * compute);
         let dx_norm = self.pool.take(span * d * residual);
@@ -276,23 +274,15 @@ impl Play {
         dx
     }
 
-    /// `[rows, input]` → `[rows, output]`: the product is fp32 and rounded afterwards.
-    fn linear(&mut self, input: u128, output: u128) -> u128 {
+    /// The output `[rows, output]`: the product is fp32 and rounded afterwards.
+    fn linear(&mut self, output: u128) -> u128 {
         let y = self.pool.take(self.rows * output * F32);
-        let x32 = self.cast(self.rows * input, self.compute, F32);
-        let weight = self.cast(output * input, self.compute, F32);
-        self.pool.give(weight.into_iter().chain(x32));
         self.round(y, self.rows * output)
     }
 
-    fn linear_adjoint(&mut self, input: u128, output: u128) -> u128 {
-        let dy = self.cast(self.rows * output, self.compute, F32);
-        let x = self.cast(self.rows * input, self.compute, F32);
-        let weight = self.cast(output * input, self.compute, F32);
+    fn linear_adjoint(&mut self, input: u128) -> u128 {
         let dx = self.pool.take(self.rows * input * F32);
-        let dx = self.round(dx, self.rows * input);
-        self.pool.give(weight.into_iter().chain(x).chain(dy));
-        dx
+        self.round(dx, self.rows * input)
     }
 
     /// The mixer: its output `[rows, E]`, and what it saves: the scan's output in fp32 and the final state.

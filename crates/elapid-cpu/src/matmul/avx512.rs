@@ -1,0 +1,493 @@
+//! Matrix products on AVX-512: packed panels and a tile of sums that stays in registers.
+//!
+//! A panel holds some rows of the left operand, or some columns of the right one, k by k, in units of four bytes: one
+//! fp32 number, or two bf16 numbers that follow each other along k. So one kernel serves both: only the instruction
+//! that adds the product of two units to a sum differs. Sums are fp32, over k in its order.
+
+use std::arch::x86_64::*;
+
+use half::bf16;
+
+use super::{Into, Mat};
+use crate::CpuBackend;
+use crate::isa::Isa;
+use crate::tensor::Floats;
+
+/// Rows of a tile.
+const ROWS: usize = 12;
+/// Columns of a tile: two vectors.
+const COLS: usize = 32;
+const LANES: usize = 16;
+/// Units along k of one pass: a panel of the right operand (32 KiB) stays in the first cache, and one tile's sums are
+/// carried to and from memory seldom.
+const DEPTH: usize = 192;
+
+/// `dst [m, n]` (rows `stride` apart) = or += `lhs · rhs`.
+///
+/// # Safety
+/// The CPU must have the instructions of the backend's path; the places of `dst` must be valid and this thread's own.
+pub(super) unsafe fn product(
+    backend: &CpuBackend,
+    into: Into,
+    dst: *mut f32,
+    stride: usize,
+    lhs: Mat,
+    rhs: Mat,
+) {
+    let any_bf16 = matches!(lhs.data, Floats::Bf16(_)) || matches!(rhs.data, Floats::Bf16(_));
+    // SAFETY: the caller's promises; this path was chosen for a CPU that has these instructions.
+    unsafe {
+        if any_bf16 && backend.isa == Isa::Avx512Bf16 {
+            passes::<Pairs>(backend, into, dst, stride, lhs, rhs);
+        } else {
+            passes::<Single>(backend, into, dst, stride, lhs, rhs);
+        }
+    }
+}
+
+/// What a unit is.
+trait Unit {
+    /// Numbers of a unit.
+    const NUMBERS: usize;
+
+    /// Sums of one tile.
+    ///
+    /// # Safety
+    /// The CPU must have the instructions; every place that the tile names must be valid.
+    unsafe fn tile<const VECTORS: usize>(tile: &Tile);
+}
+
+/// One fp32 number.
+struct Single;
+/// Two bf16 numbers.
+struct Pairs;
+
+/// One tile of the destination and the panels that it comes from.
+struct Tile {
+    units: usize,
+    a: *const f32,
+    b: *const f32,
+    dst: *mut f32,
+    stride: usize,
+    rows: usize,
+    cols: usize,
+    into: Into,
+}
+
+macro_rules! tile {
+    ($name:ident, $features:literal, $multiply_add:expr) => {
+        /// # Safety
+        /// The CPU must have these instructions; `a` must hold `units · ROWS` and `b` `units · COLS` units, and `dst`
+        /// rows `stride` apart.
+        #[target_feature(enable = $features)]
+        unsafe fn $name<const VECTORS: usize>(t: &Tile) {
+            let mut sums = [[_mm512_setzero_ps(); VECTORS]; ROWS];
+            let (mut a, mut b) = (t.a, t.b);
+            for r in 0..t.rows {
+                for v in 0..VECTORS {
+                    _mm_prefetch::<_MM_HINT_T0>(t.dst.wrapping_add(r * t.stride + v * LANES).cast());
+                }
+            }
+            for _ in 0..t.units {
+                // SAFETY: inside the panels.
+                unsafe {
+                    let mut lanes = [_mm512_setzero_ps(); VECTORS];
+                    for (v, lanes) in lanes.iter_mut().enumerate() {
+                        *lanes = _mm512_loadu_ps(b.add(v * LANES));
+                    }
+                    for (r, sums) in sums.iter_mut().enumerate() {
+                        let x = _mm512_set1_ps(*a.add(r));
+                        for (sum, lanes) in sums.iter_mut().zip(&lanes) {
+                            *sum = $multiply_add(*sum, x, *lanes);
+                        }
+                    }
+                    (a, b) = (a.add(ROWS), b.add(COLS));
+                }
+            }
+            for (r, sums) in sums.iter().enumerate() {
+                if r < t.rows {
+                    for (v, sum) in sums.iter().enumerate() {
+                        let mask = mask(t.cols.saturating_sub(v * LANES));
+                        // SAFETY: the mask keeps to the columns of the tile.
+                        unsafe {
+                            let at = t.dst.add(r * t.stride + v * LANES);
+                            let sum = match t.into {
+                                Into::Set => *sum,
+                                Into::Add => _mm512_add_ps(_mm512_maskz_loadu_ps(mask, at), *sum),
+                            };
+                            _mm512_mask_storeu_ps(at, mask, sum);
+                        }
+                    }
+                }
+            }
+        }
+    };
+}
+
+tile!(tile_fp32, "avx512f", |sum, a, b| _mm512_fmadd_ps(a, b, sum));
+tile!(tile_bf16, "avx512f,avx512bf16", |sum, a, b| _mm512_dpbf16_ps(
+    sum,
+    std::mem::transmute::<__m512, __m512bh>(a),
+    std::mem::transmute::<__m512, __m512bh>(b)
+));
+
+impl Unit for Single {
+    const NUMBERS: usize = 1;
+
+    unsafe fn tile<const VECTORS: usize>(tile: &Tile) {
+        // SAFETY: the caller's promise.
+        unsafe { tile_fp32::<VECTORS>(tile) }
+    }
+}
+
+impl Unit for Pairs {
+    const NUMBERS: usize = 2;
+
+    unsafe fn tile<const VECTORS: usize>(tile: &Tile) {
+        // SAFETY: the caller's promise.
+        unsafe { tile_bf16::<VECTORS>(tile) }
+    }
+}
+
+/// The first `lanes` of a vector.
+#[inline(always)]
+fn mask(lanes: usize) -> __mmask16 {
+    if lanes >= LANES { !0 } else { (1 << lanes) - 1 }
+}
+
+/// One pass over the destination for each [`DEPTH`] of k.
+///
+/// # Safety
+/// As for [`product`].
+unsafe fn passes<U: Unit>(
+    backend: &CpuBackend,
+    into: Into,
+    dst: *mut f32,
+    stride: usize,
+    lhs: Mat,
+    rhs: Mat,
+) {
+    let (m, n, k) = (lhs.rows, rhs.cols, lhs.cols);
+    let depth = DEPTH * U::NUMBERS;
+    let panels = m.div_ceil(ROWS);
+    let units = DEPTH.min(k.div_ceil(U::NUMBERS));
+    let (a_len, b_len) = (panels * ROWS * units, COLS * units);
+    let mut scratch = backend.pool.take::<f32>(a_len + b_len);
+    let (b, a) = scratch.as_mut_slice::<f32>(a_len + b_len).split_at_mut(b_len);
+    for first in (0..k.max(1)).step_by(depth) {
+        let k = depth.min(k - first);
+        let units = k.div_ceil(U::NUMBERS);
+        let (lhs, rhs) = (lhs.cols(first, k), rhs.rows(first, k));
+        let into = if first == 0 { into } else { Into::Add };
+        for (panel, a) in a.chunks_mut(ROWS * units).take(panels).enumerate() {
+            let rows = lhs.rows(panel * ROWS, ROWS.min(m - panel * ROWS));
+            // SAFETY: the CPU has AVX-512; a panel is as long as its units.
+            unsafe { pack::<U, ROWS>(rows, a.as_mut_ptr()) };
+        }
+        for j in (0..n).step_by(COLS) {
+            let cols = COLS.min(n - j);
+            // SAFETY: as above.
+            unsafe { pack::<U, COLS>(rhs.cols(j, cols).t(), b.as_mut_ptr()) };
+            for (panel, a) in a.chunks(ROWS * units).take(panels).enumerate() {
+                let i = panel * ROWS;
+                let tile = Tile {
+                    units,
+                    a: a.as_ptr(),
+                    b: b.as_ptr(),
+                    dst: dst.wrapping_add(i * stride + j),
+                    stride,
+                    rows: ROWS.min(m - i),
+                    cols,
+                    into,
+                };
+                // SAFETY: both panels are packed, and the destination is the caller's.
+                unsafe { if cols > LANES { U::tile::<2>(&tile) } else { U::tile::<1>(&tile) } }
+            }
+        }
+    }
+}
+
+/// Copies up to `WIDTH` rows of `mat` into a panel, `[units, WIDTH]`; rows that are missing become zeros, and so does
+/// the second number of a last unit that has but one.
+///
+/// # Safety
+/// The CPU must have AVX-512; `to` must hold the units.
+unsafe fn pack<U: Unit, const WIDTH: usize>(mat: Mat, to: *mut f32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match mat.data {
+            Floats::F32(data) => pack_from::<f32, U, WIDTH>(data, mat, to),
+            Floats::Bf16(data) => pack_from::<bf16, U, WIDTH>(data, mat, to),
+        }
+    }
+}
+
+/// A number in memory.
+trait Number {
+    /// The numbers at `from` that the mask selects, as the bits of fp32; zeros elsewhere.
+    ///
+    /// # Safety
+    /// The CPU must have AVX-512; the selected places must be valid.
+    unsafe fn wide(from: *const Self, mask: __mmask16) -> __m512i;
+
+    /// The same as bf16, in the lower half of each lane.
+    ///
+    /// # Safety
+    /// As above.
+    unsafe fn narrow(from: *const Self, mask: __mmask16) -> __m512i;
+}
+
+impl Number for f32 {
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn wide(from: *const Self, mask: __mmask16) -> __m512i {
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_maskz_loadu_epi32(mask, from.cast()) }
+    }
+
+    /// To nearest, ties to even; NaN stays NaN.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn narrow(from: *const Self, mask: __mmask16) -> __m512i {
+        // SAFETY: the caller's promise.
+        let bits = unsafe { Self::wide(from, mask) };
+        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+        let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+        let x = _mm512_castsi512_ps(bits);
+        let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x);
+        let quiet = _mm512_set1_epi32(0x0040_0000);
+        _mm512_srli_epi32::<16>(_mm512_mask_or_epi32(rounded, nan, bits, quiet))
+    }
+}
+
+impl Number for bf16 {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn wide(from: *const Self, mask: __mmask16) -> __m512i {
+        // SAFETY: the caller's promise.
+        _mm512_slli_epi32::<16>(unsafe { Self::narrow(from, mask) })
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn narrow(from: *const Self, mask: __mmask16) -> __m512i {
+        // SAFETY: the caller's promise.
+        _mm512_cvtepu16_epi32(unsafe { _mm256_maskz_loadu_epi16(mask, from.cast()) })
+    }
+}
+
+/// [`pack`] from memory of one type.
+///
+/// # Safety
+/// As for [`pack`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn pack_from<T: Number, U: Unit, const WIDTH: usize>(data: &[T], mat: Mat, to: *mut f32) {
+    let (rows, k, stride) = (mat.rows, mat.cols, mat.row_stride.max(mat.col_stride));
+    let units = k.div_ceil(U::NUMBERS);
+    let data = data.as_ptr();
+    if mat.row_stride == 1 {
+        // The numbers of one k lie side by side.
+        for unit in 0..units {
+            for v in (0..WIDTH).step_by(LANES) {
+                let keep = mask(rows.saturating_sub(v));
+                let at = data.wrapping_add(unit * U::NUMBERS * stride + v);
+                // SAFETY: the mask keeps to the rows of the matrix, `k` to its columns.
+                unsafe {
+                    let vector = if U::NUMBERS == 1 {
+                        T::wide(at, keep)
+                    } else {
+                        let second = if 2 * unit + 1 < k { keep } else { 0 };
+                        let second = T::narrow(at.wrapping_add(stride), second);
+                        _mm512_or_si512(T::narrow(at, keep), _mm512_slli_epi32::<16>(second))
+                    };
+                    _mm512_mask_storeu_epi32(to.add(unit * WIDTH + v).cast(), mask(WIDTH - v), vector);
+                }
+            }
+        }
+        return;
+    }
+    // The numbers of one row lie side by side: sixteen by sixteen units are transposed.
+    for v in (0..WIDTH).step_by(LANES) {
+        for from in (0..units).step_by(LANES) {
+            let mut block = [_mm512_setzero_si512(); LANES];
+            for (i, row) in block.iter_mut().enumerate().take(WIDTH.min(LANES)) {
+                if v + i < rows {
+                    let first = from * U::NUMBERS;
+                    let at = data.wrapping_add((v + i) * stride + first);
+                    // SAFETY: the masks keep to the columns of the matrix.
+                    unsafe {
+                        *row = if U::NUMBERS == 1 {
+                            T::wide(at, mask(k - first))
+                        } else {
+                            let low = T::narrow(at, mask(k - first));
+                            let rest = (k - first).saturating_sub(LANES);
+                            let high = T::narrow(at.wrapping_add(LANES), mask(rest));
+                            let low = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(low));
+                            _mm512_inserti64x4::<1>(low, _mm512_cvtepi32_epi16(high))
+                        };
+                    }
+                }
+            }
+            transpose(&mut block);
+            for (i, column) in block.iter().enumerate() {
+                if from + i < units {
+                    // SAFETY: inside the panel.
+                    unsafe {
+                        let at = to.add((from + i) * WIDTH + v).cast();
+                        _mm512_mask_storeu_epi32(at, mask(WIDTH - v), *column);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Transposes sixteen by sixteen lanes.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn transpose(block: &mut [__m512i; LANES]) {
+    // Pairs of rows, then of pairs: afterwards vector 4·a + b holds, in its four parts of four lanes, rows 4·a … 4·a + 3
+    // of columns b, b + 4, b + 8 and b + 12.
+    for quad in block.chunks_exact_mut(4) {
+        let (low, high) = (_mm512_unpacklo_epi32(quad[0], quad[1]), _mm512_unpackhi_epi32(quad[0], quad[1]));
+        let (low2, high2) =
+            (_mm512_unpacklo_epi32(quad[2], quad[3]), _mm512_unpackhi_epi32(quad[2], quad[3]));
+        quad[0] = _mm512_unpacklo_epi64(low, low2);
+        quad[1] = _mm512_unpackhi_epi64(low, low2);
+        quad[2] = _mm512_unpacklo_epi64(high, high2);
+        quad[3] = _mm512_unpackhi_epi64(high, high2);
+    }
+    let quads = *block;
+    for b in 0..4 {
+        let [q0, q1, q2, q3] = [quads[b], quads[4 + b], quads[8 + b], quads[12 + b]];
+        // Parts 0 and 2, respectively 1 and 3, of two vectors each.
+        let (even, odd) = (_mm512_shuffle_i32x4::<0x88>(q0, q1), _mm512_shuffle_i32x4::<0xdd>(q0, q1));
+        let (even2, odd2) = (_mm512_shuffle_i32x4::<0x88>(q2, q3), _mm512_shuffle_i32x4::<0xdd>(q2, q3));
+        block[b] = _mm512_shuffle_i32x4::<0x88>(even, even2);
+        block[b + 4] = _mm512_shuffle_i32x4::<0x88>(odd, odd2);
+        block[b + 8] = _mm512_shuffle_i32x4::<0xdd>(even, even2);
+        block[b + 12] = _mm512_shuffle_i32x4::<0xdd>(odd, odd2);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::{RngExt, SeedableRng};
+
+    use super::*;
+    use crate::CpuOptions;
+
+    /// [`Pairs`] on a CPU that has no instruction for it.
+    struct SlowPairs;
+
+    #[target_feature(enable = "avx512f")]
+    fn dot_pairs(sum: __m512, a: __m512, b: __m512) -> __m512 {
+        let [a, b] = [a, b].map(|x| _mm512_castps_si512(x));
+        let high = _mm512_set1_epi32(0xffff_0000u32 as i32);
+        let [a_low, b_low] = [a, b].map(|x| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(x)));
+        let [a_high, b_high] = [a, b].map(|x| _mm512_castsi512_ps(_mm512_and_si512(x, high)));
+        _mm512_fmadd_ps(a_high, b_high, _mm512_fmadd_ps(a_low, b_low, sum))
+    }
+
+    tile!(tile_slow, "avx512f", |sum, a, b| dot_pairs(sum, a, b));
+
+    impl Unit for SlowPairs {
+        const NUMBERS: usize = 2;
+
+        unsafe fn tile<const VECTORS: usize>(tile: &Tile) {
+            // SAFETY: the caller's promise.
+            unsafe { tile_slow::<VECTORS>(tile) }
+        }
+    }
+
+    /// A matrix in memory, row-major with gaps or its transpose, in either dtype.
+    struct Operand {
+        wide: Vec<f32>,
+        narrow: Vec<bf16>,
+        rows: usize,
+        cols: usize,
+        transposed: bool,
+        bf16: bool,
+    }
+
+    const GAP: usize = 3;
+
+    impl Operand {
+        fn new(rng: &mut impl RngExt, rows: usize, cols: usize, transposed: bool, bf16: bool) -> Self {
+            let len = rows * cols + GAP * rows.max(cols);
+            let wide: Vec<f32> = (0..len).map(|_| rng.random_range(-1.0..1.0)).collect();
+            let mut narrow = vec![half::bf16::ZERO; len];
+            crate::tensor::narrow(&wide, &mut narrow);
+            Self { wide, narrow, rows, cols, transposed, bf16 }
+        }
+
+        fn mat(&self) -> Mat<'_> {
+            let data = if self.bf16 { Floats::Bf16(&self.narrow) } else { Floats::F32(&self.wide) };
+            if self.transposed {
+                Mat::strided(data, self.cols, self.rows, self.rows + GAP).t()
+            } else {
+                Mat::strided(data, self.rows, self.cols, self.cols + GAP)
+            }
+        }
+
+        fn at(&self, i: usize, j: usize, rounded: bool) -> f64 {
+            let at = if self.transposed { j * (self.rows + GAP) + i } else { i * (self.cols + GAP) + j };
+            f64::from(if rounded || self.bf16 { self.narrow[at].to_f32() } else { self.wide[at] })
+        }
+    }
+
+    type Product = unsafe fn(&CpuBackend, Into, *mut f32, usize, Mat, Mat);
+
+    fn check(product: Product, backend: &CpuBackend, rounded: bool) {
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(5);
+        let sizes =
+            [(1, 1, 1), (8, 32, 16), (7, 33, 15), (9, 15, 257), (40, 70, 600), (3, 17, 1030), (65, 1, 31)];
+        for (m, n, k) in sizes {
+            for case in 0..32 {
+                let bit = |bit: usize| case >> bit & 1 == 1;
+                let (lhs, rhs) = (
+                    Operand::new(&mut rng, m, k, bit(0), bit(1)),
+                    Operand::new(&mut rng, k, n, bit(2), bit(3)),
+                );
+                let into = if bit(4) { Into::Add } else { Into::Set };
+                let stride = n + 2;
+                // What must not be touched, or only added to.
+                let mut dst = vec![if bit(4) { 0.5 } else { f32::NAN }; m * stride];
+                // SAFETY: the tests below ask the CPU; the destination is as large as it must be.
+                unsafe { product(backend, into, dst.as_mut_ptr(), stride, lhs.mat(), rhs.mat()) };
+                for i in 0..m {
+                    for j in 0..stride {
+                        let got = dst[i * stride + j];
+                        if j >= n {
+                            assert!(
+                                if bit(4) { got == 0.5 } else { got.is_nan() },
+                                "{m} {n} {k}: gap written"
+                            );
+                            continue;
+                        }
+                        let sum = (0..k).map(|l| lhs.at(i, l, rounded) * rhs.at(l, j, rounded)).sum::<f64>();
+                        let want = sum + if bit(4) { 0.5 } else { 0.0 };
+                        let error = (f64::from(got) - want).abs();
+                        assert!(
+                            error < 1e-6 * (k as f64 + 10.0),
+                            "{m} {n} {k}, case {case}: {got} for {want}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn products_of_either_dtype_in_every_layout() {
+        let backend = CpuBackend::new(&CpuOptions { poison: true, ..CpuOptions::default() }).unwrap();
+        check(super::super::portable, &backend, false);
+        if Isa::available().contains(&Isa::Avx512) {
+            check(passes::<Single>, &backend, false);
+            check(passes::<SlowPairs>, &backend, true);
+        }
+        if Isa::available().contains(&Isa::Avx512Bf16) {
+            check(passes::<Pairs>, &backend, true);
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! Matrix products: tiles cut by us, each computed on one thread; on AVX-512 by a kernel of our own, elsewhere by `gemm`.
+
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
+use crate::CpuBackend;
+use crate::isa::Isa;
+use crate::parallel::Shared;
+use crate::tensor::{Floats, widen};
+
+/// A view of a matrix, of which one axis or the other lies without gaps in memory.
+#[derive(Clone, Copy)]
+pub(crate) struct Mat<'a> {
+    data: Floats<'a>,
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    col_stride: usize,
+}
+
+impl<'a> Mat<'a> {
+    /// Row-major, rows `stride` apart.
+    pub(crate) fn strided(
+        data: impl std::convert::Into<Floats<'a>>,
+        rows: usize,
+        cols: usize,
+        stride: usize,
+    ) -> Self {
+        let data = data.into();
+        assert!(rows == 0 || cols == 0 || (rows - 1) * stride + cols <= data.len());
+        Self { data, rows, cols, row_stride: stride, col_stride: 1 }
+    }
+
+    /// Row-major without gaps.
+    pub(crate) fn new(data: impl std::convert::Into<Floats<'a>>, rows: usize, cols: usize) -> Self {
+        Self::strided(data, rows, cols, cols)
+    }
+
+    /// The transpose.
+    pub(crate) fn t(self) -> Self {
+        Self {
+            rows: self.cols,
+            cols: self.rows,
+            row_stride: self.col_stride,
+            col_stride: self.row_stride,
+            ..self
+        }
+    }
+
+    /// `rows` rows from `first` on.
+    fn rows(self, first: usize, rows: usize) -> Self {
+        assert!(first + rows <= self.rows);
+        Self { data: self.data.from(first * self.row_stride), rows, ..self }
+    }
+
+    /// The same in fp32: itself, or a copy in `scratch` without gaps.
+    fn widened<'s>(self, scratch: &'s mut [f32]) -> Mat<'s>
+    where
+        'a: 's,
+    {
+        let Floats::Bf16(data) = self.data else { return self };
+        if self.col_stride != 1 {
+            return self.t().widened(scratch).t();
+        }
+        let Self { rows, cols, row_stride, .. } = self;
+        for (row, to) in scratch.chunks_exact_mut(cols.max(1)).enumerate().take(rows) {
+            widen(&data[row * row_stride..][..cols], to);
+        }
+        Mat::new(&scratch[..rows * cols], rows, cols)
+    }
+
+    /// `cols` columns from `first` on.
+    fn cols(self, first: usize, cols: usize) -> Self {
+        self.t().rows(first, cols).t()
+    }
+}
+
+/// What happens to the destination.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Into {
+    /// dst = lhs · rhs.
+    Set,
+    /// dst += lhs · rhs.
+    Add,
+}
+
+/// Largest tile of a destination. Tiles are what threads share out; their extents decide how often an operand is packed
+/// again.
+const TILE_ROWS: usize = 256;
+const TILE_COLS: usize = 512;
+
+/// `dst [rows, cols]` (row-major, rows `stride` apart) = or += `lhs · rhs`, over all workers. Sums are fp32. Where one
+/// operand is bf16 and the CPU multiplies pairs of bf16, the other is rounded to it.
+pub(crate) fn matmul(backend: &CpuBackend, into: Into, dst: &mut [f32], stride: usize, lhs: Mat, rhs: Mat) {
+    let (m, n) = (lhs.rows, rhs.cols);
+    if m == 0 || n == 0 {
+        return;
+    }
+    assert!((m - 1) * stride + n <= dst.len());
+    let (tile_m, tile_n) = (even(m, TILE_ROWS), even(n, TILE_COLS));
+    let (down, across) = (m.div_ceil(tile_m), n.div_ceil(tile_n));
+    let shared = Shared::new(dst);
+    backend.workers.each(down * across, |piece| {
+        let (i, j) = (piece / across * tile_m, piece % across * tile_n);
+        let lhs = lhs.rows(i, tile_m.min(m - i));
+        let rhs = rhs.cols(j, tile_n.min(n - j));
+        // SAFETY: tiles of one destination are disjoint.
+        unsafe { product(backend, into, &shared, i * stride + j, stride, lhs, rhs) };
+    });
+}
+
+/// Even shares of `len`, no larger than `most`.
+fn even(len: usize, most: usize) -> usize {
+    len.div_ceil(len.div_ceil(most))
+}
+
+/// One product on the calling thread.
+pub(crate) fn small(backend: &CpuBackend, into: Into, dst: &mut [f32], stride: usize, lhs: Mat, rhs: Mat) {
+    // SAFETY: the borrow of `dst` is unique.
+    unsafe { product(backend, into, &Shared::new(dst), 0, stride, lhs, rhs) };
+}
+
+/// One product on the calling thread into the places `from + i·stride + j` of `dst`.
+///
+/// # Safety
+/// No other thread may touch those places meanwhile.
+pub(crate) unsafe fn product(
+    backend: &CpuBackend,
+    into: Into,
+    dst: &Shared<'_, f32>,
+    from: usize,
+    stride: usize,
+    lhs: Mat,
+    rhs: Mat,
+) {
+    let (m, n) = (lhs.rows, rhs.cols);
+    assert_eq!(lhs.cols, rhs.rows);
+    if m == 0 || n == 0 {
+        return;
+    }
+    let dst = dst.pointer(from, (m - 1) * stride + n);
+    match backend.isa {
+        // SAFETY: the destination lies inside its slice (the line above), its places are the caller's, and the backend
+        // runs no path that the CPU does not have.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Avx512Bf16 => unsafe { avx512::product(backend, into, dst, stride, lhs, rhs) },
+        // SAFETY: as above.
+        _ => unsafe { portable(backend, into, dst, stride, lhs, rhs) },
+    }
+}
+
+/// [`product`] by `gemm`, which knows fp32: bf16 operands are widened, some of k at a time.
+///
+/// # Safety
+/// The places of `dst` must be valid and this thread's own.
+unsafe fn portable(backend: &CpuBackend, into: Into, dst: *mut f32, stride: usize, lhs: Mat, rhs: Mat) {
+    const DEPTH: usize = 512;
+    let (m, n, k) = (lhs.rows, rhs.cols, lhs.cols);
+    let fp32 = matches!((lhs.data, rhs.data), (Floats::F32(_), Floats::F32(_)));
+    let (depth, copied) =
+        if fp32 { (k.max(1), [0, 0]) } else { (DEPTH, [m, n].map(|len| len * DEPTH.min(k))) };
+    let mut scratch = backend.pool.take::<f32>(copied[0] + copied[1]);
+    let (left, right) = scratch.as_mut_slice::<f32>(copied[0] + copied[1]).split_at_mut(copied[0]);
+    for first in (0..k.max(1)).step_by(depth) {
+        let k = depth.min(k - first);
+        let (lhs, rhs) = (lhs.cols(first, k).widened(left), rhs.rows(first, k).widened(right));
+        let (Floats::F32(a), Floats::F32(b)) = (lhs.data, rhs.data) else { unreachable!("widened above") };
+        // SAFETY: `Mat` checked that both operands lie inside their slices; the destination is the caller's.
+        unsafe {
+            gemm::gemm(
+                m,
+                n,
+                k,
+                dst,
+                1,
+                stride as isize,
+                into == Into::Add || first > 0,
+                a.as_ptr(),
+                lhs.col_stride as isize,
+                lhs.row_stride as isize,
+                b.as_ptr(),
+                rhs.col_stride as isize,
+                rhs.row_stride as isize,
+                1.0,
+                1.0,
+                false,
+                false,
+                false,
+                gemm::Parallelism::None,
+            );
+        }
+    }
+}
