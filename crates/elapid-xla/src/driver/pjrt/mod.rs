@@ -23,9 +23,11 @@ pub struct Client {
     plugin: Plugin,
     client: *mut api::Client,
     devices: Vec<*mut api::Device>,
-    /// By module and number of ranks: all ranks run one program.
-    compiled: Mutex<HashMap<(Vec<u8>, usize), Weak<Loaded>>>,
+    compiled: Mutex<Compiled>,
 }
+
+/// Programs by module and number of ranks: all ranks run one.
+type Compiled = HashMap<(Vec<u8>, usize), Weak<Loaded>>;
 
 // SAFETY: the PJRT C API may be called from any thread; the pointers are the plugin's own and live as long as the client.
 unsafe impl Send for Client {}

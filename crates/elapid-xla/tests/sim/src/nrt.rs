@@ -311,7 +311,8 @@ unsafe extern "C" fn nrt_tensor_read(
 ) -> c_int {
     // SAFETY: the caller's promise.
     unsafe {
-        let Some(bytes) = (&(*tensor).0).get(offset..offset + size) else { return INVALID };
+        let whole = &(*tensor).0;
+        let Some(bytes) = whole.get(offset..offset + size) else { return INVALID };
         std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.cast(), size);
     }
     SUCCESS
@@ -326,7 +327,8 @@ unsafe extern "C" fn nrt_tensor_write(
 ) -> c_int {
     // SAFETY: the caller's promise.
     unsafe {
-        let Some(bytes) = (&mut (*tensor).0).get_mut(offset..offset + size) else { return INVALID };
+        let whole = &mut (*tensor).0;
+        let Some(bytes) = whole.get_mut(offset..offset + size) else { return INVALID };
         std::ptr::copy_nonoverlapping(from.cast(), bytes.as_mut_ptr(), size);
     }
     SUCCESS
