@@ -65,6 +65,10 @@ impl Modules {
             batch: form.size,
             length: form.length,
             documents: form.documents,
+            // One rank, whose sequences stand alone: the start has refused the rest.
+            carried: false,
+            sequence_parallel: false,
+            zero1: false,
             checkpointing: run.args.activation_checkpointing.into(),
             // Rate and step are inputs of the module.
             hyper: AdamW {

@@ -18,17 +18,16 @@ use self::plugin::Plugin;
 use super::{Driver, Fault, Kind, Program, array_name, input};
 use crate::hlo::{Literal, Module, Port, Shape, Type};
 
-/// Loaded modules by their bytes and the number of ranks.
-type Compiled = HashMap<(Vec<u8>, usize), Weak<Loaded>>;
-
 /// A plugin with its devices, shared by the ranks of a process.
 pub struct Client {
     plugin: Plugin,
     client: *mut api::Client,
     devices: Vec<*mut api::Device>,
-    /// All ranks run one program.
     compiled: Mutex<Compiled>,
 }
+
+/// Programs by module and number of ranks: all ranks run one.
+type Compiled = HashMap<(Vec<u8>, usize), Weak<Loaded>>;
 
 // SAFETY: the PJRT C API may be called from any thread; the pointers are the plugin's own and live as long as the client.
 unsafe impl Send for Client {}

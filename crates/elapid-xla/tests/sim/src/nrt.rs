@@ -311,8 +311,8 @@ unsafe extern "C" fn nrt_tensor_read(
 ) -> c_int {
     // SAFETY: the caller's promise.
     unsafe {
-        let Tensor(all) = &*tensor;
-        let Some(bytes) = all.get(offset..offset + size) else { return INVALID };
+        let whole = &(*tensor).0;
+        let Some(bytes) = whole.get(offset..offset + size) else { return INVALID };
         std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.cast(), size);
     }
     SUCCESS
@@ -327,8 +327,8 @@ unsafe extern "C" fn nrt_tensor_write(
 ) -> c_int {
     // SAFETY: the caller's promise.
     unsafe {
-        let Tensor(all) = &mut *tensor;
-        let Some(bytes) = all.get_mut(offset..offset + size) else { return INVALID };
+        let whole = &mut (*tensor).0;
+        let Some(bytes) = whole.get_mut(offset..offset + size) else { return INVALID };
         std::ptr::copy_nonoverlapping(from.cast(), bytes.as_mut_ptr(), size);
     }
     SUCCESS
