@@ -10,7 +10,7 @@ use std::process::Command;
 use collective::sum_over;
 use elapid_tensor::suite;
 use elapid_xla::driver::pjrt::Client;
-use elapid_xla::driver::{Driver, Kind, OnDevice, widen_limits};
+use elapid_xla::driver::{Driver, Kind, OnDevice};
 use elapid_xla::{Literal, Options, Shape, Type, XlaBackend};
 
 /// None, with a line that says so, where the variable is not set.
@@ -23,14 +23,14 @@ fn plugin(variable: &str) -> Option<String> {
 }
 
 #[test]
-fn every_op_passes_the_suite() {
+fn ops_pass_the_suite() {
     let Some(path) = plugin("ELAPID_PJRT_CPU") else { return };
     let device = Client::open(&path).unwrap().device(0, 1).unwrap();
     println!("{}", device.describe());
     let backend = XlaBackend::new(Options::default(), Some(Box::new(OnDevice::new(Box::new(device)))));
-    let mut reports = suite::check_all(&backend);
-    widen_limits(&mut reports);
-    suite::assert_passes(&reports);
+    // All ops take minutes of XLA's optimising compiler: `elapid selftest` is there for them.
+    suite::assert_passes(&suite::flat_buffers(&backend));
+    suite::assert_passes(&suite::adamw(&backend));
 }
 
 #[test]
