@@ -211,7 +211,7 @@ fn reshard(case: &Case) {
             .unwrap();
         let (read, needed) = (checkpoint.bytes_read(), needed(backend, &trainer));
         // A padded vocabulary is in no file.
-        let padded = case.config.vocab_size % case.to.mesh.tp > 0;
+        let padded = !case.config.vocab_size.is_multiple_of(case.to.mesh.tp);
         assert!(read == needed || padded && read < needed, "{read} bytes read of {needed}: {case:#?}");
         let store = open(rank, dirs[1].path());
         store.save(rank, backend, &state(&trainer), case.progress()).unwrap();

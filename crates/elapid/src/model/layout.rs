@@ -162,7 +162,7 @@ impl Layout {
         let (start, end) = (slot.offset, slot.offset + slot.len());
         let mut at = start;
         let mut counted = Vec::new();
-        for gap in self.uncounted(slot.row).chain([end..end]) {
+        for gap in self.uncounted(slot.row).chain(std::iter::once(end..end)) {
             let stretch = at..gap.start.clamp(at, end);
             at = gap.end.clamp(at, end);
             let whole = Slot { row: slot.row, offset: stretch.start, shape: vec![stretch.len()] };

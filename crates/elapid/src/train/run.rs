@@ -449,8 +449,8 @@ impl<'a> Session<'a> {
 
     /// Brings the lines of all steps to disk, before a checkpoint of them is there.
     fn sync(&self) -> Result<(), Error> {
-        let logs = self.metrics.iter().chain(self.norms.as_ref().and_then(Norms::log));
-        logs.map(Log::sync).collect()
+        let mut logs = self.metrics.iter().chain(self.norms.as_ref().and_then(Norms::log));
+        logs.try_for_each(Log::sync)
     }
 
     /// What a checkpoint holds, with these carried states.
