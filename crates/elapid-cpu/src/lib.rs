@@ -23,8 +23,8 @@ mod update;
 use std::sync::{Arc, OnceLock};
 
 use elapid_tensor::{
-    AdamW, Backend, Clipping, DType, FlatShape, Group, Mamba2Grads, Mamba2Inputs, Mamba2Output, Mamba2Sinks,
-    Mamba2Spec, Mamba2Weights, Row, Sink, Slot, State,
+    AdamW, Backend, Clipping, DType, Decayed, FlatShape, Group, Mamba2Grads, Mamba2Inputs, Mamba2Output,
+    Mamba2Sinks, Mamba2Spec, Mamba2Weights, Row, Sink, Slot, State,
 };
 use half::bf16;
 
@@ -509,7 +509,7 @@ impl Backend for CpuBackend {
     fn adamw(
         &self,
         hyper: &AdamW,
-        decayed: (usize, usize),
+        decayed: Decayed,
         clip: &Tensor,
         grads: &Buffer,
         params: &mut Buffer,

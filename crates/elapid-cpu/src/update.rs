@@ -1,6 +1,8 @@
 //! Clipping and AdamW over flat buffers.
 
-use elapid_tensor::{AdamW, Clipping};
+use std::ops::Range;
+
+use elapid_tensor::{AdamW, Clipping, Decayed, FlatShape, Group, Row};
 
 use crate::CpuBackend;
 use crate::comm;
@@ -12,7 +14,8 @@ const PIECE: usize = 1 << 16;
 
 /// `[norm, factor, finite]`; see the contract.
 pub(crate) fn clip(backend: &CpuBackend, grads: &Buffer, loss: &Tensor, clipping: &Clipping<'_>) -> Tensor {
-    let &Clipping { scale, max_norm, uncounted, over } = clipping;
+    let &Clipping { scale, max_norm, over, .. } = clipping;
+    let uncounted = uncounted(backend, grads.shape(), clipping);
     let grads = grads.f32();
     let mut squares = vec![0.0f64; grads.len().div_ceil(PIECE)];
     backend.workers.rows(&mut squares, 1, 1, |piece, sum| {
@@ -32,10 +35,31 @@ pub(crate) fn clip(backend: &CpuBackend, grads: &Buffer, loss: &Tensor, clipping
     backend.scalars(&[norm, scale * clip, f32::from(u8::from(finite))], &[3])
 }
 
+/// Elements of the buffer that a rank before this one counts, in order.
+fn uncounted(backend: &CpuBackend, shape: FlatShape, clipping: &Clipping<'_>) -> Vec<Range<usize>> {
+    let dealt = clipping.over.contains(&Group::Dp);
+    let (part, tp) = (part(backend, dealt), backend.group(Group::Tp).rank());
+    let of_row = |row| {
+        let (start, len) = (shape.start(row), shape.whole(row).len());
+        let copies = if row == Row::Shared { clipping.copies.1 } else { clipping.copies.0 };
+        let ranges = copies.iter().filter(|copies| !tp.is_multiple_of(copies.ranks)).map(|c| &c.range);
+        ranges.map(move |range| {
+            let [from, to] = [range.start, range.end].map(|end| FlatShape::in_part(end, len, part));
+            start + from..start + to
+        })
+    };
+    shape.rows().flat_map(of_row).filter(|range| !range.is_empty()).collect()
+}
+
+/// The number of this rank's part of every row, among all data-parallel ranks' parts if rows are `dealt` to them.
+fn part(backend: &CpuBackend, dealt: bool) -> usize {
+    if dealt { backend.group(Group::Dp).rank() } else { 0 }
+}
+
 pub(crate) fn adamw(
     backend: &CpuBackend,
     hyper: &AdamW,
-    decayed: (usize, usize),
+    decayed: Decayed,
     clip: &Tensor,
     grads: &Buffer,
     params: &mut Buffer,
@@ -52,19 +76,23 @@ pub(crate) fn adamw(
     let bias2_root = (1.0 - f64::from(hyper.beta2).powf(step)).sqrt() as f32;
     let (AdamW { lr, beta1, beta2, eps, .. }, keep) = (*hyper, 1.0 - hyper.lr * hyper.weight_decay);
 
+    let part = part(backend, decayed.dealt);
+    let [layer, shared] = [(decayed.layer, shape.row), (decayed.shared, shape.shared)]
+        .map(|(end, len)| FlatShape::in_part(end, len, part));
+
     // Ranges of one kind, decayed or not, cut into pieces.
     let mut pieces = Vec::new();
     let mut cut = |from: usize, to: usize, keep: f32| {
         pieces.extend((from..to).step_by(PIECE).map(|at| (at, to.min(at + PIECE), keep)));
     };
-    for layer in 0..shape.layers {
-        let start = layer * shape.row;
-        cut(start, start + decayed.0, keep);
-        cut(start + decayed.0, start + shape.row, 1.0);
+    for number in 0..shape.layers {
+        let start = number * shape.row;
+        cut(start, start + layer, keep);
+        cut(start + layer, start + shape.row, 1.0);
     }
     let start = shape.layers * shape.row;
-    cut(start, start + decayed.1, keep);
-    cut(start + decayed.1, start + shape.shared, 1.0);
+    cut(start, start + shared, keep);
+    cut(start + shared, start + shape.shared, 1.0);
 
     let grads = grads.f32();
     let [params, m, v] = [params, m, v].map(|b| crate::parallel::Shared::new(b.f32_mut()));

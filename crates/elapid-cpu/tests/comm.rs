@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use elapid_cpu::comm::{Abort, CommFailure, Communicator, FloatsMut, Groups, Reduce, threads};
 use elapid_cpu::{CpuBackend, CpuOptions};
-use elapid_tensor::{Backend, Clipping, DType, FlatShape, Group, Row, Slot};
+use elapid_tensor::{Backend, Clipping, Copies, DType, FlatShape, Group, Row, Slot};
 use half::bf16;
 
 type Comm = Arc<dyn Communicator>;
@@ -244,9 +244,8 @@ fn a_norm_counts_every_element_once() {
             let slot = flat.whole(row);
             backend.write_slot(&mut grads, &slot, &vec![2.0; slot.len()]);
         }
-        let uncounted =
-            if backend.group_rank(Group::Tp) == 0 { &[][..] } else { &[10..110, 65_500..65_700][..] };
-        let clipping = Clipping { scale: 0.5, max_norm: 1.0, uncounted, over: &[Group::Tp] };
+        let copies = [10..110, 65_500..65_700].map(|range| Copies { range, ranks: 2 });
+        let clipping = Clipping { scale: 0.5, max_norm: 1.0, copies: (&copies, &[]), over: &[Group::Tp] };
         let loss = backend.tensor(&[1.0], &[], DType::F32);
         let got = backend.values(&backend.clip(&grads, &loss, &clipping));
         let norm = (2.0 * 100_016.0 - 300.0f64).sqrt() as f32;

@@ -195,16 +195,39 @@ pub struct Clipping<'a> {
     pub scale: f32,
     /// The norm that the gradients keep to; 0 or less: any.
     pub max_norm: f32,
-    /// Elements of the buffer that another rank counts: in order, without overlaps.
-    pub uncounted: &'a [Range<usize>],
-    /// The squares are summed over the ranks of these groups.
+    /// What several ranks hold of (a layer row, the shared region), and the first of them alone counts: in order, without
+    /// overlaps.
+    pub copies: (&'a [Copies], &'a [Copies]),
+    /// The squares are summed over the ranks of these groups. Where [`Group::Dp`] is one of them, the buffer holds this
+    /// rank's part of every row, one of as many equal ones, in rank order.
     pub over: &'a [Group],
+}
+
+/// Elements of a row that several neighbouring tensor-parallel ranks hold.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Copies {
+    /// Which, counted from the start of the whole row.
+    pub range: Range<usize>,
+    /// How many ranks; the first of them is at a multiple of this number.
+    pub ranks: usize,
+}
+
+/// To what of a buffer weight decay applies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Decayed {
+    /// To the first elements of every layer row, counted in the whole row.
+    pub layer: usize,
+    /// To the first elements of the shared region, counted as well.
+    pub shared: usize,
+    /// The buffers hold this data-parallel rank's part of every row, one of as many equal ones, in rank order; else whole
+    /// rows.
+    pub dealt: bool,
 }
 
 impl Clipping<'_> {
     /// For a rank that holds all gradients.
     pub fn alone(scale: f32, max_norm: f32) -> Self {
-        Self { scale, max_norm, uncounted: &[], over: &[] }
+        Self { scale, max_norm, copies: (&[], &[]), over: &[] }
     }
 }
 
@@ -401,6 +424,13 @@ pub trait Backend: Sized + Sync + 'static {
     /// [`Backend::all_gather`].
     fn reduce_scatter(&self, x: &Self::Tensor, axis: usize, group: Group) -> Self::Tensor;
 
+    /// The rows to visit where [`Backend::all_reduce_slot`], [`Backend::sum_slot_over_neighbours`],
+    /// [`Backend::reduce_scatter_row`] or [`Backend::all_gather_row`] do the same to every row of a buffer. A backend that
+    /// records gives one layer, which stands for all in these ops.
+    fn every_row(&self, flat: FlatShape) -> Vec<Row> {
+        flat.rows().collect()
+    }
+
     /// Replaces what lies at `slot` by its sum over the ranks.
     fn all_reduce_slot(&self, buffer: &mut Self::Buffer, slot: &Slot, group: Group);
 
@@ -445,12 +475,11 @@ pub trait Backend: Sized + Sync + 'static {
     fn clip(&self, grads: &Self::Buffer, loss: &Self::Tensor, clipping: &Clipping<'_>) -> Self::Tensor;
 
     /// One decoupled AdamW update of fp32 `params` and moments `m`, `v` with gradients `grads · clip.factor`; nothing
-    /// changes where `clip.finite` is 0. Weight decay applies to the first `decayed` elements of each row
-    /// (`decay_len(layer row, shared region)`). Source: Loshchilov & Hutter 2019, algorithm 2.
+    /// changes where `clip.finite` is 0. Source: Loshchilov & Hutter 2019, algorithm 2.
     fn adamw(
         &self,
         hyper: &AdamW,
-        decayed: (usize, usize),
+        decayed: Decayed,
         clip: &Self::Tensor,
         grads: &Self::Buffer,
         params: &mut Self::Buffer,

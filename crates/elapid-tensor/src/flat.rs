@@ -71,6 +71,11 @@ impl FlatShape {
         Self { layers: self.layers, row: self.row / ranks, shared: self.shared / ranks }
     }
 
+    /// How many of the first `end` elements of a whole row lie in part number `rank` of it, where every part has `len`.
+    pub fn in_part(end: usize, len: usize, rank: usize) -> usize {
+        end.saturating_sub(rank * len).min(len)
+    }
+
     /// Elements of `slot` inside the whole buffer.
     pub fn range(&self, slot: &Slot) -> Range<usize> {
         let start = self.start(slot.row) + slot.offset;

@@ -12,8 +12,8 @@ pub mod suite;
 pub mod tape;
 
 pub use backend::{
-    AdamW, Backend, Clipping, DType, Group, IGNORE_LABEL, Mamba2Grads, Mamba2Inputs, Mamba2Output,
-    Mamba2Sinks, Mamba2Spec, Mamba2Weights, NormGroup, Sink, State,
+    AdamW, Backend, Clipping, Copies, DType, Decayed, Group, IGNORE_LABEL, Mamba2Grads, Mamba2Inputs,
+    Mamba2Output, Mamba2Sinks, Mamba2Spec, Mamba2Weights, NormGroup, Sink, State,
 };
 pub use flat::{FlatShape, Row, Slot};
 pub use layer_loop::{LayerLoop, Looped, Traced};

@@ -1,16 +1,17 @@
 //! The backend: recording of every op of the contract.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 
 use elapid_tensor::{
-    AdamW, Backend, Clipping, DType, FlatShape, Group, LayerLoop, Mamba2Grads, Mamba2Inputs, Mamba2Output,
-    Mamba2Sinks, Mamba2Spec, Mamba2Weights, Row, Sink, Slot, State,
+    AdamW, Backend, Clipping, DType, Decayed, FlatShape, Group, LayerLoop, Mamba2Grads, Mamba2Inputs,
+    Mamba2Output, Mamba2Sinks, Mamba2Spec, Mamba2Weights, Row, Sink, Slot, State,
 };
 
 use crate::buffer::{XlaBuffer, index, update};
 use crate::evaluate::Executor;
-use crate::hlo::graph::{Graph, Kind, Op, Place, Value};
+use crate::hlo::graph::{Collective, Graph, Grid, Kind, Op, Place, Ranks, Value};
 use crate::hlo::{Literal, Module, Output, Shape, Type, emit};
 use crate::ops;
 use crate::tensor::{Recorded, Source, XlaTensor};
@@ -34,11 +35,17 @@ pub struct Options {
     pub layers: LoopKind,
     /// Logits and one-hot rows of one block hold at most this many numbers.
     pub block: usize,
+    /// What is updated is written where it was; else beside it, under the same name.
+    pub in_place: bool,
+    /// Data-parallel ranks that run a module together.
+    pub dp: usize,
+    /// Tensor-parallel ranks, for each of them. Rank r of a run is number r / tp and r mod tp of the two.
+    pub tp: usize,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { layers: LoopKind::Call, block: 32 << 20 }
+        Self { layers: LoopKind::Call, block: 32 << 20, in_place: true, dp: 1, tp: 1 }
     }
 }
 
@@ -63,6 +70,8 @@ pub struct XlaBackend {
     layer: Mutex<Option<usize>>,
     /// Names of the next tensors that come from the host.
     names: Mutex<VecDeque<&'static str>>,
+    /// See [`Self::rank`].
+    rank: OnceLock<XlaTensor>,
     /// The body of a layer loop that is recorded.
     pub(crate) trace: Mutex<Option<Trace>>,
     /// Loops whose adjoints are still to run.
@@ -72,8 +81,9 @@ pub struct XlaBackend {
 impl XlaBackend {
     /// A backend that records. Without an executor, asking for values panics.
     pub fn new(options: Options, executor: Option<Box<dyn Executor>>) -> Self {
-        let (live, layer, names, trace, loops) = Default::default();
-        Self { graph: Graph::new(), options, executor, live, layer, names, trace, loops }
+        let (live, layer, names, rank, trace, loops) = Default::default();
+        let graph = Graph::new(Grid { dp: options.dp, tp: options.tp });
+        Self { graph, options, executor, live, layer, names, rank, trace, loops }
     }
 
     /// A module named `name` that gives `results`.
@@ -82,7 +92,7 @@ impl XlaBackend {
             .iter()
             .map(|r| Output { name: r.name.clone(), node: self.get(r.tensor).node, alias: r.replaces })
             .collect();
-        emit(&self.graph.lock(), name, &outputs)
+        emit(&self.graph, name, &outputs, self.options.in_place)
     }
 
     /// An input of modules that has no values yet.
@@ -93,6 +103,18 @@ impl XlaBackend {
     /// The two arrays of a buffer, `[layers, row]` and `[shared]`, gradients added; None: it has no elements.
     pub fn arrays(&self, buffer: &XlaBuffer) -> [Option<XlaTensor>; 2] {
         buffer.arrays(self)
+    }
+
+    /// A buffer of some of the layers, and the whole shared region.
+    pub fn of_layers(&self, buffer: &XlaBuffer, layers: Range<usize>) -> XlaBuffer {
+        self.scope("of_layers", None);
+        buffer.of_layers(self, layers)
+    }
+
+    /// Puts back what [`Self::of_layers`] gave, from layer `first` on.
+    pub fn put_layers(&self, buffer: &mut XlaBuffer, first: usize, part: &XlaBuffer) {
+        self.scope("put_layers", None);
+        buffer.put_layers(self, first, part);
     }
 
     /// Names an input and gives its number; None: the tensor is no input.
@@ -148,6 +170,17 @@ impl XlaBackend {
         self.keep(whole)
     }
 
+    /// `stack` `[n, B·len]`, each row of it the states of a batch, with zeros for the rows of the batch where `kept` `[B]`,
+    /// s32, is 0.
+    pub fn keep_rows(&self, stack: &XlaTensor, kept: &XlaTensor) -> XlaTensor {
+        self.scope("keep_rows", None);
+        let (stack, kept) = (self.get(stack), self.get(kept));
+        let (shape, batch) = (stack.dims(), kept.dims()[0]);
+        let parts = [shape[0], batch, shape[1] / batch];
+        let kept = kept.compare_to("NE", 0.0).to(stack.ty()).expand(&parts, &[1]);
+        self.keep((stack.reshape(&parts) * kept).reshape(&shape))
+    }
+
     /// What was accumulated for an update, after it: zeros, unless `clip` says that nothing was updated.
     pub fn zero_where_finite(&self, tensor: &XlaTensor, clip: &XlaTensor) -> XlaTensor {
         self.scope("zero_buffer", None);
@@ -164,6 +197,11 @@ impl XlaBackend {
     pub(crate) fn input(&self, shape: Shape, name: &str, data: Option<Literal>) -> XlaTensor {
         let place = self.graph.leaf(shape.clone(), name, data);
         XlaTensor::new(shape, Source::Node(place))
+    }
+
+    /// Which rank runs the module, an input: s32 `[data-parallel rank, tensor-parallel rank]`.
+    pub(crate) fn rank(&self) -> &XlaTensor {
+        self.rank.get_or_init(|| self.input(Shape::new(Type::S32, &[2]), "rank", None))
     }
 
     /// A host scalar that changes from step to step: an input, not a constant.
@@ -451,42 +489,56 @@ impl Backend for XlaBackend {
         self.keep(ops::linear::product(self.get(x), self.get(weight)))
     }
 
-    fn group_size(&self, _: Group) -> usize {
-        1
+    fn group_size(&self, group: Group) -> usize {
+        self.graph.grid.size(ops::ranks::of(self, group))
     }
 
+    /// All ranks run one module, in which rank 0 stands for every one.
     fn group_rank(&self, _: Group) -> usize {
         0
     }
 
-    fn all_reduce(&self, x: &XlaTensor, _: Group) -> XlaTensor {
-        x.clone()
+    fn all_reduce(&self, x: &XlaTensor, group: Group) -> XlaTensor {
+        self.scope("all_reduce", None);
+        ops::ranks::together(self, x, Collective::AllReduce("add"), group)
     }
 
-    fn all_reduce_max(&self, x: &XlaTensor, _: Group) -> XlaTensor {
-        x.clone()
+    fn all_reduce_max(&self, x: &XlaTensor, group: Group) -> XlaTensor {
+        self.scope("all_reduce_max", None);
+        ops::ranks::together(self, x, Collective::AllReduce("maximum"), group)
     }
 
-    fn all_gather(&self, x: &XlaTensor, _: usize, _: Group) -> XlaTensor {
-        x.clone()
+    fn all_gather(&self, x: &XlaTensor, axis: usize, group: Group) -> XlaTensor {
+        self.scope("all_gather", None);
+        ops::ranks::together(self, x, Collective::AllGather(axis), group)
     }
 
-    fn reduce_scatter(&self, x: &XlaTensor, _: usize, _: Group) -> XlaTensor {
-        x.clone()
+    fn reduce_scatter(&self, x: &XlaTensor, axis: usize, group: Group) -> XlaTensor {
+        self.scope("reduce_scatter", None);
+        ops::ranks::together(self, x, Collective::ReduceScatter(axis), group)
     }
 
-    fn all_reduce_slot(&self, _: &mut XlaBuffer, _: &Slot, _: Group) {}
+    fn every_row(&self, flat: FlatShape) -> Vec<Row> {
+        flat.rows().filter(|row| matches!(row, Row::Layer(0) | Row::Shared)).collect()
+    }
 
-    fn sum_slot_over_neighbours(&self, _: &mut XlaBuffer, _: &Slot, ranks: usize) {
-        assert_eq!(ranks, 1, "a recorded module is one rank's");
+    fn all_reduce_slot(&self, buffer: &mut XlaBuffer, slot: &Slot, group: Group) {
+        self.scope("all_reduce_slot", None);
+        ops::ranks::sum_slot(self, buffer, slot, ops::ranks::of(self, group));
+    }
+
+    fn sum_slot_over_neighbours(&self, buffer: &mut XlaBuffer, slot: &Slot, ranks: usize) {
+        self.scope("sum_slot_over_neighbours", None);
+        ops::ranks::sum_slot(self, buffer, slot, Ranks::Neighbours(ranks));
     }
 
     fn reduce_scatter_row(&self, whole: &mut XlaBuffer, row: Row, shard: &mut XlaBuffer, group: Group) {
-        let pending = self.start_sum(whole, row, true, group);
-        self.finish_sum(pending, shard);
+        self.scope("reduce_scatter_row", None);
+        ops::ranks::reduce_scatter_row(self, whole, row, shard, group);
     }
 
-    fn start_sum(&self, buffer: &XlaBuffer, row: Row, _: bool, _: Group) -> (Slot, XlaTensor) {
+    fn start_sum(&self, buffer: &XlaBuffer, row: Row, _: bool, group: Group) -> (Slot, XlaTensor) {
+        assert_eq!(self.group_size(group), 1, "ranks sum all rows together, in the update");
         let slot = buffer.shape.whole(row);
         let values = self.view(buffer, &slot);
         (slot, values)
@@ -496,11 +548,9 @@ impl Backend for XlaBackend {
         to.replace(self, &slot, &values);
     }
 
-    fn all_gather_row(&self, shard: &XlaBuffer, row: Row, whole: &mut XlaBuffer, _: Group) {
-        let to = whole.shape.whole(row);
-        let from = shard.shape.whole(row).len() - to.len();
-        let values = self.view(shard, &Slot { offset: from, ..to.clone() });
-        whole.replace(self, &to, &values);
+    fn all_gather_row(&self, shard: &XlaBuffer, row: Row, whole: &mut XlaBuffer, group: Group) {
+        self.scope("all_gather_row", None);
+        ops::ranks::all_gather_row(self, shard, row, whole, group);
     }
 
     fn layer_loop(&self) -> Option<&dyn LayerLoop<Self>> {
@@ -523,7 +573,7 @@ impl Backend for XlaBackend {
     fn adamw(
         &self,
         hyper: &AdamW,
-        decayed: (usize, usize),
+        decayed: Decayed,
         clip: &XlaTensor,
         grads: &XlaBuffer,
         params: &mut XlaBuffer,

@@ -1,5 +1,6 @@
 //! Flat buffers: one array `[layers, row]` and one `[shared]`, with the gradients still to be added.
 
+use std::ops::Range;
 use std::sync::OnceLock;
 
 use elapid_tensor::{DType, FlatShape, Row, Slot};
@@ -153,6 +154,27 @@ impl XlaBuffer {
         host[start..start + slot.len()].iter_mut().zip(values).for_each(|(to, &x)| *to = rounded(x));
         let part = self.part_mut(slot.row);
         *part = Part { dims: part.dims.clone(), host: Some(host), tensor: OnceLock::new() };
+    }
+
+    /// A buffer of some of the layers, and the whole shared region.
+    pub(crate) fn of_layers(&self, backend: &XlaBackend, layers: Range<usize>) -> Self {
+        let mut part = Self::new(FlatShape { layers: layers.len(), ..self.shape }, self.dtype);
+        let [rows, shared] = self.arrays(backend);
+        let rows = rows.map(|rows| backend.keep(backend.get(&rows).slice(0, layers.start, layers.end)));
+        part.set(rows, shared);
+        part
+    }
+
+    /// Puts back what [`Self::of_layers`] gave, from layer `first` on.
+    pub(crate) fn put_layers(&mut self, backend: &XlaBackend, first: usize, part: &Self) {
+        self.flush(backend);
+        let [rows, _] = self.arrays(backend);
+        let [new, shared] = part.arrays(backend);
+        let rows = rows.zip(new).map(|(rows, new)| {
+            let start = [index(&backend.graph, first), index(&backend.graph, 0)];
+            backend.keep(update(backend.get(&rows), backend.get(&new), &start))
+        });
+        self.set(rows, shared);
     }
 
     /// The gradients of the row of layer 0 that were added since the last flush, as one row; none are left pending.

@@ -14,8 +14,43 @@ pub struct Estimate {
     /// Bytes of intermediate values at the worst moment, in the order of the text. Elementwise chains count as fused
     /// where nothing but elementwise work and reductions reads them; updates of slices and loop states are in place.
     pub temporaries: u64,
-    /// Instructions of a NeuronCore when every layer is written out, in tiles of 128 partitions and 512 columns.
+    /// The same where nothing is fused and every value is stored: an upper bound for a compiler that keeps to the order of
+    /// the text.
+    pub temporaries_at_most: u64,
+    /// What there is to do.
+    pub work: Work,
+}
+
+/// What a module has to do when every layer is written out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Work {
+    /// Instructions of a NeuronCore, in tiles of 128 partitions and 512 columns.
     pub instructions: u64,
+    /// Multiplications and additions of products.
+    pub flops: u64,
+    /// Collectives.
+    pub collectives: u64,
+    /// Bytes that a rank sends in them to its neighbours in a ring: of n bytes a sum over r ranks sends 2·n·(r − 1)/r, a
+    /// gather or a scattered sum that comes to or from n bytes n·(r − 1)/r.
+    pub sent: u64,
+}
+
+/// What one computation needs.
+#[derive(Clone, Copy, Debug, Default)]
+struct Costs {
+    /// Bytes of intermediate values, fused and not.
+    fused: u64,
+    most: u64,
+    work: Work,
+}
+
+impl Work {
+    fn add(&mut self, other: Self, times: u64) {
+        self.instructions += times * other.instructions;
+        self.flops += times * other.flops;
+        self.collectives += times * other.collectives;
+        self.sent += times * other.sent;
+    }
 }
 
 impl Estimate {
@@ -43,7 +78,7 @@ fn bytes(shape: &ShapeProto) -> u64 {
 
 /// Estimates `module`.
 pub fn estimate(module: &HloModuleProto) -> Estimate {
-    let mut costs: HashMap<i64, (u64, u64)> = HashMap::new();
+    let mut costs: HashMap<i64, Costs> = HashMap::new();
     let mut turns: HashMap<i64, u64> = HashMap::new();
     for computation in &module.computations {
         if let Some(count) = trip_count(computation) {
@@ -54,8 +89,8 @@ pub fn estimate(module: &HloModuleProto) -> Estimate {
         } else {
             HashSet::new()
         };
-        let cost = (temporaries(computation, &costs, &aliased), instructions(computation, &costs, &turns));
-        costs.insert(computation.id, cost);
+        let [fused, most] = [true, false].map(|fuse| temporaries(computation, &costs, &aliased, fuse));
+        costs.insert(computation.id, Costs { fused, most, work: work(computation, &costs, &turns) });
     }
     let shape = module.host_program_shape.clone().unwrap_or_default();
     let aliased = aliased_outputs(module);
@@ -65,8 +100,15 @@ pub fn estimate(module: &HloModuleProto) -> Estimate {
     };
     let outputs =
         results.iter().enumerate().filter(|(i, _)| !aliased.contains(i)).map(|(_, s)| bytes(s)).sum();
-    let (temporaries, instructions) = costs.get(&module.entry_computation_id).copied().unwrap_or_default();
-    Estimate { arguments: shape.parameters.iter().map(bytes).sum(), outputs, temporaries, instructions }
+    let Costs { fused: temporaries, most: temporaries_at_most, work } =
+        costs.get(&module.entry_computation_id).copied().unwrap_or_default();
+    Estimate {
+        arguments: shape.parameters.iter().map(bytes).sum(),
+        outputs,
+        temporaries,
+        temporaries_at_most,
+        work,
+    }
 }
 
 fn aliased_outputs(module: &HloModuleProto) -> HashSet<usize> {
@@ -110,12 +152,13 @@ fn is_elementwise(opcode: &str) -> bool {
 /// Peak of live intermediate bytes of a computation; what comes from outside is not counted.
 fn temporaries(
     computation: &HloComputationProto,
-    costs: &HashMap<i64, (u64, u64)>,
+    costs: &HashMap<i64, Costs>,
     aliased: &HashSet<usize>,
+    fuse: bool,
 ) -> u64 {
     let all = &computation.instructions;
     let position: HashMap<i64, usize> = all.iter().enumerate().map(|(at, i)| (i.id, at)).collect();
-    let mut stored = vec![false; all.len()]; // read by more than elementwise work and reductions
+    let mut stored = vec![!fuse; all.len()]; // read by more than elementwise work and reductions
     for (at, i) in all.iter().enumerate().rev() {
         let is_view = i.opcode == "reshape" || i.opcode == "opt-barrier";
         if if is_view { stored[at] } else { !is_elementwise(&i.opcode) && i.opcode != "reduce" } {
@@ -169,7 +212,12 @@ fn temporaries(
     last.iter().enumerate().for_each(|(buffer, &at)| dying[at].push(buffer));
     for (at, i) in all.iter().enumerate() {
         live += born[at].iter().map(|&b| size[b]).sum::<u64>();
-        let inside = i.called_computation_ids.iter().filter_map(|id| costs.get(id)).map(|c| c.0).max();
+        let inside = i
+            .called_computation_ids
+            .iter()
+            .filter_map(|id| costs.get(id))
+            .map(|c| if fuse { c.fused } else { c.most })
+            .max();
         peak = peak.max(live + inside.unwrap_or(0));
         live -= dying[at].iter().map(|&b| size[b]).sum::<u64>();
     }
@@ -179,46 +227,53 @@ fn temporaries(
 const PARTITIONS: u64 = 128;
 const COLUMNS: u64 = 512;
 
-fn instructions(
-    computation: &HloComputationProto,
-    costs: &HashMap<i64, (u64, u64)>,
-    turns: &HashMap<i64, u64>,
-) -> u64 {
+fn work(computation: &HloComputationProto, costs: &HashMap<i64, Costs>, turns: &HashMap<i64, u64>) -> Work {
     let shapes: HashMap<i64, &ShapeProto> =
         computation.instructions.iter().filter_map(|i| Some((i.id, i.shape.as_ref()?))).collect();
-    let count = |i: &HloInstructionProto| {
-        let Some(shape) = &i.shape else { return 0 };
-        let inside = || -> u64 {
-            let callees = i.called_computation_ids.iter();
-            callees.filter_map(|id| costs.get(id)).map(|c| c.1).sum()
-        };
+    let mut all = Work::default();
+    for i in &computation.instructions {
+        let Some(shape) = &i.shape else { continue };
+        let operand =
+            |n: usize| i.operand_ids.get(n).and_then(|id| shapes.get(id)).map_or(0, |s| elements(s));
         match i.opcode.as_str() {
             "parameter" | "constant" | "tuple" | "get-tuple-element" | "reshape" | "broadcast"
-            | "opt-barrier" => 0,
-            "call" => inside(),
-            "while" => {
-                inside() * i.called_computation_ids.iter().filter_map(|id| turns.get(id)).max().unwrap_or(&1)
+            | "opt-barrier" => {}
+            "call" | "while" => {
+                let times = i.called_computation_ids.iter().filter_map(|id| turns.get(id)).max();
+                for inside in i.called_computation_ids.iter().filter_map(|id| costs.get(id)) {
+                    all.add(inside.work, *times.unwrap_or(&1));
+                }
             }
-            "dot" => products(i, &shapes),
-            "reduce" => tiles(i.operand_ids.first().and_then(|id| shapes.get(id)).map_or(0, |s| elements(s))),
+            "dot" => {
+                let (instructions, flops) = product(i, &shapes);
+                all.add(Work { instructions, flops, ..Work::default() }, 1);
+            }
+            "reduce" => all.instructions += tiles(operand(0)),
             // In place: the size of what is written.
-            "dynamic-update-slice" => {
-                tiles(i.operand_ids.get(1).and_then(|id| shapes.get(id)).map_or(0, |s| elements(s)))
+            "dynamic-update-slice" => all.instructions += tiles(operand(1)),
+            opcode if opcode.starts_with("all-") || opcode == "reduce-scatter" => {
+                let ranks = i.replica_groups.first().map_or(1, |group| group.replica_ids.len() as u64);
+                let size = bytes(shape) / elements(shape).max(1);
+                let most = size * elements(shape).max(operand(0));
+                let twice = if opcode == "all-reduce" { 2 } else { 1 };
+                let sent = twice * most * (ranks - 1) / ranks;
+                let instructions = tiles(operand(0));
+                all.add(Work { instructions, collectives: 1, sent, ..Work::default() }, 1);
             }
-            _ => tiles(elements(shape)),
+            _ => all.instructions += tiles(elements(shape)),
         }
-    };
-    computation.instructions.iter().map(count).sum()
+    }
+    all
 }
 
 fn tiles(elements: u64) -> u64 {
     elements.div_ceil(PARTITIONS * COLUMNS)
 }
 
-/// Tiles of a product: contraction and stationary side in 128s, moving side in 512s.
-fn products(i: &HloInstructionProto, shapes: &HashMap<i64, &ShapeProto>) -> u64 {
-    let (Some(axes), [left, right]) = (&i.dot_dimension_numbers, &i.operand_ids[..]) else { return 0 };
-    let (Some(left), Some(right)) = (shapes.get(left), shapes.get(right)) else { return 0 };
+/// Tiles of a product, contraction and stationary side in 128s, moving side in 512s; multiplications and additions.
+fn product(i: &HloInstructionProto, shapes: &HashMap<i64, &ShapeProto>) -> (u64, u64) {
+    let (Some(axes), [left, right]) = (&i.dot_dimension_numbers, &i.operand_ids[..]) else { return (0, 0) };
+    let (Some(left), Some(right)) = (shapes.get(left), shapes.get(right)) else { return (0, 0) };
     let over = |shape: &ShapeProto, axes: &[i64]| -> u64 {
         axes.iter().map(|&a| shape.dimensions[a as usize] as u64).product()
     };
@@ -226,5 +281,6 @@ fn products(i: &HloInstructionProto, shapes: &HashMap<i64, &ShapeProto>) -> u64 
     let depth = over(left, &axes.lhs_contracting_dimensions);
     let (m, n) = (elements(left) / (batch * depth), elements(right) / (batch * depth));
     let count = |m: u64, n: u64| m.div_ceil(PARTITIONS) * n.div_ceil(COLUMNS);
-    batch * depth.div_ceil(PARTITIONS) * count(m, n).min(count(n, m))
+    let tiles = batch * depth.div_ceil(PARTITIONS) * count(m, n).min(count(n, m));
+    (tiles, 2 * batch * depth * m * n)
 }

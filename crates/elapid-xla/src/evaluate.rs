@@ -50,7 +50,7 @@ impl XlaBackend {
                 alias: None,
             })
             .collect();
-        let module = emit(&self.graph.lock(), "values", &outputs);
+        let module = emit(&self.graph, "values", &outputs, false);
         let results = executor
             .run(&module, &module.recorded_inputs())
             .unwrap_or_else(|why| panic!("the recorded module does not run: {why}\n{}", module.to_text()));

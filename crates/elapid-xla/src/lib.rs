@@ -16,7 +16,7 @@ mod trace;
 
 pub use backend::{LoopKind, Options, Result, XlaBackend};
 pub use buffer::XlaBuffer;
-pub use estimate::{Estimate, estimate};
+pub use estimate::{Estimate, Work, estimate};
 pub use evaluate::Executor;
 pub use hlo::{Literal, Module, Port, Shape, Type, proto};
 pub use lint::lint;

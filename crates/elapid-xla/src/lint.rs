@@ -67,18 +67,22 @@ pub fn lint(module: &HloModuleProto) -> Vec<String> {
     let mut found = Vec::new();
     ids(module, &mut found);
     structure(module, &mut found);
-    let mut groups = BTreeSet::new();
+    let (mut groups, mut ranks) = (BTreeSet::new(), None);
     let mut done: HashMap<i64, &HloComputationProto> = HashMap::new();
     for computation in &module.computations {
         let mut known: HashMap<i64, &HloInstructionProto> = HashMap::new();
         for instruction in &computation.instructions {
             for what in rules(instruction, &known, &done) {
-                found.push(format!("{}: {what}", instruction.name));
+                found.push(format!("{}: {what}", place(instruction)));
             }
             if !instruction.replica_groups.is_empty() {
                 groups.insert(
                     instruction.replica_groups.iter().map(|g| g.replica_ids.clone()).collect::<Vec<_>>(),
                 );
+            }
+            let here: usize = instruction.replica_groups.iter().map(|g| g.replica_ids.len()).sum();
+            if here > 0 && *ranks.get_or_insert(here) != here {
+                found.push(format!("{}: groups of other ranks than before", place(instruction)));
             }
             known.insert(instruction.id, instruction);
         }
@@ -91,6 +95,14 @@ pub fn lint(module: &HloModuleProto) -> Vec<String> {
         found.push(format!("{} distinct sets of replica groups, at most {MAX_GROUPS}", groups.len()));
     }
     found
+}
+
+/// An instruction's name and the op that it comes from.
+fn place(i: &HloInstructionProto) -> String {
+    match i.metadata.as_ref().map(|m| m.op_name.as_str()) {
+        Some(op) if !op.is_empty() => format!("{} ({op})", i.name),
+        _ => i.name.clone(),
+    }
 }
 
 /// Ids of instructions and computations together are 1, 2, 3, ….
@@ -141,7 +153,7 @@ fn structure(module: &HloModuleProto, found: &mut Vec<String>) {
         found.push("a parameter is an output as it is".into());
     }
     let entries = module.input_output_alias.iter().flat_map(|a| &a.entries);
-    let mut aliased = BTreeSet::new();
+    let (mut aliased, mut pairs) = (BTreeSet::new(), Vec::new());
     for entry in entries {
         let output = entry.output_shape_index.first().copied().unwrap_or(0) as usize;
         let input = entry.parameter_number as usize;
@@ -153,16 +165,47 @@ fn structure(module: &HloModuleProto, found: &mut Vec<String>) {
         let same = outputs.get(output) == Some(&name)
             && name.ends_with(".must_alias_input")
             && parameters.get(input).and_then(|p| p.shape.as_ref()) == shape;
+        pairs.push((input, output));
         if entry.kind != 2 || !same || !aliased.insert(input) {
             found.push(format!(
                 "alias of input {input} {name:?} with output {output}: kind, name or shape differ"
             ));
         }
     }
+    for (input, output) in pairs {
+        let old = parameters.get(input).map(|p| p.id);
+        if let Some(late) = read_after(entry, root, old, output) {
+            found.push(format!("{}: reads input {input} after its new value is there", place(late)));
+        }
+    }
     let named = names.iter().flatten().filter(|n| n.ends_with(".must_alias_input")).count();
     if named != aliased.len() {
         found.push(format!("{named} inputs are named as aliased, {} are", aliased.len()));
     }
+}
+
+/// An instruction that reads the parameter `old`, or the same memory in another shape, after the value of output number
+/// `output` has been computed, which lies there.
+fn read_after<'m>(
+    entry: &'m HloComputationProto,
+    root: &HloInstructionProto,
+    old: Option<i64>,
+    output: usize,
+) -> Option<&'m HloInstructionProto> {
+    let new = if root.opcode == "tuple" { *root.operand_ids.get(output)? } else { root.id };
+    let mut views = BTreeSet::from([old?]);
+    let mut there = false;
+    for i in entry.instructions.iter().filter(|i| i.id != root.id) {
+        let reads = i.operand_ids.iter().any(|id| views.contains(id));
+        if there && reads {
+            return Some(i);
+        }
+        if reads && i.opcode == "reshape" {
+            views.insert(i.id);
+        }
+        there |= i.id == new;
+    }
+    None
 }
 
 fn shape_rules(shape: &ShapeProto, found: &mut Vec<String>) {
@@ -227,7 +270,9 @@ fn rules(
             if bytes == 0 || bytes > MAX_CONSTANT {
                 found.push(format!("a constant of {bytes} bytes"));
             }
-            if literal.f32s.iter().any(|x| !x.is_finite()) {
+            let narrow =
+                literal.bf16s.chunks_exact(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32());
+            if literal.f32s.iter().copied().chain(narrow).any(|x| !x.is_finite()) {
                 found.push("a constant that is not finite".into());
             }
         }
@@ -255,6 +300,22 @@ fn rules(
         opcode if COLLECTIVES.contains(&opcode) => {
             if i.replica_groups.is_empty() {
                 found.push("a collective without explicit groups".into());
+            }
+            let mut all: Vec<i64> = i.replica_groups.iter().flat_map(|g| g.replica_ids.clone()).collect();
+            all.sort_unstable();
+            let size = i.replica_groups.first().map_or(0, |g| g.replica_ids.len());
+            let uneven = i.replica_groups.iter().any(|g| g.replica_ids.len() != size);
+            if uneven || (0..).zip(&all).any(|(rank, id)| rank != *id) {
+                found.push("groups that are uneven, or do not hold every rank once".into());
+            }
+            let how = callees.first().and_then(|c| root(c)).map(|r| r.opcode).unwrap_or_default();
+            let reduces = match opcode {
+                "all-reduce" => ["add", "maximum"].contains(&how.as_str()),
+                "reduce-scatter" => how == "add",
+                _ => callees.is_empty(),
+            };
+            if !reduces {
+                found.push("a collective that reduces by something else than + or max".into());
             }
             if opcode != "all-gather" && ty(i) == primitive::S32 {
                 found.push("a collective that adds integers".into());

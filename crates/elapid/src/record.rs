@@ -1,6 +1,8 @@
 //! The functions of a training run as HLO modules: the same model, tape and trainer, on a backend that records.
 
-use elapid_tensor::{AdamW, Checkpointing, DType, State, Tape};
+use std::ops::Range;
+
+use elapid_tensor::{AdamW, Backend, Checkpointing, DType, Group, State, Tape, Var};
 use elapid_xla::{Module, Options, Result, Shape, Type, XlaBackend, XlaBuffer, XlaTensor};
 
 use crate::config::ModelConfig;
@@ -20,13 +22,19 @@ pub struct Recording<'a> {
     pub length: usize,
     /// Batches say where documents begin.
     pub documents: bool,
+    /// States pass from micro-step to micro-step: truncated back-propagation through time.
+    pub carried: bool,
     /// What layers keep for their adjoint.
     pub checkpointing: Checkpointing,
     /// AdamW. Learning rate and step are inputs of the module; what they are here does not matter.
     pub hyper: AdamW,
     /// Gradients are clipped to this norm.
     pub max_norm: f32,
-    /// How the backend records.
+    /// The residual stream is cut along the sequence.
+    pub sequence_parallel: bool,
+    /// Each data-parallel rank keeps its part of the masters and moments only.
+    pub zero1: bool,
+    /// How the backend records, and for how many ranks.
     pub options: Options,
 }
 
@@ -69,14 +77,51 @@ impl Outputs {
     }
 }
 
+/// The states of all layers, as stacks `[layers, ..]`.
+struct States {
+    layers: usize,
+    /// Extents of one layer's.
+    conv: [usize; 3],
+    ssm: [usize; 4],
+    /// Of the convolution, where it carries anything, and of the scan; what they came from.
+    stacks: (Option<XlaTensor>, XlaTensor),
+    numbers: (Option<usize>, Option<usize>),
+}
+
+impl States {
+    fn rows(&self, backend: &XlaBackend) -> Vec<State<XlaTensor>> {
+        let conv = match &self.stacks.0 {
+            Some(stack) => backend.rows(stack, &self.conv),
+            None => vec![backend.declare(Shape::new(Type::F32, &self.conv), "nothing"); self.layers],
+        };
+        let states = conv.into_iter().zip(backend.rows(&self.stacks.1, &self.ssm));
+        states.map(|(conv, ssm)| State { conv, ssm }).collect()
+    }
+
+    /// `states` take the place of what came in.
+    fn give(self, backend: &XlaBackend, outputs: &mut Outputs, states: Vec<State<XlaTensor>>) {
+        let (conv, ssm): (Vec<_>, Vec<_>) = states.into_iter().map(|s| (s.conv, s.ssm)).unzip();
+        let (conv_stack, ssm_stack) = self.stacks;
+        for (stack, rows, number) in
+            [(conv_stack, conv, self.numbers.0), (Some(ssm_stack), ssm, self.numbers.1)]
+        {
+            if let Some(stack) = stack {
+                outputs.results.push((String::new(), backend.stack(&stack, &rows), number));
+            }
+        }
+    }
+}
+
 impl Recording<'_> {
+    /// The parameters as a rank holds them: `masters`, `compute` and `ends`, as far as the model has them.
     fn model(&self, backend: &XlaBackend) -> Mamba2ForCausalLM<XlaBackend> {
         let model = Mamba2ForCausalLM::empty(backend, self.config, self.dtype);
+        let model = if self.zero1 { model.with_empty_zero1(backend) } else { model };
         Outputs::inputs(backend, "masters", model.masters());
-        if let Some(compute) = model.compute() {
-            Outputs::inputs(backend, "compute", compute);
+        for (name, buffer) in [("compute", model.compute()), ("ends", model.ends())] {
+            buffer.map(|buffer| Outputs::inputs(backend, name, buffer));
         }
-        model
+        model.with_sequence_parallel(self.sequence_parallel)
     }
 
     fn trainer<'b>(&self, backend: &'b XlaBackend) -> (Trainer<'b, XlaBackend>, usize) {
@@ -100,21 +145,143 @@ impl Recording<'_> {
             ids: zeros(),
             labels: zeros(),
             documents: self.documents.then(zeros),
-            continued: vec![false; self.batch],
+            // Where states are carried, those that are not wanted are zeros already.
+            continued: vec![self.carried; self.batch],
         }
     }
 
-    /// Forward and adjoints of one batch: adds to `grads` and to `loss`, the sum of token losses.
+    /// Inputs for the layers' states, of a rank's heads.
+    fn states(&self, backend: &XlaBackend, model: &Mamba2ForCausalLM<XlaBackend>) -> States {
+        let (spec, batch) = (model.layout().spec, self.batch);
+        let conv = [batch, spec.conv_kernel - 1, spec.conv_channels()];
+        let ssm = [batch, spec.heads, spec.head_dim, spec.state];
+        let layers = self.config.num_hidden_layers;
+        let declare = |name: &str, shape: &[usize]| {
+            let shape = Shape::new(Type::F32, &[layers, shape.iter().product()]);
+            let stack = backend.declare(shape, name);
+            let number = backend.input_number(&stack, name);
+            (stack, number)
+        };
+        // A convolution of width 1 carries nothing.
+        let conv_stack = (spec.conv_kernel > 1).then(|| declare("states.conv", &conv));
+        let (ssm_stack, ssm_number) = declare("states.ssm", &ssm);
+        let (conv_stack, conv_number) = conv_stack.unzip();
+        let numbers = (conv_number.flatten(), ssm_number);
+        States { layers, conv, ssm, stacks: (conv_stack, ssm_stack), numbers }
+    }
+
+    /// Forward and adjoints of one batch: adds to `grads` and to `loss`, the sum of token losses. Where states are
+    /// carried, they start from `states.conv` and `states.ssm` in the rows of the batch that `continued` `[B]` names, from
+    /// zeros in those where it is 0, and move on.
     pub fn micro_step(&self) -> Module {
         let backend = XlaBackend::new(self.options, None);
         let (mut trainer, loss) = self.trainer(&backend);
         let grads = Outputs::inputs(&backend, "grads", trainer.grads());
+        let stacks = self.carried.then(|| {
+            let mut stacks = self.states(&backend, trainer.model());
+            let continued = backend.declare(Shape::new(Type::S32, &[self.batch]), "continued");
+            let (conv, ssm) = &mut stacks.stacks;
+            for stack in conv.iter_mut().chain([ssm]) {
+                *stack = backend.keep_rows(stack, &continued);
+            }
+            trainer.set_states(stacks.rows(&backend));
+            stacks
+        });
         trainer.micro_step(&self.batch(&backend));
         let mut outputs = Outputs::default();
         outputs.arrays(grads, backend.arrays(trainer.grads()));
+        if let (Some(stacks), Some(states)) = (stacks, trainer.states()) {
+            stacks.give(&backend, &mut outputs, states.to_vec());
+        }
         let sum = trainer.loss().expect("a micro-step has a loss").clone();
         outputs.results.push((String::new(), sum, Some(loss)));
         outputs.module(&backend, "micro_step")
+    }
+
+    /// [`Self::micro_step`] as several modules, to be run in order, each of one of `groups` groups of layers: `forward.0`,
+    /// `forward.1`, … hand on `stream.1`, `stream.2`, …, the residual stream before each group; then `backward.n`, …,
+    /// `backward.0` run their layers again, add to `grads` and hand on `cotangent`. A single group is the whole.
+    ///
+    /// # Panics
+    /// Where states are carried and there are several groups, or more groups than layers.
+    pub fn micro_steps(&self, groups: usize) -> Vec<Module> {
+        if groups <= 1 {
+            return vec![self.micro_step()];
+        }
+        assert!(!self.carried, "states are carried through the whole model");
+        let layers = self.config.num_hidden_layers;
+        assert!(groups <= layers, "{groups} groups of {layers} layers");
+        let ranges: Vec<Range<usize>> =
+            (0..groups).map(|group| group * layers / groups..(group + 1) * layers / groups).collect();
+        let forward = (0..groups - 1).map(|group| self.group(&ranges, group, false));
+        let backward = (0..groups).rev().map(|group| self.group(&ranges, group, true));
+        forward.chain(backward).collect()
+    }
+
+    /// One module of [`Self::micro_steps`].
+    fn group(&self, ranges: &[Range<usize>], group: usize, backward: bool) -> Module {
+        let backend = &XlaBackend::new(self.options, None);
+        let (range, last) = (ranges[group].clone(), group + 1 == ranges.len());
+        let mut whole = self.model(backend);
+        let config = ModelConfig { num_hidden_layers: range.len(), ..self.config.clone() };
+        let part = Recording { config: &config, ..*self };
+        let mut model = part.model(backend);
+        for (to, from) in model.buffers_mut().into_iter().zip(whole.buffers_mut()) {
+            if let (Some(to), Some(from)) = (to, from) {
+                *to = backend.of_layers(from, range.clone());
+            }
+        }
+        let mut grads = backend.buffer(whole.layout().flat, DType::F32);
+        let numbers = Outputs::inputs(backend, "grads", &grads);
+        let mut own = backend.of_layers(&grads, range.clone());
+
+        let tp = if self.sequence_parallel { self.options.tp } else { 1 };
+        let stream = [self.batch, self.length.div_ceil(tp), config.hidden_size];
+        let input = |name: &str| backend.declare(Shape::new(whole.residual().into(), &stream), name);
+        let tokens = |name: &str| backend.declare(Shape::new(Type::S32, &[self.batch, self.length]), name);
+        let documents = self.documents.then(|| tokens("documents"));
+        let run = |tape: &mut Tape<'_, XlaBackend>, x| {
+            model.blocks(tape, x, self.length, documents.as_ref(), None, self.checkpointing)
+        };
+        let mut outputs = Outputs::default();
+        let name = format!("{}.{group}", if backward { "backward" } else { "forward" });
+        if !backward {
+            let mut tape = Tape::inference(backend);
+            let x = match group {
+                0 => model.embed(&mut tape, &tokens("ids")),
+                _ => Var::constant(input(&format!("stream.{group}"))),
+            };
+            outputs.output(&format!("stream.{}", group + 1), run(&mut tape, x).value);
+            return outputs.module(backend, &name);
+        }
+        let mut tape = Tape::training(backend, &mut own);
+        let x = match group {
+            0 => model.embed(&mut tape, &tokens("ids")),
+            _ => tape.leaf(input(&format!("stream.{group}"))),
+        };
+        let y = run(&mut tape, x.clone());
+        let (mut loss, mut seeds, mut cotangent) = (None, Vec::new(), None);
+        if last {
+            let labels = tokens("labels");
+            let before = backend.declare(Shape::new(Type::F32, &[]), "loss");
+            let number = backend.input_number(&before, "loss");
+            let sum = backend.add(&before, &model.stream_loss(&mut tape, &y, &labels));
+            loss = Some((sum, number));
+        } else {
+            let dy = input("cotangent");
+            cotangent = backend.input_number(&dy, "cotangent");
+            seeds.push((&y, dy));
+        }
+        let dx = tape.backward(&seeds, &[&x]).remove(0);
+        backend.put_layers(&mut grads, range.start, &own);
+        outputs.arrays(numbers, backend.arrays(&grads));
+        if let Some((sum, number)) = loss {
+            outputs.results.push((String::new(), sum, number));
+        }
+        if let Some(dx) = dx.filter(|_| group > 0) {
+            outputs.results.push(("cotangent".into(), dx, cotangent));
+        }
+        outputs.module(backend, &name)
     }
 
     /// One optimizer step from `grads` and `loss`. Gives `outcome` `[norm, factor, finite]` and `loss_sum`; unless the
@@ -124,6 +291,7 @@ impl Recording<'_> {
         let (mut trainer, loss) = self.trainer(&backend);
         let grads = Outputs::inputs(&backend, "grads", trainer.grads());
         let compute = trainer.model().compute().map(|compute| Outputs::inputs(&backend, "compute", compute));
+        let ends = trainer.model().ends().map(|ends| Outputs::inputs(&backend, "ends", ends));
         let names = ["masters", "m", "v"];
         let state: Vec<_> = names
             .iter()
@@ -135,8 +303,11 @@ impl Recording<'_> {
         for (inputs, buffer) in state.into_iter().zip(trainer.state()) {
             outputs.arrays(inputs, backend.arrays(buffer));
         }
-        if let (Some(inputs), Some(compute)) = (compute, trainer.model().compute()) {
-            outputs.arrays(inputs, backend.arrays(compute));
+        let model = trainer.model();
+        for (inputs, buffer) in [(compute, model.compute()), (ends, model.ends())] {
+            if let (Some(inputs), Some(buffer)) = (inputs, buffer) {
+                outputs.arrays(inputs, backend.arrays(buffer));
+            }
         }
         let zeroed = backend
             .arrays(trainer.grads())
@@ -148,51 +319,34 @@ impl Recording<'_> {
         outputs.module(&backend, "update")
     }
 
-    /// `loss_sum` of one batch.
+    /// `loss_sum` of one batch, over all data-parallel ranks.
     pub fn eval(&self) -> Module {
         let backend = XlaBackend::new(self.options, None);
         let model = self.model(&backend);
         let batch = self.batch(&backend);
         let loss = batch.loss(&mut Tape::inference(&backend), &model, None, Checkpointing::None);
         let mut outputs = Outputs::default();
-        outputs.output("loss_sum", loss);
+        outputs.output("loss_sum", backend.all_reduce(&loss, Group::Dp));
         outputs.module(&backend, "eval")
     }
 
     /// `logits` `[B, V]` after one more token a sequence, `ids` `[B, 1]`; the layers' states `states.conv` and
-    /// `states.ssm` move on.
+    /// `states.ssm`, of a rank's heads, move on.
     pub fn decode(&self) -> Module {
         let backend = XlaBackend::new(self.options, None);
-        let model = self.model(&backend);
-        let (spec, layers, batch) = (self.config.spec(), self.config.num_hidden_layers, self.batch);
-        let conv = [batch, spec.conv_kernel - 1, spec.conv_channels()];
-        let ssm = [batch, spec.heads, spec.head_dim, spec.state];
-        let declare = |name: &str, shape: &[usize]| {
-            let shape = Shape::new(Type::F32, &[layers, shape.iter().product()]);
-            backend.declare(shape, name)
-        };
-        // A convolution of width 1 carries nothing.
-        let conv_stack = (spec.conv_kernel > 1).then(|| declare("states.conv", &conv));
-        let ssm_stack = declare("states.ssm", &ssm);
-        let conv_rows = match &conv_stack {
-            Some(stack) => backend.rows(stack, &conv),
-            None => vec![backend.declare(Shape::new(Type::F32, &conv), "nothing"); layers],
-        };
-        let states = conv_rows.into_iter().zip(backend.rows(&ssm_stack, &ssm));
-        let mut states: Vec<_> = states.map(|(conv, ssm)| State { conv, ssm }).collect();
+        // A single position is not cut up.
+        let model = self.model(&backend).with_sequence_parallel(false);
+        let batch = self.batch;
+        let stacks = self.states(&backend, &model);
+        let mut states = stacks.rows(&backend);
         let ids = backend.declare(Shape::new(Type::S32, &[batch, 1]), "ids");
         let logits = model.device_logits(&backend, &ids, Some(&mut states));
 
         let mut outputs = Outputs::default();
-        let (conv, ssm): (Vec<_>, Vec<_>) = states.into_iter().map(|s| (s.conv, s.ssm)).unzip();
-        let stacks = [(conv_stack, conv, "states.conv"), (Some(ssm_stack), ssm, "states.ssm")];
-        for (stack, rows, name) in stacks {
-            if let Some(stack) = stack {
-                let number = backend.input_number(&stack, name);
-                outputs.results.push((String::new(), backend.stack(&stack, &rows), number));
-            }
-        }
-        outputs.output("logits", backend.reshaped(&logits, &[batch, self.config.vocab_size]));
+        stacks.give(&backend, &mut outputs, states);
+        let padded = backend.shape(&logits)[2];
+        let logits = backend.reshaped(&logits, &[batch, padded]);
+        outputs.output("logits", backend.resize(&logits, self.config.vocab_size));
         outputs.module(&backend, "decode")
     }
 }

@@ -3,6 +3,8 @@
 
 mod common;
 
+use std::time::{Duration, Instant};
+
 use common::{Room, stderr};
 use serde_json::Value;
 
@@ -53,6 +55,10 @@ fn flags_change_the_modules() {
     let plain = room.read("modules/micro_step.txt");
     for flags in [
         "--documents",
+        "--carry-state",
+        "--not-in-place",
+        "--tp 2",
+        "--tp 2 --sequence-parallel-enabled",
         "--dtype bfloat16",
         "--batch 3",
         "--n-groups 4",
@@ -66,7 +72,15 @@ fn flags_change_the_modules() {
         assert_ne!(room.read("modules/micro_step.txt"), plain, "{flags}");
     }
     let update = room.read("modules/update.txt");
-    for flags in ["--beta1 0.8", "--beta2 0.99", "--eps 1e-6", "--weight-decay 0.2", "--max-grad-norm 0"] {
+    for flags in [
+        "--beta1 0.8",
+        "--beta2 0.99",
+        "--eps 1e-6",
+        "--weight-decay 0.2",
+        "--max-grad-norm 0",
+        "--dp 2",
+        "--dp 2 --use-zero-1",
+    ] {
         room.ok(&format!("{COMPILE} {flags}"));
         assert_ne!(room.read("modules/update.txt"), update, "{flags}");
     }
@@ -77,10 +91,10 @@ fn flags_change_the_modules() {
 fn what_cannot_be_meant_is_refused() {
     let room = Room::new();
     for (flags, what) in [
-        ("--tp 8", "--tp 8"),
-        ("--dp 2", "--dp 2"),
-        ("--use-zero-1", "--use-zero-1"),
-        ("--sequence-parallel-enabled", "--sequence-parallel-enabled"),
+        ("--tp 3", "--tp is 3"),
+        ("--tp 0", "--tp is 0"),
+        ("--dp 0", "--dp is 0"),
+        ("--tp 2 --dp 40000", "too many"),
         ("--seq-len 0", "--seq-len"),
         ("--batch 0", "--batch"),
         ("--batch 1000000", "too many tokens"),
@@ -95,4 +109,26 @@ fn what_cannot_be_meant_is_refused() {
         assert!(!output.status.success() && text.contains(what) && text.contains("hint:"), "{flags}: {text}");
     }
     assert!(!room.path("modules").exists(), "a refused command leaves nothing");
+}
+
+/// The command that the replaced system trained its 7B model with: modules for 32 cores of trn1.
+#[test]
+fn a_large_model_on_many_ranks() {
+    let room = Room::new();
+    let start = Instant::now();
+    let printed = room.ok(
+        "compile --model Mamba7B --tp 8 --dp 4 --dtype bfloat16 --use-zero-1 --sequence-parallel-enabled --seq-len 2048 \
+         --vocab-size 50288 --target trn1 --output-dir modules",
+    );
+    assert!(start.elapsed() < Duration::from_secs(60), "{printed}");
+    let manifest: Value = serde_json::from_str(&room.read("modules/manifest.json")).unwrap();
+    for module in manifest["modules"].as_array().unwrap() {
+        let estimate = |what: &str| module["estimate"][what].as_u64().unwrap();
+        assert!(estimate("memory") < estimate("memory_of_target"), "{module}");
+        assert!(estimate("device_instructions") < estimate("most_device_instructions"), "{module}");
+        // Parameters in bf16 and gradients in fp32 are those of one of 8 ranks, masters and moments those of one of 32.
+        let inputs = module["inputs"].as_array().unwrap();
+        assert!(inputs.iter().any(|port| port["name"] == "rank" && port["shape"] == serde_json::json!([2])));
+    }
+    assert!(manifest["held"].as_u64().unwrap() < 8 << 30);
 }

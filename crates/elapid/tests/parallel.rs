@@ -162,9 +162,9 @@ impl Case {
             model.sum_replicas(backend, &mut grads, row);
             backend.all_reduce_slot(&mut grads, &layout.flat.whole(row), Group::Dp);
         }
-        let part = layout.part(1, 0);
-        let clipping =
-            Clipping { uncounted: &part.uncounted, over: &[Group::Tp], ..Clipping::alone(1.0, 0.0) };
+        let (layer, shared) = layout.copies();
+        let copies = (&layer[..], &shared[..]);
+        let clipping = Clipping { copies, over: &[Group::Tp], ..Clipping::alone(1.0, 0.0) };
         let norm = backend.values(&backend.clip(&grads, &loss, &clipping))[0];
         let mut found = whole(backend, &grads, &layout, "gradient");
         found.insert("loss".into(), backend.values(&loss));

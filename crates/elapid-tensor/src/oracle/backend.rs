@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use super::Clip;
 use crate::backend::{
-    AdamW, Backend, Clipping, DType, Group, Mamba2Grads, Mamba2Inputs, Mamba2Output, Mamba2Sinks, Mamba2Spec,
-    Mamba2Weights, Sink, State,
+    AdamW, Backend, Clipping, DType, Decayed, Group, Mamba2Grads, Mamba2Inputs, Mamba2Output, Mamba2Sinks,
+    Mamba2Spec, Mamba2Weights, Sink, State,
 };
 use crate::flat::{FlatShape, Row, Slot};
 
@@ -363,17 +363,15 @@ impl Backend for OracleBackend {
     }
 
     fn clip(&self, grads: &OracleBuffer, loss: &OracleTensor, clipping: &Clipping<'_>) -> OracleTensor {
-        let mut counted = grads.values.clone();
-        clipping.uncounted.iter().for_each(|range| counted[range.clone()].fill(0.0));
         let (scale, max_norm) = (f64::from(clipping.scale), f64::from(clipping.max_norm));
-        let clip = super::clip(&counted, loss.values[0], scale, max_norm);
+        let clip = super::clip(&grads.values, loss.values[0], scale, max_norm);
         make(vec![clip.norm, clip.factor, f64::from(u8::from(clip.finite))], &[3], DType::F32)
     }
 
     fn adamw(
         &self,
         hyper: &AdamW,
-        decayed: (usize, usize),
+        decayed: Decayed,
         clip: &OracleTensor,
         grads: &OracleBuffer,
         params: &mut OracleBuffer,
@@ -382,6 +380,6 @@ impl Backend for OracleBackend {
     ) {
         let clip = Clip { norm: clip.values[0], factor: clip.values[1], finite: clip.values[2] != 0.0 };
         let (params, m, v) = (&mut params.values, &mut m.values, &mut v.values);
-        super::adamw(hyper, grads.shape, decayed, clip, &grads.values, params, m, v);
+        super::adamw(hyper, grads.shape, (decayed.layer, decayed.shared), clip, &grads.values, params, m, v);
     }
 }

@@ -2,7 +2,7 @@
 
 use super::check::{Check, read_all, write_all};
 use crate::backend::{
-    AdamW, Backend, Clipping, DType, Mamba2Inputs, Mamba2Spec, Mamba2Weights, NormGroup, Sink, State,
+    AdamW, Backend, Clipping, DType, Decayed, Mamba2Inputs, Mamba2Spec, Mamba2Weights, NormGroup, Sink, State,
 };
 use crate::flat::{FlatShape, Row, Slot};
 
@@ -129,7 +129,8 @@ fn update<B: Backend>(backend: &B) -> Vec<f32> {
     });
     let clip = backend.clip(&grads, &backend.tensor(&[1.0], &[], F32), &Clipping::alone(0.5, 1.0));
     let hyper = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: 3 };
-    backend.adamw(&hyper, (70_000, 30_000), &clip, &grads, &mut params, &mut m, &mut v);
+    let decayed = Decayed { layer: 70_000, shared: 30_000, dealt: false };
+    backend.adamw(&hyper, decayed, &clip, &grads, &mut params, &mut m, &mut v);
     let mut values = backend.values(&clip);
     for buffer in [&params, &m, &v] {
         values.extend(read_all(backend, buffer, shape));

@@ -2,7 +2,7 @@
 
 use super::Report;
 use super::check::{Check, FP32, read_all, rounded, same_bits, widened, write_all};
-use crate::backend::{AdamW, Backend, Clipping, DType};
+use crate::backend::{AdamW, Backend, Clipping, DType, Decayed};
 use crate::flat::{FlatShape, Row, Slot};
 use crate::oracle::{self, Clip};
 
@@ -131,7 +131,8 @@ pub fn adamw<B: Backend>(backend: &B) -> Vec<Report> {
             write_all(backend, &mut buffer, SHAPE, values);
             buffer
         });
-        backend.adamw(&hyper, decayed, &clip, &grads_on, &mut params_on, &mut m_on, &mut v_on);
+        let first = Decayed { layer: decayed.0, shared: decayed.1, dealt: false };
+        backend.adamw(&hyper, first, &clip, &grads_on, &mut params_on, &mut m_on, &mut v_on);
         let [got_params, got_m, got_v] = [&params_on, &m_on, &v_on].map(|b| read_all(backend, b, SHAPE));
         check.holds("gradients unchanged", same_bits(&read_all(backend, &grads_on, SHAPE), &grads));
         if !finite {

@@ -46,11 +46,61 @@ pub(crate) enum Op {
     Compare(&'static str),
     /// `add` or `maximum` over axes; operands: array, first value.
     Reduce(&'static str, Vec<usize>),
+    /// What ranks do together.
+    Collective(Collective, Ranks),
     Tuple,
     /// Runs a computation on a tuple.
     Call(usize),
     /// Runs a computation on a tuple as long as its first element is below the number.
     While(usize, usize),
+}
+
+/// What ranks do together with an array of each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Collective {
+    /// `add` or `maximum` over the ranks.
+    AllReduce(&'static str),
+    /// One after the other along an axis.
+    AllGather(usize),
+    /// An equal part along an axis of their sum.
+    ReduceScatter(usize),
+}
+
+/// Which ranks work together. Rank r of a grid is number r mod tp of the tensor-parallel ranks that share its samples.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ranks {
+    /// So many tensor-parallel neighbours, the first of them at a multiple of that number.
+    Neighbours(usize),
+    /// Data-parallel ranks.
+    Dp,
+}
+
+/// The grid of ranks that run a module together.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Grid {
+    pub(crate) dp: usize,
+    pub(crate) tp: usize,
+}
+
+impl Grid {
+    /// How many ranks work together.
+    pub(crate) fn size(self, ranks: Ranks) -> usize {
+        match ranks {
+            Ranks::Neighbours(count) => count,
+            Ranks::Dp => self.dp,
+        }
+    }
+
+    /// Every group of such ranks, in rank order.
+    pub(crate) fn groups(self, ranks: Ranks) -> Vec<Vec<usize>> {
+        let all = self.dp * self.tp;
+        match ranks {
+            Ranks::Neighbours(count) => {
+                (0..all).step_by(count).map(|first| (first..first + count).collect()).collect()
+            }
+            Ranks::Dp => (0..self.tp).map(|tp| (tp..all).step_by(self.tp).collect()).collect(),
+        }
+    }
 }
 
 /// Shape of what an instruction gives.
@@ -104,20 +154,23 @@ pub(crate) struct Inner {
 }
 
 /// The graph under construction.
-pub(crate) struct Graph(Mutex<Inner>);
+pub(crate) struct Graph {
+    inner: Mutex<Inner>,
+    pub(crate) grid: Grid,
+}
 
 impl Graph {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(grid: Grid) -> Self {
         let inner = Inner {
             computations: vec![Computation::default()],
             names: vec![String::new()],
             ..Inner::default()
         };
-        Self(Mutex::new(inner))
+        Self { inner: Mutex::new(inner), grid }
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     /// Instructions from now on carry this name in their metadata.
@@ -395,6 +448,34 @@ impl<'g> Value<'g> {
         let whole = len / PART * PART;
         let parts = flat.slice(0, 0, whole).reshape(&[len / PART, PART]).sum(&[1]).sum_all();
         if whole == len { parts } else { parts + flat.slice(0, whole, len).sum(&[0]) }
+    }
+
+    /// What `ranks` make of their arrays together; a rank alone has its own.
+    pub(crate) fn over(self, what: Collective, ranks: Ranks) -> Self {
+        let (mut shape, size) = (self.shape(), self.graph.grid.size(ranks));
+        if size == 1 {
+            return self;
+        }
+        match what {
+            Collective::AllReduce(_) => assert!(shape.ty == Type::F32, "sums are in fp32"),
+            Collective::AllGather(axis) => shape.dims[axis] *= size,
+            Collective::ReduceScatter(axis) => {
+                assert!(shape.ty == Type::F32, "sums are in fp32");
+                assert!(shape.dims[axis].is_multiple_of(size), "axis {axis} of {shape:?} over {size} ranks");
+                shape.dims[axis] /= size;
+            }
+        }
+        self.array(Op::Collective(what, ranks), shape.ty, &shape.dims, vec![self.node])
+    }
+
+    /// Σ over `ranks`.
+    pub(crate) fn sum_over(self, ranks: Ranks) -> Self {
+        self.over(Collective::AllReduce("add"), ranks)
+    }
+
+    /// The largest of `ranks`.
+    pub(crate) fn max_over(self, ranks: Ranks) -> Self {
+        self.over(Collective::AllReduce("maximum"), ranks)
     }
 
     pub(crate) fn unary(self, opcode: &'static str) -> Self {

@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use prost::Message;
 
-use super::graph::{Computation, Inner, Kind, Node, Op};
+use super::graph::{Collective, Computation, Graph, Grid, Inner, Kind, Node, Op};
 use super::proto::{
     AliasEntryProto, DotDimensionNumbers, FrontendAttributes, HloComputationProto, HloInputOutputAliasProto,
     HloInstructionProto, HloModuleProto, LiteralProto, OpMetadata, PaddingConfig, PaddingConfigDimension,
-    ProgramShapeProto, ShapeProto, SliceDimensions,
+    ProgramShapeProto, ReplicaGroup, ShapeProto, SliceDimensions,
 };
 use super::shape::{Literal, Shape, Type, tuple_proto};
 
@@ -87,14 +87,25 @@ pub(crate) struct Output {
 
 const ALIAS: &str = ".must_alias_input";
 
-/// A module named `name` that gives `outputs`.
-pub(crate) fn emit(graph: &Inner, name: &str, outputs: &[Output]) -> Module {
-    Emitter { graph, ids: 0, computations: Vec::new(), reducers: BTreeMap::new(), called: HashMap::new() }
-        .module(name, outputs)
+/// A module named `name` that gives `outputs`; `in_place`: those that take over an input lie in its memory.
+pub(crate) fn emit(graph: &Graph, name: &str, outputs: &[Output], in_place: bool) -> Module {
+    let (grid, graph) = (graph.grid, &*graph.lock());
+    Emitter {
+        graph,
+        grid,
+        in_place,
+        ids: 0,
+        computations: Vec::new(),
+        reducers: BTreeMap::new(),
+        called: HashMap::new(),
+    }
+    .module(name, outputs)
 }
 
 struct Emitter<'g> {
     graph: &'g Inner,
+    grid: Grid,
+    in_place: bool,
     /// Ids given out so far: instructions and computations count together, from 1.
     ids: i64,
     computations: Vec<HloComputationProto>,
@@ -125,6 +136,14 @@ impl Kind {
     }
 }
 
+/// The shape of what an instruction gives that gives one array.
+fn array(kind: &Kind) -> &Shape {
+    match kind {
+        Kind::Array(shape) => shape,
+        Kind::Tuple(_) => panic!("a tuple is no array"),
+    }
+}
+
 fn whole(numbers: &[usize]) -> Vec<i64> {
     numbers.iter().map(|&n| n as i64).collect()
 }
@@ -151,7 +170,7 @@ impl Emitter<'_> {
         let inputs: Vec<Port> = leaves
             .iter()
             .map(|&leaf| {
-                let suffix = if aliased.contains(&leaf) { ALIAS } else { "" };
+                let suffix = if self.in_place && aliased.contains(&leaf) { ALIAS } else { "" };
                 let leaf = &graph.leaves[leaf];
                 Port { name: format!("{}{suffix}", leaf.name), shape: leaf.shape.clone() }
             })
@@ -171,6 +190,28 @@ impl Emitter<'_> {
                 ..HloInstructionProto::default()
             });
         }
+        let ports: Vec<Port> = outputs
+            .iter()
+            .map(|output| {
+                let shape = array(&entry.nodes[output.node as usize].kind);
+                let name = match output.alias {
+                    Some(leaf) if self.in_place => format!("{}{ALIAS}", graph.leaves[leaf].name),
+                    Some(leaf) => graph.leaves[leaf].name.clone(),
+                    None => output.name.clone(),
+                };
+                Port { name, shape: shape.clone() }
+            })
+            .collect();
+        // A parameter is never an output itself. Its copy comes before anything is written in its place.
+        let mut copies = HashMap::new();
+        for (number, (output, port)) in outputs.iter().zip(&ports).enumerate() {
+            if let Op::Leaf(leaf) = entry.nodes[output.node as usize].op {
+                let parameter = leaves.binary_search(&leaf).expect("collected above");
+                let parameter = body.instructions[parameter].id;
+                let copy = self.plain("copy", port.shape.proto(), vec![parameter], &mut body, &port.name);
+                copies.insert(number, copy);
+            }
+        }
         for (index, (node, _)) in entry.nodes.iter().zip(&needed).enumerate().filter(|(_, (_, n))| **n) {
             if let Op::Leaf(leaf) = node.op {
                 let number = leaves.binary_search(&leaf).expect("collected above");
@@ -179,28 +220,14 @@ impl Emitter<'_> {
                 self.instruction(node, index as u32, &mut body);
             }
         }
-        let ports: Vec<Port> = outputs
-            .iter()
-            .map(|output| {
-                let Kind::Array(shape) = &entry.nodes[output.node as usize].kind else {
-                    panic!("outputs are arrays")
-                };
-                let name = match output.alias {
-                    Some(leaf) => format!("{}{ALIAS}", graph.leaves[leaf].name),
-                    None => output.name.clone(),
-                };
-                Port { name, shape: shape.clone() }
-            })
-            .collect();
         let names: Vec<&str> = ports.iter().map(|p| p.name.as_str()).collect();
         let names = attribute("neff_output_names", names.join(","));
         let mut results = Vec::new();
         let mut taken = BTreeSet::new();
-        for (output, port) in outputs.iter().zip(&ports) {
-            // A parameter is never an output itself, nor is one value two outputs or a single output's own root.
-            let raw = matches!(entry.nodes[output.node as usize].op, Op::Leaf(_));
-            let mut id = body.ids[&output.node];
-            if raw || !taken.insert(id) || outputs.len() == 1 {
+        for (number, (output, port)) in outputs.iter().zip(&ports).enumerate() {
+            let mut id = copies.get(&number).copied().unwrap_or_else(|| body.ids[&output.node]);
+            // One value is not two outputs, nor a single output's own root.
+            if !taken.insert(id) || outputs.len() == 1 {
                 id = self.plain("copy", port.shape.proto(), vec![id], &mut body, &port.name);
             }
             results.push(id);
@@ -223,6 +250,7 @@ impl Emitter<'_> {
             .iter()
             .enumerate()
             .filter_map(|(index, output)| output.alias.map(|leaf| (position(leaf), index)))
+            .filter(|_| self.in_place)
             .collect();
         let entries = aliases.iter().map(|&(input, output)| AliasEntryProto {
             output_shape_index: if outputs.len() > 1 { vec![output as i64] } else { Vec::new() },
@@ -357,9 +385,11 @@ impl Emitter<'_> {
 
     fn instruction(&mut self, node: &Node, index: u32, body: &mut Body) {
         let called = match &node.op {
-            Op::Reduce(how, _) => {
-                let Kind::Array(shape) = &node.kind else { panic!("a reduction gives an array") };
-                vec![self.reducer(how, shape.ty)]
+            Op::Reduce(how, _) | Op::Collective(Collective::AllReduce(how), _) => {
+                vec![self.reducer(how, array(&node.kind).ty)]
+            }
+            Op::Collective(Collective::ReduceScatter(_), _) => {
+                vec![self.reducer("add", array(&node.kind).ty)]
             }
             Op::Call(callee) => vec![self.callee(*callee)],
             // XLA's order: body, condition.
@@ -380,8 +410,7 @@ impl Emitter<'_> {
         match &node.op {
             Op::Element(index) => out.tuple_index = *index as i64,
             Op::Constant(value) => {
-                let Kind::Array(shape) = &node.kind else { panic!("constants are scalars") };
-                out.literal = Some(literal(shape, *value));
+                out.literal = Some(literal(array(&node.kind), *value));
             }
             Op::Iota(axis) | Op::Concatenate(axis) => out.dimensions = vec![*axis as i64],
             Op::Broadcast(axes) | Op::Transpose(axes) | Op::Reduce(_, axes) => out.dimensions = whole(axes),
@@ -394,8 +423,7 @@ impl Emitter<'_> {
                 out.slice_dimensions = ranges.iter().map(slice).collect();
             }
             Op::DynamicSlice => {
-                let Kind::Array(shape) = &node.kind else { panic!("a slice is an array") };
-                out.dynamic_slice_sizes = whole(&shape.dims);
+                out.dynamic_slice_sizes = whole(&array(&node.kind).dims);
             }
             Op::Pad(padding) => {
                 let pad = |&(low, high): &(usize, usize)| PaddingConfigDimension {
@@ -412,6 +440,13 @@ impl Emitter<'_> {
                     lhs_batch_dimensions: whole(&axes.batch[0]),
                     rhs_batch_dimensions: whole(&axes.batch[1]),
                 });
+            }
+            Op::Collective(what, ranks) => {
+                if let Collective::AllGather(axis) | Collective::ReduceScatter(axis) = what {
+                    out.dimensions = vec![*axis as i64];
+                }
+                let groups = self.grid.groups(*ranks).into_iter();
+                out.replica_groups = groups.map(|g| ReplicaGroup { replica_ids: whole(&g) }).collect();
             }
             Op::Compare(direction) => out.comparison_direction = (*direction).to_owned(),
             _ => {}
@@ -447,6 +482,9 @@ fn opcode(op: &Op) -> &'static str {
         Op::Plain(opcode) => opcode,
         Op::Compare(_) => "compare",
         Op::Reduce(..) => "reduce",
+        Op::Collective(Collective::AllReduce(_), _) => "all-reduce",
+        Op::Collective(Collective::AllGather(_), _) => "all-gather",
+        Op::Collective(Collective::ReduceScatter(_), _) => "reduce-scatter",
         Op::Tuple => "tuple",
         Op::Call(_) => "call",
         Op::While(..) => "while",

@@ -40,6 +40,12 @@ fn list(numbers: &[i64]) -> String {
     numbers.iter().map(i64::to_string).collect::<Vec<_>>().join(",")
 }
 
+fn groups(i: &HloInstructionProto) -> String {
+    let groups: Vec<_> =
+        i.replica_groups.iter().map(|group| format!("{{{}}}", list(&group.replica_ids))).collect();
+    format!("{{{}}}", groups.join(","))
+}
+
 fn shape(shape: &ShapeProto) -> String {
     if shape.element_type == primitive::TUPLE {
         let parts: Vec<_> = shape.tuple_shapes.iter().map(self::shape).collect();
@@ -100,6 +106,20 @@ fn line(
         }
         ("reduce", [how]) => {
             let _ = write!(out, ", dimensions={{{}}}, to_apply=%{how}", list(&i.dimensions));
+        }
+        ("all-reduce", [how]) => {
+            let _ = write!(out, ", replica_groups={}, to_apply=%{how}", groups(i));
+        }
+        ("all-gather", _) => {
+            let _ = write!(out, ", replica_groups={}, dimensions={{{}}}", groups(i), list(&i.dimensions));
+        }
+        ("reduce-scatter", [how]) => {
+            let _ = write!(
+                out,
+                ", replica_groups={}, dimensions={{{}}}, to_apply=%{how}",
+                groups(i),
+                list(&i.dimensions)
+            );
         }
         ("call", [callee]) => {
             let _ = write!(out, ", to_apply=%{callee}");

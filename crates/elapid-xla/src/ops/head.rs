@@ -1,8 +1,9 @@
 //! `head_loss`: vocabulary projection and cross entropy in blocks of positions.
 
-use elapid_tensor::Sink;
+use elapid_tensor::{Group, Sink};
 
 use super::linear::{outer, product};
+use super::ranks::{first_token, of, own_tokens};
 use crate::backend::XlaBackend;
 use crate::hlo::Type;
 use crate::hlo::graph::{DotAxes, Value};
@@ -40,23 +41,27 @@ pub(crate) fn loss(
     let (shape, columns) = (x.dims(), weight.dims()[0]);
     let rows = labels.shape().elements();
     let (flat, labels) = (x.reshape(&[rows, shape[shape.len() - 1]]), labels.reshape(&[rows]));
+    let tp = of(backend, Group::Tp);
     let (mut losses, mut d_rows, mut d_sum) = (Vec::new(), Vec::new(), None::<Value<'_>>);
     for (from, to) in blocks(backend, rows, columns) {
         let (x, labels) = (flat.slice(0, from, to), labels.slice(0, from, to));
         let dims = [to - from, columns];
         let mut logits = product(x, weight); // [rows, V]
-        if vocab < columns {
+        if vocab < columns * backend.graph.grid.tp {
             // T11: what lies beyond the vocabulary is padding.
-            let is_token = backend.graph.iota(&dims, 1).compare_to("LT", vocab as f64);
+            let own = backend.graph.iota(&dims, 1);
+            let token = first_token(backend, columns, &dims).map_or(own, |first| own + first);
+            let is_token = token.compare_to("LT", vocab as f64);
             logits = is_token.select(logits, backend.graph.full(Type::F32, &dims, MASKED));
         }
-        let hot = one_hot(labels, columns);
+        let hot = one_hot(own_tokens(backend, labels, columns), columns);
         // An ignored label is negative and lights no column.
         let counts = labels.compare_to("GE", 0.0).to(Type::F32);
-        let top = logits.max(&[1]);
+        let top = logits.max(&[1]).max_over(tp);
         let e = (logits - top.expand(&dims, &[0])).exp();
         let sum = e.sum(&[1]);
         let picked = hot.select(logits, backend.graph.full(Type::F32, &dims, 0.0)).sum(&[1]);
+        let (sum, picked) = (sum.sum_over(tp), picked.sum_over(tp));
         losses.push((counts * (top + sum.unary("log")) - picked).sum(&[0]));
         if d_weight.is_some() {
             let share = (counts / sum).expand(&dims, &[0]);

@@ -5,4 +5,5 @@ pub(crate) mod head;
 pub(crate) mod linear;
 pub(crate) mod mamba2;
 pub(crate) mod norm;
+pub(crate) mod ranks;
 pub(crate) mod update;

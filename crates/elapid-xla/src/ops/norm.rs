@@ -4,25 +4,32 @@ use elapid_tensor::{DType, Sink};
 
 use crate::backend::XlaBackend;
 use crate::hlo::Type;
-use crate::hlo::graph::Value;
+use crate::hlo::graph::{Ranks, Value};
 use crate::tensor::XlaTensor;
 
-/// x / sqrt(mean(x²) + eps) over each `width` numbers of the last axis of `x` `[.., D]`, fp32, with its root: both
-/// `[.., D]`.
-pub(crate) fn unit(x: Value<'_>, width: usize, eps: f32) -> (Value<'_>, Value<'_>) {
-    let scale = (mean(x * x, width) + eps).unary("rsqrt");
+/// Over what a mean is taken: numbers of the last axis, and so many neighbouring ranks.
+#[derive(Clone, Copy)]
+pub(crate) struct Over {
+    pub(crate) width: usize,
+    pub(crate) ranks: usize,
+}
+
+/// x / sqrt(mean(x²) + eps) of `x` `[.., D]`, fp32, with its root: both `[.., D]`.
+pub(crate) fn unit(x: Value<'_>, over: Over, eps: f32) -> (Value<'_>, Value<'_>) {
+    let scale = (mean(x * x, over) + eps).unary("rsqrt");
     (x * scale, scale)
 }
 
-/// Mean over each `width` numbers of the last axis, repeated.
-fn mean(x: Value<'_>, width: usize) -> Value<'_> {
+/// The mean, repeated.
+fn mean(x: Value<'_>, Over { width, ranks }: Over) -> Value<'_> {
     let dims = x.dims();
     let last = dims.len() - 1;
     let mut parts = dims.clone();
     parts[last] /= width;
     parts.push(width);
     let axes: Vec<usize> = (0..=last).collect();
-    let mean = x.reshape(&parts).sum(&[last + 1]) * (1.0 / width as f32);
+    let sum = x.reshape(&parts).sum(&[last + 1]).sum_over(Ranks::Neighbours(ranks));
+    let mean = sum * (1.0 / (width * ranks) as f32);
     mean.expand(&parts, &axes).reshape(&dims)
 }
 
@@ -30,7 +37,7 @@ fn mean(x: Value<'_>, width: usize) -> Value<'_> {
 /// `weight` `[D]`.
 pub(crate) fn pull<'g>(
     (unit, scale): (Value<'g>, Value<'g>),
-    width: usize,
+    over: Over,
     weight: Value<'g>,
     dy: Value<'g>,
 ) -> (Value<'g>, Value<'g>) {
@@ -38,7 +45,7 @@ pub(crate) fn pull<'g>(
     let last = dims.len() - 1;
     let g = dy * weight.expand(&dims, &[last]);
     let rows: Vec<usize> = (0..last).collect();
-    (scale * (g - unit * mean(g * unit, width)), (dy * unit).sum(&rows))
+    (scale * (g - unit * mean(g * unit, over)), (dy * unit).sum(&rows))
 }
 
 pub(crate) fn forward(
@@ -51,7 +58,7 @@ pub(crate) fn forward(
     let x = backend.get(x).to(Type::F32);
     let dims = x.dims();
     let weight = backend.get(weight).to(Type::F32).expand(&dims, &[dims.len() - 1]);
-    let (unit, _) = unit(x, dims[dims.len() - 1], eps);
+    let (unit, _) = unit(x, Over { width: dims[dims.len() - 1], ranks: 1 }, eps);
     backend.keep((unit * weight).to(out.into()))
 }
 
@@ -65,8 +72,8 @@ pub(crate) fn adjoint(
 ) -> XlaTensor {
     let (x, weight, dy) = (backend.get(x), backend.get(weight), backend.get(dy));
     let wide = x.to(Type::F32);
-    let width = weight.dims()[0];
-    let (dx, dw) = pull(unit(wide, width, eps), width, weight.to(Type::F32), dy.to(Type::F32));
+    let over = Over { width: weight.dims()[0], ranks: 1 };
+    let (dx, dw) = pull(unit(wide, over, eps), over, weight.to(Type::F32), dy.to(Type::F32));
     backend.sink(d_weight.buffer, d_weight.slot, dw);
     backend.keep(dx.to(x.ty()))
 }

@@ -1,7 +1,8 @@
 //! Clipping and AdamW. Everything is elementwise over whole buffers, so that a compiler can work in place.
 
-use elapid_tensor::{AdamW, Clipping};
+use elapid_tensor::{AdamW, Clipping, Copies, Decayed, Group};
 
+use super::ranks;
 use crate::backend::XlaBackend;
 use crate::buffer::XlaBuffer;
 use crate::hlo::Type;
@@ -20,25 +21,32 @@ pub(crate) fn clip(
     loss: &XlaTensor,
     clipping: &Clipping<'_>,
 ) -> XlaTensor {
-    let Clipping { scale, max_norm, uncounted, .. } = *clipping;
-    assert!(uncounted.is_empty(), "a rank alone counts everything");
+    let Clipping { scale, max_norm, copies, over } = *clipping;
+    let dealt = over.contains(&Group::Dp);
     let graph = &backend.graph;
     let scale = backend.get(&backend.scalar_input("scale", scale));
-    let arrays: Vec<Value<'_>> = grads.arrays(backend).iter().flatten().map(|a| backend.get(a)).collect();
+    let arrays = grads.arrays(backend).map(|array| array.map(|array| backend.get(&array)));
+    let arrays: Vec<(Value<'_>, &[Copies])> =
+        arrays.into_iter().zip([copies.0, copies.1]).filter_map(|(a, copies)| Some((a?, copies))).collect();
     let largest = arrays
         .iter()
-        .map(|a| {
+        .map(|(a, _)| {
             let axes: Vec<usize> = (0..a.dims().len()).collect();
             a.unary("abs").max(&axes)
         })
         .reduce(|a, b| a.binary("maximum", b))
         .unwrap_or_else(|| graph.scalar(0.0));
+    let largest = over.iter().fold(largest, |largest, &group| largest.max_over(ranks::of(backend, group)));
     let inverse = graph.scalar(1.0) / largest.at_least(1e-30);
-    let squares = arrays.iter().map(|a| {
-        let part = *a * inverse.expand(&a.dims(), &[]);
-        (part * part).sum_all()
+    let squares = arrays.iter().map(|(a, copies)| {
+        let dims = a.dims();
+        let part = *a * inverse.expand(&dims, &[]);
+        let square = part * part;
+        let counted = counted(backend, copies, dims[dims.len() - 1], dealt);
+        counted.map_or(square, |counted| square * counted.expand(&dims, &[dims.len() - 1])).sum_all()
     });
     let squares = squares.reduce(|a, b| a + b).unwrap_or_else(|| graph.scalar(0.0));
+    let squares = over.iter().fold(squares, |sum, &group| sum.sum_over(ranks::of(backend, group)));
     let norm = squares.unary("sqrt") * largest * scale;
     let shrink = if max_norm > 0.0 {
         (graph.scalar(max_norm) / (norm + 1e-6)).at_most(1.0)
@@ -51,10 +59,23 @@ pub(crate) fn clip(
     backend.keep(graph.concatenate(&parts, 0))
 }
 
+/// 1 at the elements of a row, or of this rank's part of it, that this rank counts, 0 at those of which a rank before it
+/// has a copy (trap T21); None: it counts all.
+fn counted<'g>(backend: &'g XlaBackend, copies: &[Copies], len: usize, dealt: bool) -> Option<Value<'g>> {
+    let places = ranks::places(backend, len, dealt);
+    let at = |direction, place: usize| places.compare_to(direction, place as f64);
+    let not_counted = copies.iter().map(|Copies { range, ranks }| {
+        let later = ranks::is_first(backend, *ranks).unary("not").expand(&[len], &[]);
+        at("GE", range.start).binary("and", at("LT", range.end)).binary("and", later)
+    });
+    let none = not_counted.reduce(|a, b| a.binary("or", b))?;
+    Some(none.unary("not").to(Type::F32))
+}
+
 pub(crate) fn adamw(
     backend: &XlaBackend,
     hyper: &AdamW,
-    decayed: (usize, usize),
+    decayed: Decayed,
     clip: &XlaTensor,
     grads: &XlaBuffer,
     params: &mut XlaBuffer,
@@ -70,7 +91,7 @@ pub(crate) fn adamw(
 
     let sides = [grads, &*params, &*m, &*v].map(|b| b.arrays(backend));
     let mut results: [Vec<Option<XlaTensor>>; 3] = Default::default();
-    for (part, decayed) in [decayed.0, decayed.1].into_iter().enumerate() {
+    for (part, end) in [decayed.layer, decayed.shared].into_iter().enumerate() {
         let [Some(g), Some(p), Some(m), Some(v)] = sides.each_ref().map(|side| side[part].as_ref()) else {
             results.iter_mut().for_each(|r| r.push(None));
             continue;
@@ -83,7 +104,7 @@ pub(crate) fn adamw(
         let new_v = v * hyper.beta2 + g * g * (1.0 - hyper.beta2);
         let root = new_v.unary("sqrt") / all(bias2_root) + hyper.eps;
         let step = all(lr) * (new_m / all(bias1)) / root;
-        let kept = p * decay(keep, decayed, &dims);
+        let kept = p * decay(backend, keep, end, decayed.dealt, &dims);
         for (result, (new, old)) in results.iter_mut().zip([(kept - step, p), (new_m, m), (new_v, v)]) {
             result.push(Some(backend.keep(finite.choose(new, old))));
         }
@@ -94,10 +115,16 @@ pub(crate) fn adamw(
     }
 }
 
-/// `keep` at the first `decayed` elements of each row, 1 at the others.
-fn decay<'g>(keep: Value<'g>, decayed: usize, dims: &[usize]) -> Value<'g> {
+/// `keep` at the first `decayed` elements of each whole row, 1 at the others.
+fn decay<'g>(
+    backend: &'g XlaBackend,
+    keep: Value<'g>,
+    decayed: usize,
+    dealt: bool,
+    dims: &[usize],
+) -> Value<'g> {
     let row = [dims[dims.len() - 1]];
-    let is_decayed = keep.graph.iota(&row, 0).compare_to("LT", decayed as f64);
+    let is_decayed = ranks::places(backend, row[0], dealt).compare_to("LT", decayed as f64);
     let rates = is_decayed.select(keep.expand(&row, &[]), keep.graph.full(Type::F32, &row, 1.0));
     rates.expand(dims, &[dims.len() - 1])
 }

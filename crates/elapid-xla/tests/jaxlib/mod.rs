@@ -79,15 +79,17 @@ fn number(from: &mut impl Read) -> std::io::Result<u32> {
     Ok(u32::from_le_bytes(bytes))
 }
 
-impl Executor for Jaxlib {
-    fn run(&self, module: &Module, inputs: &[Literal]) -> Result<Vec<Literal>, String> {
-        let bytes = module.to_bytes();
-        let outputs = self.ask(|to| {
-            to.write_all(&(bytes.len() as u32).to_le_bytes())?;
-            to.write_all(&bytes)?;
-            to.write_all(&(inputs.len() as u32).to_le_bytes())?;
-            for (input, port) in inputs.iter().zip(&module.inputs) {
-                let dtype = match input {
+impl Jaxlib {
+    /// What a module gives to ranks that run it together: the outputs of each for its inputs.
+    pub(crate) fn run_on_ranks(
+        &self,
+        module: &Module,
+        inputs: &[Vec<Literal>],
+    ) -> Result<Vec<Vec<Literal>>, String> {
+        let outputs = self.send(module, inputs.len(), |to| {
+            to.write_all(&(module.inputs.len() as u32).to_le_bytes())?;
+            for (i, port) in module.inputs.iter().enumerate() {
+                let dtype = match inputs[0][i] {
                     Literal::F32(_) => 0,
                     Literal::Bf16(_) => 1,
                     Literal::S32(_) => 2,
@@ -96,12 +98,43 @@ impl Executor for Jaxlib {
                 for &extent in &port.shape.dims {
                     to.write_all(&(extent as u32).to_le_bytes())?;
                 }
-                to.write_all(&input.to_bytes())?;
+                inputs.iter().try_for_each(|inputs| to.write_all(&inputs[i].to_bytes()))?;
             }
             Ok(())
         })?;
         let types: Vec<Type> = module.outputs.iter().map(|port| port.shape.ty).collect();
-        Ok(outputs.iter().zip(types).map(|(data, ty)| Literal::from_bytes(ty, data)).collect())
+        let of_rank = |outputs: &[Vec<u8>]| {
+            outputs.iter().zip(&types).map(|(data, &ty)| Literal::from_bytes(ty, data)).collect()
+        };
+        Ok(outputs.chunks_exact(types.len()).map(of_rank).collect())
+    }
+
+    /// Whether XLA takes and compiles the module, for so many ranks.
+    #[allow(dead_code)] // not every test that includes this file asks
+    pub(crate) fn compile(&self, module: &Module, ranks: usize) -> Result<(), String> {
+        self.send(module, ranks, |to| to.write_all(&u32::MAX.to_le_bytes())).map(|_| ())
+    }
+
+    fn send(
+        &self,
+        module: &Module,
+        ranks: usize,
+        inputs: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
+    ) -> Result<Vec<Vec<u8>>, String> {
+        let bytes = module.to_bytes();
+        self.ask(|to| {
+            to.write_all(&(bytes.len() as u32).to_le_bytes())?;
+            to.write_all(&bytes)?;
+            to.write_all(&(ranks as u32).to_le_bytes())?;
+            inputs(to)
+        })
+    }
+}
+
+impl Executor for Jaxlib {
+    fn run(&self, module: &Module, inputs: &[Literal]) -> Result<Vec<Literal>, String> {
+        let outputs = self.run_on_ranks(module, &[inputs.to_vec()])?;
+        Ok(outputs.into_iter().next().expect("one rank"))
     }
 }
 

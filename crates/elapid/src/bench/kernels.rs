@@ -4,7 +4,8 @@ use std::time::Instant;
 
 use elapid_tensor::suite::Finding;
 use elapid_tensor::{
-    AdamW, Backend, Checkpointing, Clipping, DType, Mamba2Inputs, Mamba2Sinks, Mamba2Weights, Sink, Slot,
+    AdamW, Backend, Checkpointing, Clipping, DType, Decayed, Mamba2Inputs, Mamba2Sinks, Mamba2Weights, Sink,
+    Slot,
 };
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -146,7 +147,9 @@ fn update(layout: &Layout, rows: &mut Rows<'_>) {
     let hyper = AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: 1 };
     let clip = timed.clip(&grads, &loss, &Clipping::alone(1.0, 1.0));
     rows.run("adamw", &shape, || {
-        timed.adamw(&hyper, layout.decayed, &clip, &grads, &mut params, &mut m, &mut v);
+        let (layer, shared) = layout.decayed;
+        let decayed = Decayed { layer, shared, dealt: false };
+        timed.adamw(&hyper, decayed, &clip, &grads, &mut params, &mut m, &mut v);
     });
 }
 

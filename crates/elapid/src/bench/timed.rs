@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use elapid_cpu::{Buffer, CpuBackend, Pending, Tensor};
 use elapid_tensor::{
-    AdamW, Backend, Clipping, DType, FlatShape, Group, Mamba2Grads, Mamba2Inputs, Mamba2Output, Mamba2Sinks,
-    Mamba2Spec, Mamba2Weights, Row, Sink, Slot, State,
+    AdamW, Backend, Clipping, DType, Decayed, FlatShape, Group, Mamba2Grads, Mamba2Inputs, Mamba2Output,
+    Mamba2Sinks, Mamba2Spec, Mamba2Weights, Row, Sink, Slot, State,
 };
 
 /// What is between ranks and computes nothing: a collective that the rank takes part in, a row handed to the thread that
@@ -368,7 +368,7 @@ impl Backend for Timed {
     fn adamw(
         &self,
         hyper: &AdamW,
-        decayed: (usize, usize),
+        decayed: Decayed,
         clip: &Tensor,
         grads: &Buffer,
         params: &mut Buffer,

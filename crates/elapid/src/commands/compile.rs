@@ -1,11 +1,12 @@
 //! `elapid compile`.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 use elapid_tensor::AdamW;
-use elapid_xla::{Estimate, LoopKind, Module, Options, Port, Type, estimate, lint};
+use elapid_xla::{LoopKind, Module, Options, Port, Type, estimate, lint};
 use serde_json::{Value, json};
 
 use super::print_line;
@@ -13,6 +14,8 @@ use crate::Error;
 use crate::config::ModelConfig;
 use crate::config::run::{ActivationCheckpointing, Dtype, at_least_one, check, resolve_model};
 use crate::error::say;
+use crate::model::shard::check_ranks;
+use crate::parallel::Mesh;
 use crate::record::Recording;
 use crate::train::memory::bytes;
 
@@ -96,6 +99,12 @@ pub(super) struct CompileArgs {
     /// Batches say where documents begin
     #[arg(long)]
     documents: bool,
+    /// States pass from micro-step to micro-step, as far as documents go on
+    #[arg(long)]
+    carry_state: bool,
+    /// Write what is updated beside what was there instead of in its place
+    #[arg(long)]
+    not_in_place: bool,
     /// Compute dtype
     #[arg(long, value_enum, default_value = "float32")]
     dtype: Dtype,
@@ -123,16 +132,20 @@ pub(super) struct CompileArgs {
     /// How layers are written
     #[arg(long, value_enum, default_value = "call")]
     layer_loop: LayerLoop,
-    /// Tensor-parallel ranks; only 1 so far
+    /// Cut the micro-step into modules of so many groups of layers, forward and backward [default: as few as keep to the
+    /// instructions of a module]
+    #[arg(long, value_name = "N")]
+    layer_groups: Option<usize>,
+    /// Tensor-parallel ranks
     #[arg(long, value_name = "N", default_value_t = 1)]
     tp: usize,
-    /// Data-parallel ranks; only 1 so far
+    /// Data-parallel ranks
     #[arg(long, value_name = "N", default_value_t = 1)]
     dp: usize,
-    /// Not yet: needs --dp
-    #[arg(long)]
+    /// Each data-parallel rank keeps its part of the fp32 masters and moments only (ZeRO stage 1)
+    #[arg(long = "use-zero-1")]
     use_zero_1: bool,
-    /// Not yet: needs --tp
+    /// Cut the residual stream along the sequence, between tensor-parallel ranks
     #[arg(long)]
     sequence_parallel_enabled: bool,
 }
@@ -159,18 +172,32 @@ impl CompileArgs {
         }
         let eps = f64::from(self.eps);
         check("--eps", eps, eps > 0.0 && eps.is_finite(), "it must be a finite number above 0")?;
-        for (flag, given) in [
-            (format!("--tp {}", self.tp), self.tp != 1),
-            (format!("--dp {}", self.dp), self.dp != 1),
-            ("--use-zero-1".into(), self.use_zero_1),
-            ("--sequence-parallel-enabled".into(), self.sequence_parallel_enabled),
-        ] {
-            if given {
-                return Err(Error::new(format!("{flag}: modules for several ranks cannot be written yet"))
-                    .with_hint("leave it out: the modules are for one core"));
-            }
-        }
+        Mesh::new(self.tp, Some(self.dp), None)?;
         Ok(())
+    }
+
+    /// The micro-step, in as many modules as it takes.
+    fn micro_steps(&self, recording: &Recording<'_>) -> Result<Vec<Module>, Error> {
+        let layers = recording.config.num_hidden_layers;
+        if let Some(groups) = self.layer_groups {
+            let good = (1..=layers.max(1)).contains(&groups);
+            check("--layer-groups", groups as f64, good, &format!("the model has {layers} layers"))?;
+            if groups > 1 && self.carry_state {
+                return Err(Error::new(format!("--layer-groups {groups} with --carry-state"))
+                    .with_hint("states are carried through the whole model: leave one of the two out"));
+            }
+            return Ok(recording.micro_steps(groups));
+        }
+        let fits = |module: &Module| estimate(&module.proto).work.instructions <= MAX_INSTRUCTIONS;
+        let most = if self.carry_state { 1 } else { layers };
+        let mut modules = recording.micro_steps(1);
+        // Twice as many groups halve what is too large.
+        let mut groups = 2;
+        while groups <= most && !modules.iter().all(fits) {
+            modules = recording.micro_steps(groups);
+            groups *= 2;
+        }
+        Ok(modules)
     }
 
     fn recording<'c>(&self, config: &'c ModelConfig) -> Recording<'c> {
@@ -185,6 +212,7 @@ impl CompileArgs {
             batch: self.batch,
             length: self.seq_len,
             documents: self.documents,
+            carried: self.carry_state,
             checkpointing: self.activation_checkpointing.into(),
             // Rate and step are inputs of the module.
             hyper: AdamW {
@@ -196,7 +224,15 @@ impl CompileArgs {
                 step: 1,
             },
             max_norm: self.max_grad_norm,
-            options: Options { layers, ..Options::default() },
+            sequence_parallel: self.sequence_parallel_enabled,
+            zero1: self.use_zero_1,
+            options: Options {
+                layers,
+                in_place: !self.not_in_place,
+                dp: self.dp,
+                tp: self.tp,
+                ..Options::default()
+            },
         }
     }
 }
@@ -210,6 +246,7 @@ pub(super) fn run(args: &CompileArgs) -> Result<(), Error> {
         args.n_groups,
         args.rmsnorm_across_groups,
     )?;
+    check_ranks(&config, args.tp)?;
     fs::create_dir_all(&args.output_dir).map_err(|cause| Error::io("make", &args.output_dir, &cause))?;
     // A manifest stands for a whole set of modules: the old one goes first, the new one comes last.
     let manifest = args.output_dir.join("manifest.json");
@@ -217,11 +254,14 @@ pub(super) fn run(args: &CompileArgs) -> Result<(), Error> {
         fs::remove_file(&manifest).map_err(|cause| Error::io("replace", &manifest, &cause))?;
     }
     let recording = args.recording(&config);
-    let recorders: [fn(&Recording<'_>) -> Module; 4] =
-        [|r| r.micro_step(), |r| r.update(), |r| r.eval(), |r| r.decode()];
+    let mut modules = args.micro_steps(&recording)?;
+    let steps: Vec<String> = modules.iter().map(|module| module.proto.name.clone()).collect();
+    modules.extend([recording.update(), recording.eval()]);
+    // What training holds on the device from step to step, whatever runs; decoding is for itself.
+    let held = held(&modules);
+    modules.push(recording.decode());
     let (mut entries, mut commands) = (Vec::new(), Vec::new());
-    for record in recorders {
-        let module = record(&recording);
+    for module in &modules {
         let name = module.proto.name.clone();
         let broken = lint(&module.proto);
         if let Some(first) = broken.first() {
@@ -229,17 +269,19 @@ pub(super) fn run(args: &CompileArgs) -> Result<(), Error> {
                 .with_hint("this is a fault of elapid; please report the command line"));
         }
         let needs = estimate(&module.proto);
-        warn(args.target, &name, needs);
+        let own = if name == "decode" { needs.arguments } else { held };
+        let memory = own + needs.outputs + needs.temporaries_at_most;
+        warn(args.target, &name, memory, needs.work.instructions);
         let contents = module.to_bytes();
         let file = format!("{name}.hlo.pb");
         put(&args.output_dir.join(&file), &contents)?;
         put(&args.output_dir.join(format!("{name}.txt")), module.to_text().as_bytes())?;
         print_line(&format!(
-            "{name:<11} {:>6} instructions in {file} ({}); on the device about {} of memory, {} instructions",
+            "{name:<12} {:>6} instructions in {file} ({}); on the device about {} of memory, {} instructions",
             module.instructions(),
             bytes(contents.len() as u64),
-            bytes(needs.memory()),
-            needs.instructions
+            bytes(memory),
+            needs.work.instructions
         ))?;
         let command = neuronx_cc(args.target, &name);
         entries.push(json!({
@@ -252,32 +294,42 @@ pub(super) fn run(args: &CompileArgs) -> Result<(), Error> {
             "instructions": module.instructions(),
             "estimate": {
                 "arguments": needs.arguments, "outputs": needs.outputs, "temporaries": needs.temporaries,
-                "memory": needs.memory(), "memory_of_target": args.target.memory(),
-                "device_instructions": needs.instructions, "most_device_instructions": MAX_INSTRUCTIONS,
+                "temporaries_at_most": needs.temporaries_at_most,
+                "memory": memory, "memory_of_target": args.target.memory(),
+                "device_instructions": needs.work.instructions, "most_device_instructions": MAX_INSTRUCTIONS,
+                "flops": needs.work.flops,
+                "collectives": needs.work.collectives, "bytes_sent": needs.work.sent,
             },
             "compile": command,
         }));
         commands.push(command);
     }
-    let text = manifest_text(args, &model, &config, entries)?;
+    let text = manifest_text(args, &model, &config, held, &steps, entries)?;
     put(&manifest, text.as_bytes())?;
     print_line(&how_to_go_on(args, &commands))
 }
 
+/// Bytes of all inputs of these modules together, each name once: what a rank keeps on its device.
+fn held(modules: &[Module]) -> u64 {
+    let ports = modules.iter().flat_map(|module| &module.inputs);
+    let sizes: BTreeMap<&str, usize> =
+        ports.map(|port| (port.name.trim_end_matches(".must_alias_input"), port.shape.bytes())).collect();
+    sizes.into_values().sum::<usize>() as u64
+}
+
 /// Says where a module is too large for a core.
-fn warn(target: Target, name: &str, needs: Estimate) {
+fn warn(target: Target, name: &str, memory: u64, instructions: u64) {
     let name_of_target = target.name();
-    if needs.memory() > target.memory() {
+    if memory > target.memory() {
         say(format_args!(
             "warning: {name} needs about {} of device memory; a core of {name_of_target} has {}",
-            bytes(needs.memory()),
+            bytes(memory),
             bytes(target.memory())
         ));
     }
-    if needs.instructions > MAX_INSTRUCTIONS {
+    if instructions > MAX_INSTRUCTIONS {
         say(format_args!(
-            "warning: {name} may become {} instructions; the compiler takes {MAX_INSTRUCTIONS}",
-            needs.instructions
+            "warning: {name} may become {instructions} instructions; the compiler takes {MAX_INSTRUCTIONS}"
         ));
     }
 }
@@ -296,6 +348,8 @@ fn manifest_text(
     args: &CompileArgs,
     model: &str,
     config: &ModelConfig,
+    held: u64,
+    steps: &[String],
     modules: Vec<Value>,
 ) -> Result<String, Error> {
     let config: Value = serde_json::from_str(&config.to_json())
@@ -309,8 +363,17 @@ fn manifest_text(
         "batch": args.batch,
         "seq_len": args.seq_len,
         "documents": args.documents,
+        "carried": args.carry_state,
+        "in_place": !args.not_in_place,
         "tp": args.tp,
         "dp": args.dp,
+        "zero1": args.use_zero_1,
+        "sequence_parallel": args.sequence_parallel_enabled,
+        "held": held,
+        "micro_step": steps,
+        "rank_inputs": {
+            "rank": "[data-parallel rank, tensor-parallel rank]; rank r of a run is r / tp and r mod tp of the two",
+        },
         "step_inputs": {
             "scale": "1 / number of labels that count since the last update",
             "lr": "learning rate of the step",

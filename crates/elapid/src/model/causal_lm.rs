@@ -183,7 +183,7 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
         let Some(Zero1 { ends }) = &mut self.zero1 else {
             return backend.cast_buffer(&self.masters, compute);
         };
-        for row in self.layout.flat.rows() {
+        for row in backend.every_row(self.layout.flat) {
             backend.all_gather_row(&self.masters, row, compute, Group::Dp);
             if let Some(ends) = ends {
                 backend.all_gather_row(&self.masters, row, ends, Group::Dp);
@@ -193,7 +193,7 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
 
     /// The same model of which this rank keeps its shard of the masters only, one of as many as there are data-parallel
     /// ranks, beside all parameters in compute dtype (ZeRO stage 1). A rank alone keeps everything.
-    pub fn with_zero1(mut self, backend: &B) -> Self {
+    pub fn with_zero1(self, backend: &B) -> Self {
         let flat = self.layout.flat;
         let (ranks, rank) = (backend.group_size(Group::Dp), backend.group_rank(Group::Dp));
         if ranks == 1 {
@@ -205,6 +205,24 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
             let values = self.parameter(backend, &whole);
             backend.write_slot(&mut shard, &Slot { offset: 0, ..whole }, &values);
         }
+        let mut model = self.keeping(backend, shard);
+        model.refresh(backend);
+        model
+    }
+
+    /// [`Self::with_zero1`] of a model whose parameters are still to come: nothing is read or gathered.
+    pub fn with_empty_zero1(self, backend: &B) -> Self {
+        let ranks = backend.group_size(Group::Dp);
+        if ranks == 1 {
+            return self;
+        }
+        let shard = backend.buffer(self.layout.flat.shard(ranks), DType::F32);
+        self.keeping(backend, shard)
+    }
+
+    /// The same model with `shard` for its masters; what it had becomes the compute copy where there is none.
+    fn keeping(mut self, backend: &B, shard: B::Buffer) -> Self {
+        let flat = self.layout.flat;
         let whole = std::mem::replace(&mut self.masters, shard);
         let ends = self.compute.is_some().then(|| {
             let (row, shared) = self.layout.decayed;
@@ -213,7 +231,6 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
         });
         self.compute.get_or_insert(whole);
         self.zero1 = Some(Zero1 { ends });
-        self.refresh(backend);
         self
     }
 
@@ -263,9 +280,20 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
         &self.masters
     }
 
-    /// The bf16 copy; None where the model computes in fp32.
+    /// The copy in compute dtype; None where whole fp32 masters are that.
     pub fn compute(&self) -> Option<&B::Buffer> {
         self.compute.as_ref()
+    }
+
+    /// With ZeRO-1, in a model that computes in bf16: whole rows' ends, fp32.
+    pub fn ends(&self) -> Option<&B::Buffer> {
+        self.zero1.as_ref()?.ends.as_ref()
+    }
+
+    /// Masters, compute copy and [`Self::ends`], as far as they are there.
+    pub fn buffers_mut(&mut self) -> [Option<&mut B::Buffer>; 3] {
+        let ends = self.zero1.as_mut().and_then(|zero1| zero1.ends.as_mut());
+        [Some(&mut self.masters), self.compute.as_mut(), ends]
     }
 
     /// The fp32 masters. After a change, [`Self::refresh`] is due.
@@ -334,31 +362,41 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
         self.weight(backend, shared.head.unwrap_or(shared.embedding))
     }
 
-    /// Token ids `[B, L]` → hidden states after the final norm `[B, L, D]`. `documents` `[B, L]` marks documents (see
-    /// [`elapid_tensor::Mamba2Inputs`]); `states` carries each layer's state from call to call (empty: from the start),
-    /// without a gradient.
-    pub fn hidden<'a>(
+    /// Element type of the residual stream.
+    pub fn residual(&self) -> DType {
+        if self.config.residual_in_fp32 { DType::F32 } else { self.dtype }
+    }
+
+    fn span(&self, length: usize) -> Span {
+        Span { sequence_parallel: self.sequence_parallel, length }
+    }
+
+    /// Token ids `[B, L]` → the residual stream before the first block, as far as it is this rank's: `[B, L, D]`, or with
+    /// sequence parallelism `[B, ⌈L / tp⌉, D]`.
+    pub fn embed(&self, tape: &mut Tape<'_, B>, ids: &B::Tensor) -> Var<B::Tensor> {
+        let backend = tape.backend();
+        let table = self.weight(backend, self.layout.shared().embedding);
+        let x = tape.embedding(&table, ids, self.residual());
+        self.span(backend.shape(ids)[1]).leave(tape, &x)
+    }
+
+    /// The residual stream of L = `length` positions after all blocks; `documents` and `states` as in [`Self::hidden`].
+    pub fn blocks<'a>(
         &self,
         tape: &mut Tape<'a, B>,
-        ids: &B::Tensor,
+        x: Var<B::Tensor>,
+        length: usize,
         documents: Option<&B::Tensor>,
         states: Option<&mut Vec<State<B::Tensor>>>,
         checkpointing: Checkpointing,
     ) -> Var<B::Tensor> {
         let backend = tape.backend();
-        let eps = self.config.layer_norm_epsilon as f32;
-        let compute = self.dtype;
-        let residual = if self.config.residual_in_fp32 { DType::F32 } else { compute };
-        let shared = self.layout.shared();
+        let (eps, compute) = (self.config.layer_norm_epsilon as f32, self.dtype);
         let layers = self.layout.flat.layers;
         let blocks: Vec<_> = (0..layers).map(|layer| self.block(backend, layer)).collect();
-        let spec = self.layout.spec;
-        let span = Span { sequence_parallel: self.sequence_parallel, length: backend.shape(ids)[1] };
+        let (spec, span) = (self.layout.spec, self.span(length));
         let documents = documents.cloned();
-
-        let x = tape.embedding(&self.weight(backend, shared.embedding), ids, residual);
-        let x = span.leave(tape, &x);
-        let x = tape.layers(
+        tape.layers(
             layers,
             x,
             states,
@@ -382,9 +420,38 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
                 }
                 (out, State { conv: after.conv.value, ssm: after.ssm.value })
             }),
-        );
-        let x = tape.rms_norm(&x, &self.fp32(backend, shared.norm_f), eps, compute);
-        span.enter(tape, &x)
+        )
+    }
+
+    /// The residual stream of L = `length` positions → hidden states after the final norm `[B, L, D]`.
+    fn normed(&self, tape: &mut Tape<'_, B>, x: &Var<B::Tensor>, length: usize) -> Var<B::Tensor> {
+        let norm = self.fp32(tape.backend(), self.layout.shared().norm_f);
+        let x = tape.rms_norm(x, &norm, self.config.layer_norm_epsilon as f32, self.dtype);
+        self.span(length).enter(tape, &x)
+    }
+
+    /// Token ids `[B, L]` → hidden states after the final norm `[B, L, D]`. `documents` `[B, L]` marks documents (see
+    /// [`elapid_tensor::Mamba2Inputs`]); `states` carries each layer's state from call to call (empty: from the start),
+    /// without a gradient.
+    pub fn hidden(
+        &self,
+        tape: &mut Tape<'_, B>,
+        ids: &B::Tensor,
+        documents: Option<&B::Tensor>,
+        states: Option<&mut Vec<State<B::Tensor>>>,
+        checkpointing: Checkpointing,
+    ) -> Var<B::Tensor> {
+        let length = tape.backend().shape(ids)[1];
+        let x = self.embed(tape, ids);
+        let x = self.blocks(tape, x, length, documents, states, checkpointing);
+        self.normed(tape, &x, length)
+    }
+
+    /// Sum of token losses from the residual stream after all blocks, as [`Self::loss`].
+    pub fn stream_loss(&self, tape: &mut Tape<'_, B>, x: &Var<B::Tensor>, labels: &B::Tensor) -> B::Tensor {
+        let hidden = self.normed(tape, x, tape.backend().shape(labels)[1]);
+        let head = self.head(tape.backend());
+        tape.head_loss(&hidden, &head, labels, self.config.vocab_size)
     }
 
     /// Sum of token losses of `ids` `[B, L]` against `labels` `[B, L]`, where the label of a position is the token

@@ -4,7 +4,7 @@ use std::fmt;
 
 use std::ops::Range;
 
-use elapid_tensor::{FlatShape, Mamba2Spec, NormGroup, Row, Slot};
+use elapid_tensor::{Copies, FlatShape, Mamba2Spec, NormGroup, Row, Slot};
 
 use super::shard::Share;
 use super::table::table;
@@ -49,15 +49,6 @@ pub struct Replica {
     pub copies: usize,
     /// Each rank has a part of its gradient, so these must be summed (trap T12). Else they are the same already.
     pub partial: bool,
-}
-
-/// What an update must know of its rows, or of equal parts of them.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Part {
-    /// Weight decay applies to the first elements of each row: (of a layer row, of the shared region).
-    pub decayed: (usize, usize),
-    /// Elements of the buffer that another rank counts in a norm, in order.
-    pub uncounted: Vec<Range<usize>>,
 }
 
 /// Where a layer's parameters lie.
@@ -162,7 +153,9 @@ impl Layout {
         let (start, end) = (slot.offset, slot.offset + slot.len());
         let mut at = start;
         let mut counted = Vec::new();
-        for gap in self.uncounted(slot.row).chain(std::iter::once(end..end)) {
+        let replicas = self.replicas(slot.row, false).into_iter();
+        let uncounted = replicas.filter(|replica| !self.share.rank.is_multiple_of(replica.copies));
+        for gap in uncounted.map(|replica| replica.range).chain([end..end]) {
             let stretch = at..gap.start.clamp(at, end);
             at = gap.end.clamp(at, end);
             let whole = Slot { row: slot.row, offset: stretch.start, shape: vec![stretch.len()] };
@@ -173,27 +166,14 @@ impl Layout {
         counted
     }
 
-    /// What one of `ranks` equal parts of every row is to the update.
-    pub fn part(&self, ranks: usize, rank: usize) -> Part {
-        let flat = self.flat.shard(ranks);
-        // Elements of a row before `end` that lie in the part, and a range as the part counts it.
-        let before = |end: usize, len: usize| end.saturating_sub(rank * len).min(len);
-        let decayed = (before(self.decayed.0, flat.row), before(self.decayed.1, flat.shared));
-        let uncounted = self.flat.rows().flat_map(|row| {
-            let (len, start) = (flat.whole(row).len(), flat.start(row));
-            self.uncounted(row)
-                .map(move |range| start + before(range.start, len)..start + before(range.end, len))
-        });
-        Part { decayed, uncounted: uncounted.filter(|range| !range.is_empty()).collect() }
-    }
-
-    /// Ranges of a row that a tensor-parallel rank before this one holds, too: a norm over all ranks leaves them out
+    /// What tensor-parallel ranks hold in copies, of (a layer row, the shared region): a norm over all ranks counts it once
     /// (trap T21).
-    fn uncounted(&self, row: Row) -> impl Iterator<Item = Range<usize>> {
-        let replicas = self.replicas(row, false).into_iter();
-        replicas
-            .filter(|replica| !self.share.rank.is_multiple_of(replica.copies))
-            .map(|replica| replica.range)
+    pub fn copies(&self) -> (Vec<Copies>, Vec<Copies>) {
+        let of_row = |row| {
+            let replicas = self.replicas(row, false).into_iter();
+            replicas.map(|replica| Copies { range: replica.range, ranks: replica.copies }).collect()
+        };
+        (if self.flat.layers == 0 { Vec::new() } else { of_row(Row::Layer(0)) }, of_row(Row::Shared))
     }
 
     fn row(&self, row: Row) -> &[Placed] {

@@ -2,7 +2,9 @@
 
 use std::collections::VecDeque;
 
-use elapid_tensor::{AdamW, Backend, Checkpointing, Clipping, DType, Group, Row, Slot, State, Tape, Watch};
+use elapid_tensor::{
+    AdamW, Backend, Checkpointing, Clipping, DType, Decayed, Group, Row, Slot, State, Tape, Watch,
+};
 
 use super::Batch;
 use crate::model::{Layout, Mamba2ForCausalLM};
@@ -191,11 +193,15 @@ impl<'b, B: Backend> Trainer<'b, B> {
     /// does. All ranks call this together.
     pub fn sum_gradients(&mut self) {
         let Self { backend, model, grads, shard, summed, .. } = self;
-        for row in model.layout().flat.rows().filter(|row| !summed.contains(row)).collect::<Vec<_>>() {
+        let flat = model.layout().flat;
+        for row in backend.every_row(flat) {
+            if summed.contains(&row) {
+                continue;
+            }
             model.sum_replicas(backend, grads, row);
             match shard {
                 Some(shard) => backend.reduce_scatter_row(grads, row, shard, Group::Dp),
-                None => backend.all_reduce_slot(grads, &model.layout().flat.whole(row), Group::Dp),
+                None => backend.all_reduce_slot(grads, &flat.whole(row), Group::Dp),
             }
             summed.push(row);
         }
@@ -216,13 +222,15 @@ impl<'b, B: Backend> Trainer<'b, B> {
         let loss = self.backend.all_reduce(&loss, Group::Dp);
         self.sum_gradients();
         let Self { backend, model, grads, shard, summed, m, v, .. } = self;
-        let (ranks, rank) = model.part(*backend);
-        let part = model.layout().part(ranks, rank);
-        let over: &[_] = if shard.is_some() { &[Group::Tp, Group::Dp] } else { &[Group::Tp] };
-        let clipping = Clipping { scale: 1.0 / valid as f32, max_norm, uncounted: &part.uncounted, over };
+        let (dealt, copies, (layer, shared)) =
+            (shard.is_some(), model.layout().copies(), model.layout().decayed);
+        let over: &[_] = if dealt { &[Group::Tp, Group::Dp] } else { &[Group::Tp] };
+        let copies = (&copies.0[..], &copies.1[..]);
+        let clipping = Clipping { scale: 1.0 / valid as f32, max_norm, copies, over };
         let total = shard.as_ref().unwrap_or(grads);
         let clip = backend.clip(total, &loss, &clipping);
-        backend.adamw(hyper, part.decayed, &clip, total, model.masters_mut(), m, v);
+        let decayed = Decayed { layer, shared, dealt };
+        backend.adamw(hyper, decayed, &clip, total, model.masters_mut(), m, v);
         model.refresh(backend);
         summed.clear();
         [clip, loss]

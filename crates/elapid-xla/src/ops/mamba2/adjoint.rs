@@ -3,7 +3,7 @@
 use elapid_tensor::{Mamba2Grads, Mamba2Inputs, Mamba2Sinks, Mamba2Spec, Mamba2Weights, State};
 
 use super::scan::{Scan, strict};
-use super::{Dims, Front, Params};
+use super::{Dims, Front, Params, norm_over};
 use crate::backend::XlaBackend;
 use crate::buffer::XlaBuffer;
 use crate::hlo::Type;
@@ -30,9 +30,9 @@ pub(crate) fn adjoint(
 
     // out = unit(y · silu(z)) · weight
     let gate = front.z.silu();
-    let unit = norm::unit(y * gate, spec.norm_width(), spec.norm_eps);
+    let unit = norm::unit(y * gate, norm_over(spec), spec.norm_eps);
     let dy = backend.get(dy).to(Type::F32);
-    let (d_gated, d_norm) = norm::pull(unit, spec.norm_width(), params.norm_weight, dy);
+    let (d_gated, d_norm) = norm::pull(unit, norm_over(spec), params.norm_weight, dy);
     let d_z = d_gated * y * front.z.silu_slope();
 
     let d_last = d_state.map(|d| backend.get(&d.ssm));

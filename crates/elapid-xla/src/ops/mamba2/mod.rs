@@ -46,7 +46,6 @@ impl<'g> Dims<'g> {
         let shape = projected.shape();
         let &[batch, len, width] = &shape.dims[..] else { panic!("projected must be [B, L, E + C + H]") };
         assert_eq!(width, spec.projection(), "width of the projection");
-        assert_eq!(spec.norm_ranks, 1, "a rank alone shares no mean");
         let q = spec.chunk.min(MAX_CHUNK).min(len).max(1);
         Self {
             graph: projected.graph,
@@ -197,6 +196,11 @@ impl<'g> Front<'g> {
     }
 }
 
+/// Over what the gated norm takes its mean.
+fn norm_over(spec: &Mamba2Spec) -> norm::Over {
+    norm::Over { width: spec.norm_width(), ranks: spec.norm_ranks }
+}
+
 /// `[B, L]`, fp32: 1 where a document begins after another one.
 fn breaks<'g>(dims: &Dims<'g>, ids: Value<'g>) -> Value<'g> {
     let len = dims.len;
@@ -220,7 +224,7 @@ pub(crate) fn forward(
     let front = Front::new(backend, &dims, inputs, &params);
     let y = front.scan.outputs(&dims, &params); // [B, L, E]
     let gated = y * front.z.silu();
-    let (unit, _) = norm::unit(gated, spec.norm_width(), spec.norm_eps);
+    let (unit, _) = norm::unit(gated, norm_over(spec), spec.norm_eps);
     let out = unit * params.norm_weight.expand(&y.dims(), &[2]);
     Mamba2Output {
         y: backend.keep(out.to(dims.compute)),
