@@ -6,6 +6,7 @@
 
 mod backend;
 mod buffer;
+pub mod driver;
 mod estimate;
 mod evaluate;
 mod hlo;

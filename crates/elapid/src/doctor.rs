@@ -18,7 +18,7 @@ pub fn examine() -> Result<Value, Error> {
     let mut checks = Vec::new();
     for isa in Isa::available() {
         say(format_args!("checking every kernel against its f64 definition: {isa:?}"));
-        checks.extend(check(isa)?.iter().map(|finding| row(isa, finding)));
+        checks.extend(check(isa)?.iter().map(|finding| row(&format!("{isa:?}"), finding)));
     }
     let ok = checks.iter().all(|check| check["ok"] == true);
     Ok(json!({
@@ -46,11 +46,12 @@ pub fn check(isa: Isa) -> Result<Vec<Finding>, Error> {
     Ok(suite::findings(&suite::check_all(&backend)))
 }
 
-fn row(isa: Isa, finding: &Finding) -> Value {
+/// A line of the table of checks, of what was computed on `path`.
+pub(crate) fn row(path: &str, finding: &Finding) -> Value {
     let Finding { op, comparisons, failed, worst } = finding;
     // JSON has no infinity: that is null.
     json!({
-        "path": format!("{isa:?}"),
+        "path": path,
         "kernel": op,
         "ok": *failed == 0,
         "comparisons": comparisons,

@@ -6,6 +6,6 @@ pub mod proto;
 mod shape;
 mod text;
 
+pub(crate) use module::{ALIAS, Output, emit};
 pub use module::{Module, Port};
-pub(crate) use module::{Output, emit};
 pub use shape::{Literal, Shape, Type};

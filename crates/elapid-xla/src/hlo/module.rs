@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use prost::Message;
 
-use super::graph::{Collective, Computation, Graph, Grid, Inner, Kind, Node, Op};
+use super::graph::{Collective, Computation, Graph, Grid, Inner, Kind, Leaf, Node, Op};
 use super::proto::{
     AliasEntryProto, DotDimensionNumbers, FrontendAttributes, HloComputationProto, HloInputOutputAliasProto,
     HloInstructionProto, HloModuleProto, LiteralProto, OpMetadata, PaddingConfig, PaddingConfigDimension,
@@ -85,7 +85,8 @@ pub(crate) struct Output {
     pub(crate) alias: Option<usize>,
 }
 
-const ALIAS: &str = ".must_alias_input";
+/// Ends the names of an input and an output that share memory.
+pub(crate) const ALIAS: &str = ".must_alias_input";
 
 /// A module named `name` that gives `outputs`; `in_place`: those that take over an input lie in its memory.
 pub(crate) fn emit(graph: &Graph, name: &str, outputs: &[Output], in_place: bool) -> Module {
@@ -171,8 +172,11 @@ impl Emitter<'_> {
             .iter()
             .map(|&leaf| {
                 let suffix = if self.in_place && aliased.contains(&leaf) { ALIAS } else { "" };
-                let leaf = &graph.leaves[leaf];
-                Port { name: format!("{}{suffix}", leaf.name), shape: leaf.shape.clone() }
+                let Leaf { name, shape, .. } = &graph.leaves[leaf];
+                // Every name is there once, also where nobody gave one.
+                let shared = leaves.iter().any(|&other| other != leaf && graph.leaves[other].name == *name);
+                let number = if shared { format!(".{leaf}") } else { String::new() };
+                Port { name: format!("{name}{number}{suffix}"), shape: shape.clone() }
             })
             .collect();
 

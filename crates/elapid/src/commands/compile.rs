@@ -4,70 +4,25 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use clap::ValueEnum;
 use elapid_tensor::AdamW;
-use elapid_xla::{LoopKind, Module, Options, Port, Type, estimate, lint};
+use elapid_xla::driver::neuron;
+use elapid_xla::{Module, Options, Port, Type, estimate, lint};
 use serde_json::{Value, json};
 
 use super::print_line;
 use crate::Error;
 use crate::config::ModelConfig;
-use crate::config::run::{ActivationCheckpointing, Dtype, at_least_one, check, resolve_model};
+use crate::config::run::{
+    ActivationCheckpointing, Dtype, LayerLoop, Target, at_least_one, check, resolve_model,
+};
 use crate::error::say;
 use crate::model::shard::check_ranks;
 use crate::parallel::Mesh;
 use crate::record::Recording;
 use crate::train::memory::bytes;
 
-/// Generation of Trainium.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(super) enum Target {
-    /// Trainium.
-    Trn1,
-    /// Trainium 2.
-    Trn2,
-    /// Trainium 3.
-    Trn3,
-}
-
 /// More than this after unrolling, and the compiler gives up.
 const MAX_INSTRUCTIONS: u64 = 5_000_000;
-
-impl Target {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Trn1 => "trn1",
-            Self::Trn2 => "trn2",
-            Self::Trn3 => "trn3",
-        }
-    }
-
-    /// Bytes of device memory of one logical core.
-    fn memory(self) -> u64 {
-        let gibi = match self {
-            Self::Trn1 => 16,
-            Self::Trn2 => 24,
-            Self::Trn3 => 36,
-        };
-        gibi << 30
-    }
-
-    /// Physical cores of a logical one.
-    fn lnc(self) -> u32 {
-        if self == Self::Trn1 { 1 } else { 2 }
-    }
-}
-
-/// How layers are written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(super) enum LayerLoop {
-    /// One body, called once a layer
-    Call,
-    /// One body in a loop with a constant number of turns
-    While,
-    /// Every layer by itself
-    Unrolled,
-}
 
 /// Flags of `elapid compile`.
 #[derive(clap::Args)]
@@ -201,11 +156,6 @@ impl CompileArgs {
     }
 
     fn recording<'c>(&self, config: &'c ModelConfig) -> Recording<'c> {
-        let layers = match self.layer_loop {
-            LayerLoop::Call => LoopKind::Call,
-            LayerLoop::While => LoopKind::While,
-            LayerLoop::Unrolled => LoopKind::Unrolled,
-        };
         Recording {
             config,
             dtype: self.dtype.compute(),
@@ -227,7 +177,7 @@ impl CompileArgs {
             sequence_parallel: self.sequence_parallel_enabled,
             zero1: self.use_zero_1,
             options: Options {
-                layers,
+                layers: self.layer_loop.into(),
                 in_place: !self.not_in_place,
                 dp: self.dp,
                 tp: self.tp,
@@ -260,6 +210,7 @@ pub(super) fn run(args: &CompileArgs) -> Result<(), Error> {
     // What training holds on the device from step to step, whatever runs; decoding is for itself.
     let held = held(&modules);
     modules.push(recording.decode());
+    let target = neuron::Target::from(args.target);
     let (mut entries, mut commands) = (Vec::new(), Vec::new());
     for module in &modules {
         let name = module.proto.name.clone();
@@ -271,7 +222,7 @@ pub(super) fn run(args: &CompileArgs) -> Result<(), Error> {
         let needs = estimate(&module.proto);
         let own = if name == "decode" { needs.arguments } else { held };
         let memory = own + needs.outputs + needs.temporaries_at_most;
-        warn(args.target, &name, memory, needs.work.instructions);
+        warn(target, &name, memory, needs.work.instructions);
         let contents = module.to_bytes();
         let file = format!("{name}.hlo.pb");
         put(&args.output_dir.join(&file), &contents)?;
@@ -295,7 +246,7 @@ pub(super) fn run(args: &CompileArgs) -> Result<(), Error> {
             "estimate": {
                 "arguments": needs.arguments, "outputs": needs.outputs, "temporaries": needs.temporaries,
                 "temporaries_at_most": needs.temporaries_at_most,
-                "memory": memory, "memory_of_target": args.target.memory(),
+                "memory": memory, "memory_of_target": target.memory(),
                 "device_instructions": needs.work.instructions, "most_device_instructions": MAX_INSTRUCTIONS,
                 "flops": needs.work.flops,
                 "collectives": needs.work.collectives, "bytes_sent": needs.work.sent,
@@ -318,7 +269,7 @@ fn held(modules: &[Module]) -> u64 {
 }
 
 /// Says where a module is too large for a core.
-fn warn(target: Target, name: &str, memory: u64, instructions: u64) {
+fn warn(target: neuron::Target, name: &str, memory: u64, instructions: u64) {
     let name_of_target = target.name();
     if memory > target.memory() {
         say(format_args!(
@@ -356,7 +307,7 @@ fn manifest_text(
         .map_err(|cause| Error::new(format!("the configuration cannot be written: {cause}")))?;
     let manifest = json!({
         "elapid": env!("CARGO_PKG_VERSION"),
-        "target": args.target.name(),
+        "target": args.target,
         "model": model,
         "config": config,
         "dtype": args.dtype,
@@ -389,11 +340,8 @@ fn manifest_text(
 
 /// The compiler's command line for a module, in the folder of the modules.
 fn neuronx_cc(target: Target, name: &str) -> String {
-    let (target, lnc) = (target.name(), target.lnc());
-    format!(
-        "neuronx-cc compile --framework XLA {name}.hlo.pb --target {target} --lnc {lnc} --model-type transformer \
-         --auto-cast none --output {name}.neff"
-    )
+    let flags = neuron::flags(target.into()).join(" ");
+    format!("neuronx-cc compile --framework XLA {name}.hlo.pb {flags} --output {name}.neff")
 }
 
 /// Whether a program of that name can be started from here.

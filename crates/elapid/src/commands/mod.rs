@@ -10,6 +10,7 @@ mod generate;
 mod inspect;
 mod quickstart;
 mod replay;
+mod selftest;
 mod show;
 mod tokenize;
 mod train;
@@ -60,6 +61,8 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Say what this machine can do, and check every kernel on it
     Doctor(doctor::DoctorArgs),
+    /// Check every op on a device against its f64 definition: the first thing to run on a new instance
+    Selftest(selftest::SelftestArgs),
 }
 
 /// Runs the command line `args`, program name first. Errors go to stderr as `error:` and `hint:`.
@@ -96,6 +99,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Inspect(args) => inspect::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Doctor(args) => doctor::run(&args),
+        Command::Selftest(args) => selftest::run(&args),
     };
     match result {
         Ok(()) => {

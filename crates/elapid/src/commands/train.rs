@@ -6,7 +6,7 @@ use super::print_line;
 use crate::Error;
 use crate::config::run::TrainArgs;
 use crate::train::memory::bytes;
-use crate::train::{Outcome, train};
+use crate::train::{Outcome, compile_only, train};
 
 /// Flags of `elapid train`.
 #[derive(clap::Args)]
@@ -25,6 +25,9 @@ pub(super) fn run(args: TrainCommand) -> Result<(), Error> {
     let run = args.train.resolve()?;
     if args.print_config {
         return print_line(run.to_toml()?.trim_end());
+    }
+    if run.args.compile_only {
+        return compile_only(&run);
     }
     report(&train(&run)?)
 }

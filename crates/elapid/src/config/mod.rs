@@ -4,6 +4,7 @@
 //! [`ModelConfig::preset`] knows the usual sizes. Both give valid models; whoever changes a field afterwards calls
 //! [`ModelConfig::validate`].
 
+mod device;
 pub(crate) mod file;
 mod json;
 mod presets;

@@ -7,6 +7,7 @@ use elapid_tensor::NormGroup;
 use serde::{Deserialize, Serialize};
 
 use super::ModelConfig;
+pub use super::device::{Device, DeviceArgs, LayerLoop, Target};
 use crate::Error;
 use crate::checkpoint::Checkpoint;
 use crate::error::say;
@@ -23,14 +24,6 @@ pub enum Dtype {
     Float32,
     /// bf16 activations and products, fp32 masters and states.
     Bfloat16,
-}
-
-/// Where the model runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Device {
-    /// The cores of this machine.
-    Cpu,
 }
 
 /// Initial values of a new model.
@@ -239,6 +232,16 @@ pub struct TrainArgs {
     /// Where to compute
     #[arg(long, value_enum, default_value = "cpu")]
     pub device: Device,
+    /// How that is found.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub on: DeviceArgs,
+    /// Of --device neuron: compile the modules of the run into the cache, and do nothing else
+    #[arg(long)]
+    pub compile_only: bool,
+    /// How modules for a device write layers
+    #[arg(long, value_enum, default_value = "call")]
+    pub layer_loop: LayerLoop,
     /// Worker threads [default: one a core]
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
@@ -326,6 +329,7 @@ impl TrainArgs {
         at_least_one("--comm-timeout", self.comm_timeout)?;
         let mesh = Mesh::new(self.tp, self.dp, parallel::world_size()?)?;
         check_ranks(&config, self.tp)?;
+        self.check_device(mesh)?;
         let samples = [self.batch as u64, self.grad_accum_usteps as u64, mesh.dp as u64]
             .into_iter()
             .try_fold(self.max_steps, |product, factor| product.checked_mul(factor));
@@ -426,6 +430,31 @@ impl TrainArgs {
         };
         let args = Self { min_lr: Some(min_lr), output_dir: Some(output_dir.clone()), ..self };
         Ok(Run { args, config, output_dir, checkpoint_dir, keep, schedule, mesh })
+    }
+}
+
+impl TrainArgs {
+    /// Whether the device can do what is asked for.
+    fn check_device(&self, mesh: Mesh) -> Result<(), Error> {
+        self.on.check(self.device)?;
+        if self.compile_only && self.device != Device::Neuron {
+            return Err(Error::new("--compile-only without --device neuron")
+                .with_hint("no other device's modules are compiled beforehand"));
+        }
+        if self.device == Device::Cpu {
+            return Ok(());
+        }
+        for (flag, given) in [("--carry-state", self.carry_state), ("--log-norms", self.log_norms)] {
+            if given {
+                return Err(Error::new(format!("{flag} is there on the CPU only"))
+                    .with_hint("leave it out, or train with --device cpu"));
+            }
+        }
+        if mesh.size() > 1 {
+            return Err(Error::new(format!("{} ranks on a device", mesh.size()))
+                .with_hint("modules are for one rank so far: give neither --tp nor --dp, or --device cpu"));
+        }
+        Ok(())
     }
 }
 

@@ -59,29 +59,41 @@ pub fn evaluate<B: Backend>(
     let style = ProgressStyle::with_template("evaluating {pos}/{len} blocks {bar:24}  ETA {eta}")
         .expect("the template is constant");
     let bar = ProgressBar::new(blocks.len() as u64).with_style(style.progress_chars("━╸ "));
-    let alone = Rank::single(None);
-    let result = quietly(&alone, backend, model, data, blocks, batch, carry_state, |done| bar.inc(done));
+    let (alone, loss) = (Rank::single(None), on_backend(backend, model, carry_state));
+    let result = quietly(&alone, data, blocks, batch, carry_state, loss, |done| bar.inc(done));
     bar.finish_and_clear();
     result
 }
 
-/// [`evaluate`] without a bar; `progress` is told of blocks as they are done. The ranks that share the samples share the
-/// batches, and all get what a rank alone would, to the bit: the losses of batches are summed in the order of the batches.
-/// Where states are carried each rank reads everything, since what a row reads would depend on their number.
-fn quietly<B: Backend>(
-    rank: &Rank,
+/// The sum of token losses of batch after batch, with the states carried between them where that is asked for.
+fn on_backend<B: Backend>(
     backend: &B,
     model: &Mamba2ForCausalLM<B>,
+    carry_state: bool,
+) -> impl FnMut(&Batch) -> Result<f64, Error> {
+    let mut states = carry_state.then(Vec::new);
+    move |batch| {
+        let loss = batch.loss(&mut Tape::inference(backend), model, states.as_mut(), Checkpointing::None);
+        Ok(f64::from(backend.values(&loss)[0]))
+    }
+}
+
+/// [`evaluate`] without a bar; `loss` gives the sum of a batch's token losses, and `progress` is told of blocks as they
+/// are done. The ranks that share the samples share the batches, and all get what a rank alone would, to the bit: the
+/// losses of batches are summed in the order of the batches. Where states are carried each rank reads everything, since
+/// what a row reads would depend on their number.
+fn quietly(
+    rank: &Rank,
     data: &Dataset,
     blocks: Range<usize>,
     batch: usize,
     carry_state: bool,
+    mut loss: impl FnMut(&Batch) -> Result<f64, Error>,
     progress: impl Fn(u64),
 ) -> Result<Evaluation, Error> {
     let (len, batch) = (blocks.len(), batch.min(blocks.len()));
     let order = if carry_state { Order::Stretches } else { Order::Dataset };
     let sampler = Sampler { len, batch, dp: 1, rank: 0, accum: 1, order, from: (0, 0) };
-    let mut states = carry_state.then(Vec::new);
     let batches = len.div_ceil(batch);
     let (first, ranks) = if carry_state { (0, 1) } else { (rank.dp_rank(), rank.mesh().dp) };
     let mut sums = vec![0.0; batches];
@@ -99,8 +111,7 @@ fn quietly<B: Backend>(
                 labels.fill(IGNORE_LABEL);
             }
         }
-        let loss = batch.loss(&mut Tape::inference(backend), model, states.as_mut(), Checkpointing::None);
-        sums[step] = f64::from(backend.values(&loss)[0]);
+        sums[step] = loss(&batch)?;
         tokens += batch.valid() as u64;
         progress(places.iter().filter(|place| place.epoch == 0).count() as u64);
     }
@@ -187,6 +198,11 @@ impl<'a> HeldOut<'a> {
         Ok(Some(Self { own, train, blocks, batch, carry_state, freq, last }))
     }
 
+    /// What is evaluated on.
+    pub(super) fn data(&self) -> &Dataset {
+        self.own.as_ref().unwrap_or(self.train)
+    }
+
     /// Number of blocks held out.
     pub(super) fn len(&self) -> usize {
         self.blocks.len()
@@ -204,7 +220,7 @@ impl<'a> HeldOut<'a> {
 
     /// B and L of its batches: whole ones, and the last where that is smaller.
     pub(super) fn shapes(&self) -> Vec<(usize, usize)> {
-        let data = self.own.as_ref().unwrap_or(self.train);
+        let data = self.data();
         let sizes = [self.batch.min(self.len()), self.len() % self.batch];
         sizes.into_iter().filter(|&size| size > 0).map(|size| (size, data.seq_len())).collect()
     }
@@ -220,11 +236,23 @@ impl<'a> HeldOut<'a> {
         backend: &B,
         model: &Mamba2ForCausalLM<B>,
     ) -> Result<Option<Evaluation>, Error> {
+        self.after_by(step, rank, on_backend(backend, model, self.carry_state))
+    }
+
+    /// [`Self::after`], of the model whose sum of token losses in a batch `loss` gives.
+    ///
+    /// # Errors
+    /// As [`evaluate`], and those of `loss`.
+    pub(super) fn after_by(
+        &self,
+        step: u64,
+        rank: &Rank,
+        loss: impl FnMut(&Batch) -> Result<f64, Error>,
+    ) -> Result<Option<Evaluation>, Error> {
         if step != self.last && !self.freq.is_some_and(|freq| step.is_multiple_of(freq)) {
             return Ok(None);
         }
-        let data = self.own.as_ref().unwrap_or(self.train);
-        quietly(rank, backend, model, data, self.blocks.clone(), self.batch, self.carry_state, |_| ())
+        quietly(rank, self.data(), self.blocks.clone(), self.batch, self.carry_state, loss, |_| ())
             .map(Some)
             .map_err(|error| error.at(format!("evaluation after step {step}")))
     }

@@ -1,12 +1,15 @@
 //! Training: micro-steps, updates, and the loop round them.
 
 mod batch;
+mod device;
 mod diagnose;
 mod evaluate;
 mod folder;
+mod host;
 pub mod memory;
 mod nonfinite;
 mod norms;
+mod outcome;
 pub mod plan;
 mod progress;
 mod resume;
@@ -17,9 +20,12 @@ mod stop;
 mod trainer;
 
 pub use batch::Batch;
+pub(crate) use device::open as open_device;
 pub use diagnose::{Diagnosis, Extent, Extents, Finding, Recorded, diagnose};
 pub use evaluate::{Evaluation, evaluate, last_blocks};
 pub(crate) use folder::{FINISHED, METRICS};
+pub use host::cpu;
 pub use nonfinite::{MicroStep, NonFinite, Step};
-pub use run::{Outcome, cpu, train};
+pub use outcome::Outcome;
+pub use run::{compile_only, train};
 pub use trainer::{StepReport, Trainer};

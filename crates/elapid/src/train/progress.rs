@@ -20,7 +20,7 @@ pub(crate) struct Figures {
     pub(crate) tokens: u64,
     pub(crate) tokens_per_s: f64,
     pub(crate) step_time_s: f64,
-    /// Share of this machine's measured fp32 matrix-product rate.
+    /// Share of this machine's measured fp32 matrix-product rate; NaN: of a device whose rate is not known.
     pub(crate) mfu: f64,
     /// Where one was due after this step.
     pub(crate) evaluation: Option<Evaluation>,
@@ -59,7 +59,8 @@ impl Progress {
     }
 
     fn figures(&self, f: &Figures) {
-        let speed = format!("{:.0} tokens/s  MFU {:.0} %", f.tokens_per_s, 100.0 * f.mfu);
+        let mfu = if f.mfu.is_nan() { String::new() } else { format!("  MFU {:.0} %", 100.0 * f.mfu) };
+        let speed = format!("{:.0} tokens/s{mfu}", f.tokens_per_s);
         match self {
             Self::Bar(bar) => {
                 bar.set_message(format!("loss {:.4}  {speed}", f.loss));

@@ -1,17 +1,18 @@
 //! `elapid train`: set up, step, export.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use elapid_cpu::{CpuBackend, CpuOptions};
-use elapid_tensor::{AdamW, Checkpointing, DType, State};
+use elapid_cpu::CpuBackend;
+use elapid_tensor::{AdamW, State};
+use elapid_xla::driver::Driver;
 use serde_json::{Value, json};
 
+use super::device::{self, DeviceTrainer};
 use super::diagnose::{Recorded, diagnose};
 use super::evaluate::HeldOut;
 use super::folder::{Log, RunFolder};
+use super::host::peak;
 use super::memory::{self, Demand, Memory};
 use super::nonfinite::{self, NonFinite};
 use super::norms::Norms;
@@ -19,86 +20,19 @@ use super::plan::waste;
 use super::progress::{Figures, Progress};
 use super::resume::{self, Start};
 use super::stop::{self, Graceful};
-use super::{Batch, Evaluation, StepReport, Trainer, start};
+use super::{Batch, Outcome, StepReport, Trainer, start};
 use crate::Error;
 use crate::checkpoint::{
     Checkpoint, MANIFEST, Progress as Position, Saver, State as Held, Store, write_files,
 };
 use crate::config::ModelConfig;
 use crate::config::TokenIds;
-use crate::config::run::{ActivationCheckpointing, Dtype, Run, TrainArgs, check_threads};
+use crate::config::run::{Run, TrainArgs};
 use crate::data::{Dataset, Order, Sampler, Tokenizer};
 use crate::error::say;
 use crate::model::Mamba2ForCausalLM;
 use crate::model::pretrained::FileDType;
 use crate::parallel::{Launch, Rank, launch};
-
-/// What a finished run left behind.
-#[derive(Clone, Debug)]
-pub struct Outcome {
-    /// Loss of the first step.
-    pub first_loss: f64,
-    /// Loss of the last step.
-    pub last_loss: f64,
-    /// Inputs trained on.
-    pub tokens: u64,
-    /// Seconds in steps.
-    pub seconds: f64,
-    /// The exported Hugging Face folder.
-    pub model_dir: PathBuf,
-    /// The evaluation after the last step.
-    pub evaluation: Option<Evaluation>,
-    /// Predicted peak of resident memory, in bytes.
-    pub predicted_memory: u64,
-    /// Measured peak; None where the system does not say.
-    pub peak_memory: Option<u64>,
-}
-
-impl Outcome {
-    /// That of a run that has not begun.
-    pub(super) fn new(model_dir: PathBuf) -> Self {
-        Self {
-            first_loss: f64::NAN,
-            last_loss: f64::NAN,
-            tokens: 0,
-            seconds: 0.0,
-            model_dir,
-            evaluation: None,
-            predicted_memory: 0,
-            peak_memory: None,
-        }
-    }
-}
-
-impl Dtype {
-    /// The dtype of activations.
-    pub fn compute(self) -> DType {
-        match self {
-            Self::Float32 => DType::F32,
-            Self::Bfloat16 => DType::Bf16,
-        }
-    }
-}
-
-impl From<ActivationCheckpointing> for Checkpointing {
-    fn from(choice: ActivationCheckpointing) -> Self {
-        match choice {
-            ActivationCheckpointing::None => Self::None,
-            ActivationCheckpointing::Block => Self::Block,
-        }
-    }
-}
-
-/// A CPU backend with `threads` workers (None: one a core).
-///
-/// # Errors
-/// 0 threads, more than any machine has use for, or they cannot be started.
-pub fn cpu(threads: Option<usize>) -> Result<CpuBackend, Error> {
-    check_threads("--threads", threads.unwrap_or(1))?;
-    CpuBackend::new(&CpuOptions { threads, ..CpuOptions::default() }).map_err(|cause| {
-        Error::new(cause.to_string()).with_hint("give fewer --threads, or free some on this machine")
-    })
-}
 
 /// Whether copies are made to be written while the run goes on.
 fn saves_beside_training(args: &TrainArgs) -> bool {
@@ -112,17 +46,6 @@ fn agreed(rank: &Rank, caught: Option<i32>, done: bool) -> (Option<i32>, bool) {
     (signal, all.iter().all(|word| word >> 32 == 1))
 }
 
-/// FLOP/s of this rank. One that has the machine for itself measures once in a process for each number of threads; those
-/// that share it measure side by side.
-fn peak(rank: &Rank, backend: &CpuBackend) -> f64 {
-    if rank.ranks_here() > 1 {
-        return backend.measure_peak();
-    }
-    static MEASURED: Mutex<BTreeMap<usize, f64>> = Mutex::new(BTreeMap::new());
-    let mut measured = MEASURED.lock().expect("measuring does not panic");
-    *measured.entry(backend.threads()).or_insert_with(|| backend.measure_peak())
-}
-
 /// Trains as `run` says, from step 1 or from a checkpoint, and leaves `metrics.jsonl`, `run.toml` and the model in `hf/` in
 /// the run folder.
 ///
@@ -132,11 +55,23 @@ fn peak(rank: &Rank, backend: &CpuBackend) -> f64 {
 pub fn train(run: &Run) -> Result<Outcome, Error> {
     let (args, mesh) = (&run.args, run.mesh);
     let start = Launch { mesh, threads: args.threads, timeout: Duration::from_secs(args.comm_timeout) };
-    Ok(launch(&start, |rank| train_on(run, rank))?.swap_remove(0))
+    // Before there are threads: it may set variables. There is one rank where there is a device.
+    let driver = Mutex::new(device::open(args.device, &args.on, start.timeout)?);
+    let driver = |_: &Rank| driver.lock().expect("nothing panics with it").take();
+    Ok(launch(&start, |rank| train_on(run, rank, driver(rank)))?.swap_remove(0))
+}
+
+/// Compiles what `run` would load, and does nothing else.
+///
+/// # Errors
+/// The dataset cannot be read; the compiler is missing or refuses a module.
+pub fn compile_only(run: &Run) -> Result<(), Error> {
+    let data = open_data(run)?;
+    device::compile(run, &data, HeldOut::open(run, &data)?.as_ref())
 }
 
 /// What one rank does of it.
-fn train_on(run: &Run, rank: &Rank) -> Result<Outcome, Error> {
+fn train_on(run: &Run, rank: &Rank, driver: Option<Box<dyn Driver>>) -> Result<Outcome, Error> {
     // Where ranks are processes each has resolved its folders by itself; those of the first one count.
     let dirs = rank.from_first(|| Ok((run.output_dir.clone(), run.checkpoint_dir.clone())))?;
     let args = TrainArgs { output_dir: Some(dirs.0.clone()), ..run.args.clone() };
@@ -170,7 +105,11 @@ fn train_on(run: &Run, rank: &Rank) -> Result<Outcome, Error> {
         log_norms: run.args.log_norms,
         saves: saves_beside_training(&run.args),
     };
-    let memory = Memory::predict(&demand);
+    let mut memory = Memory::predict(&demand);
+    if driver.is_some() {
+        // Of the host: it holds the state, and computes nothing.
+        memory = Memory { activations: 0, transient: 0, ..memory };
+    }
     let warning = rank.from_first(|| memory.check(run.args.ignore_memory_limit))?;
     for warning in waste(&demand).into_iter().chain(warning) {
         say(format_args!("warning: {warning}"));
@@ -192,15 +131,35 @@ fn train_on(run: &Run, rank: &Rank) -> Result<Outcome, Error> {
     if run.args.use_zero_1 {
         model = model.with_zero1(&backend);
     }
-    let peak = rank.gather_numbers(peak(rank, &backend) as u64).into_iter().sum::<u64>() as f64;
-    start::print(run, &data, held_out.as_ref(), &model, &backend, peak, &memory);
+    let (peak, what) = match &driver {
+        Some(driver) => (f64::NAN, driver.describe()),
+        None => {
+            let peak = rank.gather_numbers(peak(rank, &backend) as u64).into_iter().sum::<u64>() as f64;
+            let (threads, isa, rate) = (backend.threads(), backend.isa(), peak / 1e9);
+            (peak, format!("CPU, {threads} threads, {isa:?}, {rate:.0} GFLOP/s in fp32 products"))
+        }
+    };
+    start::print(run, &data, held_out.as_ref(), &model, &what, &memory);
+    let device =
+        driver.map(|driver| DeviceTrainer::new(driver, run, &data, held_out.as_ref())).transpose()?;
     let folder = folder.as_ref();
     folder.map_or(Ok(()), |folder| folder.write("run.toml", &settings))?;
     let held_out = held_out.as_ref();
     // Before the metrics are there: who sees them may count on a signal being heard.
     let signals = Graceful::new()?;
-    let mut session =
-        Session::new(run, rank, &data, held_out, folder, &backend, model, tokenizer, from.as_ref(), peak)?;
+    let mut session = Session::new(
+        run,
+        rank,
+        &data,
+        held_out,
+        folder,
+        &backend,
+        model,
+        device,
+        tokenizer,
+        from.as_ref(),
+        peak,
+    )?;
     session.outcome.predicted_memory = memory.total();
     std::thread::scope(|scope| session.train(&signals, &store, Saver::new(scope, &store, rank, &backend)))
 }
@@ -297,7 +256,9 @@ struct Session<'a> {
     /// On the first rank, which writes metrics and the end.
     folder: Option<&'a RunFolder>,
     backend: &'a CpuBackend,
+    /// With a device: what it was when somebody last looked, see [`Session::fetch`].
     trainer: Trainer<'a, CpuBackend>,
+    device: Option<DeviceTrainer>,
     sampler: Sampler,
     /// What is exported with the model.
     tokenizer: Option<Tokenizer>,
@@ -310,7 +271,7 @@ struct Session<'a> {
     progress: Progress,
     /// Steps that were done before.
     done: u64,
-    /// FLOP/s of this machine.
+    /// FLOP/s of this machine; NaN: not known.
     peak: f64,
     /// FLOPs a token, forward and backward.
     flops: f64,
@@ -327,6 +288,7 @@ impl<'a> Session<'a> {
         folder: Option<&'a RunFolder>,
         backend: &'a CpuBackend,
         model: Mamba2ForCausalLM<CpuBackend>,
+        mut device: Option<DeviceTrainer>,
         tokenizer: Option<Tokenizer>,
         from: Option<&Checkpoint>,
         peak: f64,
@@ -363,6 +325,9 @@ impl<'a> Session<'a> {
             outcome.tokens = position.tokens;
             outcome.seconds = position.seconds;
         }
+        if let Some(device) = &mut device {
+            device.upload(backend, &trainer)?;
+        }
         let log = folder.map_or(Ok(None), |folder| folder.open_norms(done, args.log_norms))?;
         let norms = args.log_norms.then(|| Norms::new(backend, &trainer, log));
         Ok(Self {
@@ -373,6 +338,7 @@ impl<'a> Session<'a> {
             folder,
             backend,
             trainer,
+            device,
             sampler,
             tokenizer,
             metrics: folder.map(|folder| folder.open_metrics(done)).transpose()?,
@@ -414,6 +380,7 @@ impl<'a> Session<'a> {
             }
             let start = Instant::now();
             self.sync()?;
+            self.fetch()?;
             let (state, position) = (self.state(self.trainer.states()), self.position(step));
             if signal.is_none() && !last && !args.no_async_save {
                 saver.start(&state, position)?;
@@ -431,6 +398,7 @@ impl<'a> Session<'a> {
         }
         saver.finish()?;
         self.progress.finish();
+        self.fetch()?;
         let model = self.trainer.into_model().without_zero1(self.backend);
         // The ranks that hold the same tensors have nothing to add.
         if self.rank.dp_rank() == 0 {
@@ -445,6 +413,11 @@ impl<'a> Session<'a> {
         }
         self.outcome.peak_memory = memory::peak_resident();
         Ok(self.outcome)
+    }
+
+    /// Brings what the device holds into the trainer.
+    fn fetch(&mut self) -> Result<(), Error> {
+        self.device.as_mut().map_or(Ok(()), |device| device.download(&mut self.trainer))
     }
 
     /// Brings the lines of all steps to disk, before a checkpoint of them is there.
@@ -500,10 +473,10 @@ impl<'a> Session<'a> {
         let (mut valid, mut tokens) = (0, 0);
         for micro in 0..args.grad_accum_usteps {
             let batch = self.batch(step, micro)?;
-            if micro + 1 < args.grad_accum_usteps {
-                self.trainer.micro_step(&batch);
-            } else {
-                self.trainer.last_micro_step(&batch);
+            match &mut self.device {
+                Some(device) => device.micro_step(&batch)?,
+                None if micro + 1 < args.grad_accum_usteps => self.trainer.micro_step(&batch),
+                None => self.trainer.last_micro_step(&batch),
             }
             valid += batch.valid();
             tokens += batch.tokens();
@@ -528,7 +501,10 @@ impl<'a> Session<'a> {
         if let Some(norms) = &mut self.norms {
             norms.before_update(self.rank, self.backend, &mut self.trainer, valid);
         }
-        let report = self.trainer.update(&hyper, args.max_grad_norm, valid);
+        let report = match &mut self.device {
+            Some(device) => device.update(&hyper, valid)?,
+            None => self.trainer.update(&hyper, args.max_grad_norm, valid),
+        };
         if !report.finite {
             self.progress.finish();
             return self.not_finite(step, before, report).map(Some);
@@ -544,9 +520,12 @@ impl<'a> Session<'a> {
         self.outcome.tokens += tokens as u64;
         self.outcome.seconds += seconds;
         let tokens_per_s = tokens as f64 / seconds;
-        let evaluation = match self.held_out {
-            Some(held_out) => held_out.after(step, self.rank, self.backend, self.trainer.model())?,
-            None => None,
+        let evaluation = match (self.held_out, &mut self.device) {
+            (Some(held_out), Some(device)) => {
+                held_out.after_by(step, self.rank, |batch| device.loss(batch))?
+            }
+            (Some(held_out), None) => held_out.after(step, self.rank, self.backend, self.trainer.model())?,
+            (None, _) => None,
         };
         self.outcome.evaluation = evaluation;
         self.log(Figures {
@@ -590,6 +569,7 @@ impl<'a> Session<'a> {
             batches: micro_steps.clone().map(|micro| self.batch(step, micro)).collect::<Result<_, _>>()?,
             samples: micro_steps.map(|micro| self.sampler.indices(step - 1, micro)).collect(),
         };
+        self.fetch()?;
         let diagnosis = diagnose(self.backend, &mut self.trainer, &recorded, before.clone());
         let error =
             Error::new(format!("{what}; {diagnosis}; it read {}", nonfinite::list(&recorded.samples)));

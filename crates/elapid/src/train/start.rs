@@ -16,8 +16,7 @@ pub(super) fn print(
     data: &Dataset,
     held_out: Option<&HeldOut<'_>>,
     model: &Mamba2ForCausalLM<CpuBackend>,
-    backend: &CpuBackend,
-    peak: f64,
+    device: &str,
     memory: &Memory,
 ) {
     let args = &run.args;
@@ -90,16 +89,7 @@ pub(super) fn print(
             args.max_grad_norm
         ),
     );
-    row(
-        "device",
-        format!(
-            "CPU, {} threads, {:?}, {:.0} GFLOP/s in fp32 products; compute in {:?}",
-            backend.threads(),
-            backend.isa(),
-            peak / 1e9,
-            args.dtype
-        ),
-    );
+    row("device", format!("{device}; compute in {:?}", args.dtype));
     if run.mesh.size() > 1 {
         let zero1 = if model.zero1() { ", ZeRO-1" } else { "" };
         let sequence = if model.sequence_parallel() { ", sequence parallel" } else { "" };

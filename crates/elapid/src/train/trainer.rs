@@ -124,6 +124,22 @@ impl<'b, B: Backend> Trainer<'b, B> {
         Ok(())
     }
 
+    /// Replaces [`Self::state`] by `rows(which, row, len)`, the elements of each row of each of the three on this rank.
+    /// Brings the model up to date; all ranks call this together.
+    pub fn replace_rows<'v>(&mut self, rows: impl Fn(usize, Row, usize) -> &'v [f32]) {
+        let Self { backend, model, m, v, .. } = self;
+        let flat = model.layout().flat.shard(model.part(backend).0);
+        for (which, buffer) in [model.masters_mut(), m, v].into_iter().enumerate() {
+            for row in flat.rows() {
+                let slot = flat.whole(row);
+                if !slot.is_empty() {
+                    backend.write_slot(buffer, &slot, rows(which, row, slot.len()));
+                }
+            }
+        }
+        model.refresh(backend);
+    }
+
     /// Forgets the micro-steps since the last update; `states` are the carried ones before them.
     pub fn restart(&mut self, states: Option<Vec<State<B::Tensor>>>) {
         self.backend.zero_buffer(&mut self.grads);

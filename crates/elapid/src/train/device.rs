@@ -1,0 +1,313 @@
+//! `--device`: the steps of a run on a device that runs modules.
+//!
+//! The device holds the state of the run while it trains. The host has a trainer of the same model, which receives that
+//! state where somebody looks: to save, to export, to find out why a step was not finite. So all of that is the CPU's own
+//! code, and a checkpoint does not know where it came from.
+
+use std::time::Duration;
+
+use elapid_cpu::{Buffer, CpuBackend};
+use elapid_tensor::{AdamW, Backend, IGNORE_LABEL, Row};
+use elapid_xla::driver::neuron::{self, Compiler, NeuronDevice, Place, Settings};
+use elapid_xla::driver::pjrt::Client;
+use elapid_xla::driver::{Driver, Fault, Kind, Program, array_name};
+use elapid_xla::{Literal, Module, Options, Shape, Type, XlaBackend, estimate, lint};
+
+use super::evaluate::HeldOut;
+use super::memory::bytes;
+use super::{Batch, StepReport, Trainer};
+use crate::Error;
+use crate::config::run::{Device, DeviceArgs, Run};
+use crate::data::Dataset;
+use crate::error::say;
+use crate::record::Recording;
+
+impl From<Fault> for Error {
+    fn from(fault: Fault) -> Self {
+        Self::new(fault.message).with_hint(fault.hint)
+    }
+}
+
+/// What a module needs of a batch.
+#[derive(Clone, Copy, Debug)]
+struct Form {
+    /// B.
+    size: usize,
+    /// L.
+    length: usize,
+    /// Whether it is told where documents begin.
+    documents: bool,
+}
+
+/// The modules of a run.
+struct Modules {
+    micro_step: Module,
+    update: Module,
+    /// Where there is something to evaluate on.
+    eval: Option<Module>,
+    form: Form,
+    eval_form: Form,
+}
+
+impl Modules {
+    /// Records them and says what they need.
+    fn record(run: &Run, data: &Dataset, held_out: Option<&HeldOut<'_>>) -> Result<Self, Error> {
+        let form = |data: &Dataset| Form {
+            size: run.args.batch,
+            length: data.seq_len(),
+            documents: data.knows_documents(),
+        };
+        let eval_form = form(held_out.map_or(data, HeldOut::data));
+        let form = form(data);
+        let recording = |form: Form| Recording {
+            config: &run.config,
+            dtype: run.args.dtype.compute(),
+            batch: form.size,
+            length: form.length,
+            documents: form.documents,
+            // One rank, whose sequences stand alone: the start has refused the rest.
+            carried: false,
+            sequence_parallel: false,
+            zero1: false,
+            checkpointing: run.args.activation_checkpointing.into(),
+            // Rate and step are inputs of the module.
+            hyper: AdamW {
+                lr: 1.0,
+                beta1: run.args.beta1,
+                beta2: run.args.beta2,
+                eps: run.args.eps,
+                weight_decay: run.args.weight_decay,
+                step: 1,
+            },
+            max_norm: run.args.max_grad_norm,
+            options: Options { layers: run.args.layer_loop.into(), ..Options::default() },
+        };
+        let modules = Self {
+            micro_step: recording(form).micro_step(),
+            update: recording(form).update(),
+            eval: held_out.map(|_| recording(eval_form).eval()),
+            form,
+            eval_form,
+        };
+        for module in modules.all() {
+            let name = &module.proto.name;
+            if let Some(first) = lint(&module.proto).first() {
+                return Err(Error::new(format!("module {name} breaks a rule: {first}"))
+                    .with_hint("this is a fault of elapid; please report the command line"));
+            }
+            let (count, memory) = (module.instructions(), estimate(&module.proto).memory());
+            say(format_args!("  {name:<12} {count} instructions, about {} on the device", bytes(memory)));
+        }
+        Ok(modules)
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Module> {
+        [&self.micro_step, &self.update].into_iter().chain(&self.eval)
+    }
+}
+
+/// Opens a device. It may set environment variables, so it must come before other threads.
+///
+/// # Errors
+/// There is no such device, or what drives it is missing.
+pub(crate) fn open(
+    device: Device,
+    on: &DeviceArgs,
+    timeout: Duration,
+) -> Result<Option<Box<dyn Driver>>, Error> {
+    Ok(match (device, &on.plugin) {
+        (Device::Pjrt, Some(plugin)) => Some(Box::new(Client::open(plugin)?.device(0, 1)?)),
+        (Device::Neuron, _) => {
+            let (compiler, place) = (compiler(on)?, Place::alone());
+            Some(Box::new(NeuronDevice::open(Settings { compiler, place, tp: Some(1), timeout })?))
+        }
+        _ => None,
+    })
+}
+
+fn compiler(on: &DeviceArgs) -> Result<Compiler, Error> {
+    let target = on.target.map(Into::into).or_else(neuron::Target::here).ok_or_else(|| {
+        Error::new("this is no Trainium instance, and --target is not given")
+            .with_hint("give --target trn1, trn2 or trn3")
+    })?;
+    let cache = on.compile_cache.clone().unwrap_or_else(neuron::default_cache);
+    Ok(Compiler::new(target, &cache, |line| say(line))?)
+}
+
+/// Fills the cache with the modules of `run`: no device is needed.
+///
+/// # Errors
+/// The compiler is missing or refuses a module.
+pub(super) fn compile(run: &Run, data: &Dataset, held_out: Option<&HeldOut<'_>>) -> Result<(), Error> {
+    let compiler = compiler(&run.args.on)?;
+    Modules::record(run, data, held_out)?
+        .all()
+        .try_for_each(|module| Ok(compiler.compile(module).map(drop)?))
+}
+
+/// The state of a run on a device, and the modules that change it.
+pub(super) struct DeviceTrainer {
+    driver: Box<dyn Driver>,
+    form: Form,
+    micro_step: Program,
+    update: Program,
+    /// Names of the update's inputs, with their shapes.
+    inputs: Vec<(String, Shape)>,
+    eval: Option<(Program, Form)>,
+    /// The device has met a number that is not finite since the last update.
+    not_finite: Option<Fault>,
+}
+
+/// Names of what [`Trainer::state`] gives.
+const STATE: [&str; 3] = ["masters", "m", "v"];
+
+impl DeviceTrainer {
+    /// Records the modules of `run`, has them compiled, and loads them.
+    ///
+    /// # Errors
+    /// The compiler refuses one, or the device has no room.
+    pub(super) fn new(
+        mut driver: Box<dyn Driver>,
+        run: &Run,
+        data: &Dataset,
+        held_out: Option<&HeldOut<'_>>,
+    ) -> Result<Self, Error> {
+        let Modules { micro_step, update, eval, form, eval_form } = Modules::record(run, data, held_out)?;
+        let ports = update.inputs.iter();
+        let inputs = ports.map(|port| (array_name(port).to_owned(), port.shape.clone())).collect();
+        let (micro_step, update) = (driver.load(&micro_step)?, driver.load(&update)?);
+        let eval = eval.map(|eval| Ok::<_, Fault>((driver.load(&eval)?, eval_form))).transpose()?;
+        Ok(Self { driver, form, micro_step, update, inputs, eval, not_finite: None })
+    }
+
+    /// Puts the state of `trainer` on the device, with zero gradients.
+    ///
+    /// # Errors
+    /// The device has no room.
+    pub(super) fn upload(
+        &mut self,
+        backend: &CpuBackend,
+        trainer: &Trainer<'_, CpuBackend>,
+    ) -> Result<(), Error> {
+        let [masters, m, v] = trainer.state();
+        let compute = trainer.model().compute().unwrap_or(masters);
+        for (name, shape) in self.inputs.clone() {
+            let source = match name.split_once('.') {
+                Some(("masters", part)) => Some((masters, part)),
+                Some(("compute", part)) => Some((compute, part)),
+                Some(("m", part)) => Some((m, part)),
+                Some(("v", part)) => Some((v, part)),
+                _ => None,
+            };
+            let value = match source {
+                Some((buffer, part)) => rows(backend, buffer, part, shape.ty),
+                None => literal(shape.ty, vec![0.0; shape.elements()]),
+            };
+            self.driver.write(&name, &shape, &value)?;
+        }
+        Ok(())
+    }
+
+    /// Brings the state back into `trainer`.
+    ///
+    /// # Errors
+    /// The device is gone.
+    pub(super) fn download(&mut self, trainer: &mut Trainer<'_, CpuBackend>) -> Result<(), Error> {
+        let mut arrays = Vec::new();
+        for name in STATE {
+            let mut part = |part: &str| {
+                let name = format!("{name}.{part}");
+                let there = self.inputs.iter().any(|(input, _)| *input == name);
+                if there { self.driver.read(&name) } else { Ok(Literal::F32(Vec::new())) }
+            };
+            arrays.push([part("layers")?, part("shared")?]);
+        }
+        trainer.replace_rows(|which, row, len| {
+            let [layers, shared] = &arrays[which];
+            match row {
+                Row::Layer(layer) => &layers.floats()[layer * len..][..len],
+                Row::Shared => shared.floats(),
+            }
+        });
+        Ok(())
+    }
+
+    fn write(&mut self, batch: &Batch, form: Form) -> Result<(), Error> {
+        let shape = Shape::new(Type::S32, &[form.size, form.length]);
+        let missing = form.size * form.length - batch.ids.len();
+        let mut put = |name: &str, values: &[i32], filler: i32| {
+            let padded = values.iter().copied().chain(std::iter::repeat_n(filler, missing)).collect();
+            self.driver.write(name, &shape, &Literal::S32(padded))
+        };
+        put("ids", &batch.ids, 0)?;
+        put("labels", &batch.labels, IGNORE_LABEL)?;
+        if form.documents {
+            let one = vec![0; batch.ids.len()];
+            put("documents", batch.documents.as_deref().unwrap_or(&one), 0)?;
+        }
+        Ok(())
+    }
+
+    /// Forward and adjoints of one batch.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub(super) fn micro_step(&mut self, batch: &Batch) -> Result<(), Error> {
+        self.write(batch, self.form)?;
+        self.run(self.micro_step)
+    }
+
+    /// Runs a module. A number that is not finite is the update's to judge: it has kept the old state then, and says so.
+    fn run(&mut self, program: Program) -> Result<(), Error> {
+        match self.driver.run(program) {
+            Err(fault) if fault.kind == Kind::NotFinite => self.not_finite = Some(fault),
+            result => result?,
+        }
+        Ok(())
+    }
+
+    /// One optimizer step; as [`Trainer::update`].
+    ///
+    /// # Errors
+    /// The device fails.
+    pub(super) fn update(&mut self, hyper: &AdamW, valid: usize) -> Result<StepReport, Error> {
+        for (name, value) in XlaBackend::step_inputs(hyper, 1.0 / valid as f32) {
+            self.driver.write(name, &Shape::new(Type::F32, &[]), &Literal::F32(vec![value]))?;
+        }
+        self.run(self.update)?;
+        let loss = f64::from(self.driver.read("loss_sum")?.floats()[0]) / valid as f64;
+        let outcome = self.driver.read("outcome")?;
+        let &[norm, _, finite] = outcome.floats() else { panic!("an outcome is three numbers") };
+        match self.not_finite.take() {
+            Some(fault) if finite != 0.0 => Err(fault.into()),
+            _ => Ok(StepReport { loss, grad_norm: f64::from(norm), finite: finite != 0.0 }),
+        }
+    }
+
+    /// Sum of the token losses of a batch of the evaluation, which may be smaller than others.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub(super) fn loss(&mut self, batch: &Batch) -> Result<f64, Error> {
+        let (program, form) = self.eval.expect("there is something to evaluate on");
+        self.write(batch, form)?;
+        self.run(program)?;
+        self.not_finite = None;
+        Ok(f64::from(self.driver.read("loss_sum")?.floats()[0]))
+    }
+}
+
+/// One of the two arrays of a flat buffer.
+fn rows(backend: &CpuBackend, buffer: &Buffer, part: &str, ty: Type) -> Literal {
+    let flat = buffer.shape();
+    let rows = flat.rows().filter(|row| (*row == Row::Shared) == (part == "shared"));
+    let values = rows.flat_map(|row| backend.values(&backend.view(buffer, &flat.whole(row)))).collect();
+    literal(ty, values)
+}
+
+fn literal(ty: Type, values: Vec<f32>) -> Literal {
+    match ty {
+        Type::Bf16 => Literal::Bf16(values),
+        _ => Literal::F32(values),
+    }
+}
