@@ -70,7 +70,7 @@ def measure(args, room):
     found = {"model": args.model, "length": args.length}
 
     run = room / "run"
-    every = ["--checkpoint-freq", 4, "--num-kept-checkpoint", 1]
+    every = ["--checkpoint-freq", 3, "--num-kept-checkpoint", 1]
     lines, _ = train(args, room, "--max-steps", args.steps, *every, "--output-dir", run)
     beside = [line for line in lines if "save_s" in line]
     found["first_stall_s"] = beside[0]["save_s"]

@@ -17,6 +17,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import datasets
+import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 SEQ_LEN = 2048
@@ -94,7 +95,8 @@ def main():
         start = time.perf_counter()
         rows = with_datasets(folder, text, args.num_proc)
         theirs = time.perf_counter() - start
-        print(f"{size:.0f} MB, {args.num_proc} processes")
+        versions = f"datasets {datasets.__version__}, tokenizers {tokenizers.__version__}"
+        print(f"{size:.0f} MB, {args.num_proc} processes, {versions}")
         print(f"elapid    {ours:6.1f} s  {size / ours:5.1f} MB/s  {json.loads(ran.stdout)['blocks']} blocks, {memory:.0f} MiB")
         print(f"datasets  {theirs:6.1f} s  {size / theirs:5.1f} MB/s  {rows} blocks")
         print(f"ratio     {theirs / ours:.2f}")

@@ -13,6 +13,14 @@ fn sync(dir: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
+/// Waits until the names of files in a folder are on disk.
+///
+/// # Errors
+/// The disk does not take them.
+pub(crate) fn sync_names(dir: &Path) -> Result<(), Error> {
+    sync(dir).map_err(|cause| Error::io("write", dir, &cause))
+}
+
 /// Writes a file and waits until it is on disk.
 ///
 /// # Errors

@@ -177,7 +177,7 @@ fn a_dataset_is_downloaded_once_and_then_read_offline() {
         headers.get("authorization").is_some_and(|value| value == "Bearer secret")
     };
     assert!(server.seen.lock().unwrap().iter().all(authorised));
-    assert_eq!((server.requests("/resolve/c0ffee/train-"), server.requests("README")), (2, 0));
+    assert_eq!((server.requests("/resolve/c0ffee/train-"), server.requests("README")), (2, 1));
     // The layout of Python's cache.
     let snapshot = room.path("home/hub/datasets--org--data/snapshots/c0ffee");
     assert_eq!(fs::read(snapshot.join("train-1.jsonl")).unwrap(), lines(30));
@@ -185,12 +185,61 @@ fn a_dataset_is_downloaded_once_and_then_read_offline() {
 
     assert_eq!(documents(&tokenize(&room, &server, "--save-path b --split test", &[])), 7);
     assert_eq!(documents(&tokenize(&room, &server, "--save-path c", &[])), 80);
-    assert_eq!(server.requests("/resolve/"), 3);
+    assert_eq!(server.requests("/resolve/"), 4);
     let before = server.seen.lock().unwrap().len();
     assert_eq!(documents(&tokenize(&room, &server, "--save-path d", &[("HF_HUB_OFFLINE", "1")])), 80);
     assert_eq!(server.seen.lock().unwrap().len(), before);
     let card: Value = serde_json::from_str(&room.read("b/dataset_card.json")).unwrap();
     assert_eq!((&card["source"], &card["source_split"]), (&json!("org/data"), &json!("test")));
+}
+
+/// Most datasets say in their README which files a configuration and a split are.
+#[test]
+fn the_readme_names_configurations_and_splits() {
+    let room = Room::new();
+    let readme = "---\nconfigs:\n- config_name: a\n  default: true\n  data_files:\n  - split: train\n    path: x/*.jsonl\n  \
+                  - split: dev\n    path: y.jsonl\n- config_name: b\n  data_files: y.jsonl\n---\n# Data\n";
+    let files = vec![
+        ("README.md", readme.as_bytes().to_vec()),
+        ("x/0.jsonl", lines(20)),
+        ("x/1.jsonl", lines(30)),
+        ("y.jsonl", lines(7)),
+    ];
+    let server = Server::new(Manner { files, ..Manner::default() });
+    assert_eq!(documents(&tokenize(&room, &server, "--save-path a", &[])), 50);
+    assert_eq!(documents(&tokenize(&room, &server, "--save-path b --split dev", &[])), 7);
+    assert_eq!(documents(&tokenize(&room, &server, "--save-path c --dataset-config b", &[])), 7);
+    let output = tokenize(&room, &server, "--save-path d --dataset-config c", &[]);
+    refused(&output, &["org/data: there is no configuration \"c\"", "there are: a, b"]);
+    let output = tokenize(&room, &server, "--save-path d --split test", &[]);
+    refused(&output, &["no split \"test\"", "there are: train, dev"]);
+}
+
+/// Files that Python's `huggingface_hub` has left in the cache: read offline, and not downloaded again.
+#[test]
+#[cfg(unix)]
+fn what_python_has_downloaded_is_found() {
+    let room = Room::new();
+    let bytes = lines(40);
+    let hash: String = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
+    let repo = room.path("home/hub/datasets--org--data");
+    for folder in ["blobs", "refs", "snapshots/c0ffee/data"] {
+        fs::create_dir_all(repo.join(folder)).unwrap();
+    }
+    fs::write(repo.join("refs/main"), "c0ffee").unwrap();
+    fs::write(repo.join("blobs").join(&hash), &bytes).unwrap();
+    std::os::unix::fs::symlink(
+        format!("../../../blobs/{hash}"),
+        repo.join("snapshots/c0ffee/data/train.jsonl"),
+    )
+    .unwrap();
+    let server = Server::new(Manner { files: vec![("data/train.jsonl", bytes)], ..Manner::default() });
+    let output = tokenize(&room, &server, "--save-path a", &[("HF_HUB_OFFLINE", "1")]);
+    assert_eq!(documents(&output), 40);
+    assert!(stderr(&output).contains("warning: HF_HUB_OFFLINE"), "{}", stderr(&output));
+    assert!(server.seen.lock().unwrap().is_empty());
+    assert_eq!(documents(&tokenize(&room, &server, "--save-path b", &[])), 40);
+    assert_eq!(server.requests("/resolve/"), 0);
 }
 
 #[test]

@@ -50,6 +50,9 @@ fn a_split_is_chosen_by_name() {
     let error = read(&splits, "text", Some("dev")).unwrap_err();
     assert!(error.to_string().contains("no split \"dev\""), "{error}");
     assert!(error.hint().unwrap().contains("train, test"), "{error:?}");
+    // A single dataset has none to choose from.
+    let error = read(&golden("sources/saved"), "text", Some("test")).unwrap_err();
+    assert!(error.to_string().contains("no split \"test\"") && error.hint().is_some(), "{error}");
 }
 
 #[test]

@@ -110,6 +110,30 @@ fn inspect_a_dataset() {
     assert_eq!(found["columns"], json!(["input_ids", "labels", "document_ids"]));
     assert_eq!(found["samples"], json!(["first one ⟨next document⟩ second "]));
 
+    // A pass through all blocks: documents that were not cut, a block that comes again, no unknown token.
+    let text = "{\"text\": \"0123456\"}\n{\"text\": \"0123456\"}\n{\"text\": \"012\"}\n{\"text\": \"3\"}\n{\"text\": \"45\"}\n";
+    room.write("five.jsonl", text);
+    for flags in ["", "--document-ids"] {
+        let flags = format!("--seq-len 8 --append-eos --save-path five{flags} {flags}");
+        room.ok(&format!("tokenize --dataset five.jsonl --tokenizer bytes {flags}"));
+    }
+    for name in ["five", "five--document-ids"] {
+        let found = room.json(&format!("inspect {name} --json"));
+        assert_eq!(
+            (&found["duplicate_blocks"], &found["duplicates_estimated"]),
+            (&json!(1), &json!(false)),
+            "{name}"
+        );
+        assert_eq!((&found["unknown_tokens"], &found["unknown_share"]), (&Value::Null, &Value::Null));
+        // The last document lost its end with the last, incomplete block.
+        let lengths = &found["document_lengths"];
+        let figures =
+            ["documents", "shortest", "median", "longest"].map(|name| lengths[name].as_u64().unwrap());
+        assert_eq!(figures, [5, 2, 4, 8], "{name}: {lengths}");
+        assert_eq!(lengths["histogram"][0], json!({ "from": 2, "to": 3, "documents": 2, "share": 0.4 }));
+        assert!(room.ok(&format!("inspect {name}")).contains("duplicate blocks"));
+    }
+
     // One that Python wrote says less of itself.
     write_dataset(&room.path("foreign"), &[vec![Some(1), Some(2)]], &[vec![Some(1), Some(2)]]);
     let found = room.json("inspect foreign --json");
@@ -249,6 +273,45 @@ fn bench_train_adds_up() {
     assert!(report["mfu"].as_f64().unwrap() > 0.0);
     let left = rows(&report["ops"]).last().unwrap();
     assert!(left["op"] == "between ops" && left["total_s"].as_f64().unwrap() > 0.0, "{left}");
+}
+
+#[test]
+fn bench_data_goes_from_text_to_batches() {
+    let room = Room::new();
+    let line = "bench data --model tiny --seq-len 64 --batch 2 --threads 2 --json";
+    let made_up = room.json(&format!("{line} --megabytes 1"));
+    let figure =
+        |found: &Value, name: &str| found[name].as_f64().unwrap_or_else(|| panic!("{name}: {found}"));
+    assert!((1e6..2e6).contains(&figure(&made_up, "text_bytes")), "{made_up}");
+    assert_eq!(
+        (&made_up["bench"], &made_up["tokenizer"], &made_up["dataset"]),
+        (&json!("data"), &json!("bytes"), &Value::Null)
+    );
+    let rates = [
+        "tokenizer_mb_per_s",
+        "pipeline_mb_per_s",
+        "end_to_end_mb_per_s",
+        "loader_tokens_per_s",
+        "loader_shuffled_tokens_per_s",
+        "train_tokens_per_s",
+        "loader_times_training",
+    ];
+    for rate in rates {
+        assert!(figure(&made_up, rate) > 0.0, "{rate}: {made_up}");
+    }
+    let slower =
+        figure(&made_up, "loader_tokens_per_s").min(figure(&made_up, "loader_shuffled_tokens_per_s"));
+    let times = slower / figure(&made_up, "train_tokens_per_s");
+    assert!((figure(&made_up, "loader_times_training") / times - 1.0).abs() < 1e-9);
+
+    let own = room.json(&format!("{line} --dataset text.txt"));
+    let bytes = room.read("text.txt").len();
+    assert_eq!(
+        (&own["text_bytes"], &own["documents"], &own["tokens"]),
+        (&json!(bytes), &json!(1), &json!(bytes))
+    );
+    assert!(room.ok("bench data --model tiny --seq-len 64 --megabytes 1").contains("loader times training"));
+    room.refuses("bench data --dataset nothing.txt", &["nothing.txt"]);
 }
 
 #[test]

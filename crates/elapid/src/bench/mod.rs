@@ -5,6 +5,7 @@
 //! compute what it should.
 
 mod comm;
+mod data;
 mod decode;
 mod kernels;
 mod metered;
@@ -19,6 +20,7 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::{Map, Value, json};
 
 pub use comm::comm;
+pub use data::{Text, data};
 pub use decode::decode;
 pub use kernels::kernels;
 pub use timed::{Tally, Timed, Work};

@@ -82,7 +82,8 @@ fn train_on(
     let mut between = [0.0; 2];
     for step in 0..=steps {
         rank.barrier();
-        (timed.take(), account.take());
+        timed.take();
+        account.take();
         let start = Instant::now();
         trainer.last_micro_step(&batch);
         let hyper =

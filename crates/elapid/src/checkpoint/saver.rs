@@ -26,7 +26,7 @@ where
     store: &'env Store,
     rank: &'env Rank,
     backend: &'env B,
-    /// Between saves, from the first one on, where this rank writes any of it.
+    /// Between saves, where this rank writes any of it.
     copies: Option<Copies<B>>,
     under_way: UnderWay<'scope, B>,
 }
@@ -66,6 +66,24 @@ where
         Self { scope, store, rank, backend, copies: None, under_way: UnderWay::Nothing }
     }
 
+    /// Makes room for the copies of such states, so that the first save takes no longer than others.
+    pub fn reserve(&mut self, state: &State<'_, B>) {
+        if !state.held(self.backend).is_empty() {
+            self.copies = Some(self.copy(state));
+        }
+    }
+
+    fn copy(&mut self, state: &State<'_, B>) -> Copies<B> {
+        let backend = self.backend;
+        let flat = state.model.layout().flat.shard(state.model.part(backend).0);
+        let room = || std::array::from_fn(|_| backend.buffer(flat, DType::F32));
+        let mut copies = self.copies.take().unwrap_or_else(room);
+        for (from, to) in state.buffers.iter().zip(&mut copies) {
+            backend.cast_buffer(from, to);
+        }
+        copies
+    }
+
     /// Begins to write a checkpoint of `state`, and returns when it has been copied. Waits for the save before it. All ranks
     /// call this together.
     ///
@@ -77,15 +95,7 @@ where
         let (step, name) = (progress.step, store.name(progress.step));
         let made = begin(rank, store.dir(), &name).map_err(earlier_ones_stay)?;
         let held = state.held(backend);
-        let copies = (!held.is_empty()).then(|| {
-            let flat = state.model.layout().flat.shard(state.model.part(backend).0);
-            let room = || std::array::from_fn(|_| backend.buffer(flat, DType::F32));
-            let mut copies = self.copies.take().unwrap_or_else(room);
-            for (from, to) in state.buffers.iter().zip(&mut copies) {
-                backend.cast_buffer(from, to);
-            }
-            copies
-        });
+        let copies = (!held.is_empty()).then(|| self.copy(state));
         let dir = aside(store.dir(), &name);
         let write = move || {
             let pieces = match &copies {

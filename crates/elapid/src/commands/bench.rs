@@ -1,10 +1,12 @@
 //! `elapid bench`.
 
+use std::path::PathBuf;
+
 use clap::Subcommand;
 
 use super::show::show;
 use crate::Error;
-use crate::bench::{Setup, comm, decode, kernels, train};
+use crate::bench::{Setup, Text, comm, data, decode, kernels, train};
 use crate::config::ModelConfig;
 use crate::config::run::{ActivationCheckpointing, Dtype};
 use crate::parallel::Arrangement;
@@ -53,6 +55,23 @@ enum What {
         /// Tokens to generate
         #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..))]
         tokens: u16,
+    },
+    /// From text to batches: the tokenizer, the pipeline around it, and what the model reads beside what it trains
+    Data {
+        #[command(flatten)]
+        common: Common,
+        /// As for `tokenize` [default: made-up words]
+        #[arg(long, value_name = "PATH")]
+        dataset: Option<PathBuf>,
+        /// Column, or field of a JSON object, that holds the text
+        #[arg(long, value_name = "NAME", default_value = "text")]
+        text_column: String,
+        /// `bytes`, the path of a tokenizer.json or of the folder that holds one, or a model's name on the Hub
+        #[arg(long, value_name = "SPEC", default_value = "bytes")]
+        tokenizer: String,
+        /// Text to take, in MB
+        #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+        megabytes: u32,
     },
 }
 
@@ -111,6 +130,15 @@ pub(super) fn run(args: &BenchArgs) -> Result<(), Error> {
         What::Comm { dp, max_mib, json } => show(&comm(*dp, usize::from(*max_mib) << 20)?, *json),
         What::Decode { common, tokens } => {
             show(&decode(&common.setup()?, usize::from(*tokens))?, common.json)
+        }
+        What::Data { common, dataset, text_column, tokenizer, megabytes } => {
+            let text = Text {
+                dataset: dataset.clone(),
+                text_column: text_column.clone(),
+                tokenizer: tokenizer.clone(),
+                bytes: u64::from(*megabytes) * 1_000_000,
+            };
+            show(&data(&common.setup()?, &text)?, common.json)
         }
     }
 }

@@ -1,7 +1,6 @@
 //! A folder that appears whole or not at all: written in a hidden folder beside its place and put there by one rename.
 
 use std::fs::{self, File};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -99,7 +98,7 @@ impl Aside {
     pub(super) fn note(&mut self, progress: &impl Serialize) -> Result<(), Error> {
         let (path, new) = (self.path.join(PROGRESS), self.path.join("progress.new"));
         write_json(&new, progress)?;
-        fs::rename(&new, &path).map_err(|cause| Error::io("write", &path, &cause))?;
+        disk::place(&new, &path)?;
         self.keep = true;
         Ok(())
     }
@@ -131,12 +130,7 @@ impl Drop for Aside {
 /// Writes a file and brings it to disk.
 pub(super) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Error> {
     let text = serde_json::to_string_pretty(value).expect("plain data");
-    let write = || -> std::io::Result<()> {
-        let mut file = File::create(path)?;
-        writeln!(file, "{text}")?;
-        file.sync_all()
-    };
-    write().map_err(|cause| Error::io("write", path, &cause))
+    disk::write(path, (text + "\n").as_bytes())
 }
 
 #[cfg(test)]

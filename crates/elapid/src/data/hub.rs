@@ -16,7 +16,7 @@ use ureq::config::RedirectAuthHeaders;
 use ureq::http::{Response, StatusCode};
 use ureq::{Agent, Body};
 
-use super::sources::{Compression, Format};
+use super::sources::{Compression, Format, README, Wanted};
 use crate::Error;
 use crate::error::say;
 
@@ -28,9 +28,6 @@ const LONGEST_WAIT: u64 = 300;
 
 /// Where the Hub puts what it has made Parquet of.
 const CONVERTED: &str = "refs/convert/parquet";
-
-/// Words that name a split in a file's path.
-const SPLITS: [&str; 6] = ["train", "test", "validation", "valid", "dev", "eval"];
 
 /// What kind of repository.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +63,12 @@ struct Repo {
     files: Vec<Remote>,
 }
 
+impl Repo {
+    fn paths(&self) -> Vec<String> {
+        self.files.iter().map(|file| file.path.clone()).collect()
+    }
+}
+
 /// Is this a name such as `owner/name`, rather than a path?
 pub(super) fn is_name(text: &str) -> bool {
     let part = |part: &str| {
@@ -90,16 +93,30 @@ pub(super) fn is_name(text: &str) -> bool {
 /// The Hub cannot be reached or refuses; no such dataset, configuration or split; a file that is not what it should be.
 pub(super) fn dataset(name: &str, config: Option<&str>, split: Option<&str>) -> Result<Vec<PathBuf>, Error> {
     let hub = Hub::from_env()?;
+    let wanted = Wanted { config, split };
     let repo = hub.repo(Kind::Dataset, name, "main")?;
-    let (repo, files) = match choose(&repo, config, split) {
-        Ok(files) => (repo, files),
+    let readme = match repo.files.iter().find(|file| file.path == README) {
+        Some(file) => {
+            let path = &hub.fetch_all(&repo, std::slice::from_ref(file))?[0];
+            String::from_utf8_lossy(&fs::read(path).map_err(|cause| Error::io("read", path, &cause))?)
+                .into_owned()
+        }
+        None => String::new(),
+    };
+    let chosen =
+        wanted.among(&repo.paths(), &readme).map_err(|error| error.at(format!("the dataset {name}")));
+    let (repo, paths) = match chosen {
+        Ok(paths) => (repo, paths),
         Err(error) => {
             // What is in no file that we read, the Hub may have made Parquet of.
             let Ok(converted) = hub.repo(Kind::Dataset, name, CONVERTED) else { return Err(error) };
-            let files = choose_converted(&converted, config, split)?;
-            (converted, files)
+            let paths = wanted
+                .converted(&converted.paths())
+                .map_err(|error| error.at(format!("the dataset {name}")))?;
+            (converted, paths)
         }
     };
+    let files: Vec<Remote> = repo.files.iter().filter(|file| paths.contains(&file.path)).cloned().collect();
     hub.fetch_all(&repo, &files)
 }
 
@@ -119,112 +136,6 @@ pub(super) fn tokenizer(name: &str, wanted: &[&str]) -> Result<PathBuf, Error> {
     }
     hub.fetch_all(&repo, &files)?;
     Ok(hub.snapshot(&repo))
-}
-
-fn is_data(file: &Remote) -> bool {
-    let path = Path::new(&file.path);
-    let text = |path: &Path| path.extension().is_some_and(|extension| extension == "txt");
-    let hidden = file.path.split('/').any(|part| part.starts_with('.'));
-    let settings = ["dataset_infos.json", "dataset_info.json", "state.json", "dataset_dict.json"];
-    let named = path.file_name().is_some_and(|name| settings.iter().any(|known| name == *known));
-    let format = Format::of(path).0 != Format::Text || text(path) || text(&path.with_extension(""));
-    format && !hidden && !named
-}
-
-/// The folders that a file lies in, from the outermost.
-fn folders(file: &Remote) -> Vec<&str> {
-    let mut parts: Vec<&str> = file.path.split('/').collect();
-    parts.pop();
-    parts
-}
-
-fn mentions(file: &Remote, word: &str) -> bool {
-    file.path.split(['/', '-', '_', '.']).any(|part| part.eq_ignore_ascii_case(word))
-}
-
-/// The files of a split among those of a repository: of one format, Parquet before others; of one configuration, which is
-/// a folder; with the split's name in their path, where any split's is in one.
-fn choose(repo: &Repo, config: Option<&str>, split: Option<&str>) -> Result<Vec<Remote>, Error> {
-    let fault =
-        |what: String, hint: String| Error::new(format!("the dataset {} {what}", repo.name)).with_hint(hint);
-    let mut files: Vec<Remote> = repo.files.iter().filter(|file| is_data(file)).cloned().collect();
-    if files.is_empty() {
-        return Err(fault(
-            "holds no file that can be read".into(),
-            "Parquet, JSON lines, JSON, CSV, Arrow and text files are read, and what the Hub has made Parquet of".into(),
-        ));
-    }
-    let mut tops: Vec<String> =
-        files.iter().filter_map(|file| folders(file).first().map(|top| (*top).to_owned())).collect();
-    tops.sort();
-    tops.dedup();
-    if let Some(config) = config {
-        files.retain(|file| folders(file).contains(&config) || folders(file).join("-") == config);
-        if files.is_empty() {
-            return Err(fault(
-                format!("has no configuration {config:?}"),
-                format!("choose another with --dataset-config; folders: {}", tops.join(", ")),
-            ));
-        }
-    } else if tops.iter().any(|top| top == "data") {
-        files.retain(|file| folders(file).first() == Some(&"data"));
-    } else if tops.len() > 1 && !tops.iter().any(|top| SPLITS.contains(&&top[..])) {
-        return Err(fault(
-            "has several configurations".into(),
-            format!("choose one with --dataset-config; there are: {}", tops.join(", ")),
-        ));
-    }
-    let rank = |file: &Remote| match Format::of(Path::new(&file.path)).0 {
-        Format::Parquet => 0,
-        Format::Lines => 1,
-        Format::Json => 2,
-        Format::Csv(_) => 3,
-        Format::Arrow => 4,
-        Format::Text => 5,
-    };
-    let best = files.iter().map(rank).min();
-    files.retain(|file| Some(rank(file)) == best);
-    let split = split.unwrap_or("train");
-    let named: Vec<&str> =
-        SPLITS.into_iter().filter(|word| files.iter().any(|file| mentions(file, word))).collect();
-    let wanted: Vec<Remote> = files.iter().filter(|file| mentions(file, split)).cloned().collect();
-    match (wanted.is_empty(), named.is_empty()) {
-        (false, _) => Ok(wanted),
-        (true, true) if split == "train" => Ok(files),
-        _ => Err(fault(
-            format!("has no split {split:?}"),
-            format!("choose another with --split; file names mention: {}", named.join(", ")),
-        )),
-    }
-}
-
-/// The same of the branch that the Hub has converted: `configuration/split/0000.parquet`.
-fn choose_converted(repo: &Repo, config: Option<&str>, split: Option<&str>) -> Result<Vec<Remote>, Error> {
-    let files =
-        || repo.files.iter().filter(|file| file.path.ends_with(".parquet") && folders(file).len() == 2);
-    let choice =
-        |what: &str, flag: &str, place: usize, wanted: Option<&str>, within: Option<&str>, usual: &str| {
-            let inside = files().filter(|file| within.is_none_or(|config| folders(file)[0] == config));
-            let mut there: Vec<&str> = inside.map(|file| folders(file)[place]).collect();
-            there.sort_unstable();
-            there.dedup();
-            let hint = format!("choose one with {flag}; there are: {}", there.join(", "));
-            match wanted {
-                Some(wanted) if there.contains(&wanted) => Ok(wanted.to_owned()),
-                Some(wanted) => {
-                    Err(Error::new(format!("the dataset {} has no {what} {wanted:?}", repo.name))
-                        .with_hint(hint))
-                }
-                None if there.contains(&usual) => Ok(usual.to_owned()),
-                None if there.len() == 1 => Ok(there[0].to_owned()),
-                None => {
-                    Err(Error::new(format!("the dataset {} has several {what}s", repo.name)).with_hint(hint))
-                }
-            }
-        };
-    let config = choice("configuration", "--dataset-config", 0, config, None, "default")?;
-    let split = choice("split", "--split", 1, split, Some(&config), "train")?;
-    Ok(files().filter(|file| folders(file) == [&config[..], &split[..]]).cloned().collect())
 }
 
 /// A connection to the Hub, and its cache.
@@ -287,8 +198,20 @@ impl Hub {
                 .as_ref()
                 .ok()
                 .and_then(|commit| serde_json::from_slice(&fs::read(listing(commit)).ok()?).ok());
+            let repo = |commit, files| Repo { kind, name: name.to_owned(), commit, files };
             return match (commit, files) {
-                (Ok(commit), Some(files)) => Ok(Repo { kind, name: name.to_owned(), commit, files }),
+                (Ok(commit), Some(files)) => Ok(repo(commit, files)),
+                (Ok(commit), None) if folder.join("snapshots").join(&commit).is_dir() => {
+                    let files = here(&folder.join("snapshots").join(&commit))?;
+                    if kind == Kind::Dataset {
+                        say(format_args!(
+                            "warning: HF_HUB_OFFLINE forbids to ask what {name} holds; these {} files of it are here, and \
+                             are taken for all",
+                            files.len()
+                        ));
+                    }
+                    Ok(repo(commit, files))
+                }
                 _ => Err(Error::new(format!(
                     "there is no {} {name} here, and HF_HUB_OFFLINE forbids to look for it",
                     kind.word()
@@ -330,7 +253,9 @@ impl Hub {
 
     /// Downloads files; gives their paths in the cache, in order.
     fn fetch_all(&self, repo: &Repo, files: &[Remote]) -> Result<Vec<PathBuf>, Error> {
-        let missing: Vec<&Remote> = files.iter().filter(|file| !self.blob(repo, file).exists()).collect();
+        let here =
+            |file: &Remote| self.snapshot(repo).join(&file.path).exists() || self.blob(repo, file).exists();
+        let missing: Vec<&Remote> = files.iter().filter(|file| !here(file)).collect();
         let bytes: u64 = missing.iter().map(|file| file.size).sum();
         if !missing.is_empty() && self.offline {
             return Err(Error::new(format!(
@@ -534,6 +459,28 @@ fn check(path: &Path, file: &Remote) -> Result<(), String> {
     Ok(())
 }
 
+/// The files of a snapshot that Python downloaded.
+fn here(snapshot: &Path) -> Result<Vec<Remote>, Error> {
+    let (mut files, mut folders) = (Vec::new(), vec![snapshot.to_owned()]);
+    while let Some(folder) = folders.pop() {
+        let failed = |cause: std::io::Error| Error::io("read", &folder, &cause);
+        for entry in fs::read_dir(&folder).map_err(failed)? {
+            let path = entry.map_err(failed)?.path();
+            // Files are links to what they hold.
+            let meta = fs::metadata(&path).map_err(failed)?;
+            if meta.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            let parts = path.strip_prefix(snapshot).unwrap_or(&path).components();
+            let path = parts.map(|part| part.as_os_str().to_string_lossy()).collect::<Vec<_>>().join("/");
+            files.push(Remote { path, size: meta.len(), blob: String::new(), large: false });
+        }
+    }
+    files.sort_by(|a, b| a.path.cmp(&b.path));
+    Ok(files)
+}
+
 fn escape(part: &str) -> String {
     let byte = |byte: u8| match byte {
         b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => char::from(byte).to_string(),
@@ -555,16 +502,6 @@ fn write(path: &Path, content: &[u8]) -> Result<(), Error> {
 mod tests {
     use super::*;
 
-    fn repo(paths: &[&str]) -> Repo {
-        let file = |path: &&str| Remote { path: (*path).into(), size: 1, blob: "0".into(), large: false };
-        let files = paths.iter().map(file).collect();
-        Repo { kind: Kind::Dataset, name: "o/n".into(), commit: "c".into(), files }
-    }
-
-    fn chosen(paths: &[&str], config: Option<&str>, split: Option<&str>) -> Result<Vec<String>, Error> {
-        Ok(choose(&repo(paths), config, split)?.into_iter().map(|file| file.path).collect())
-    }
-
     #[test]
     fn names_are_told_from_paths() {
         for name in ["gpt2", "EleutherAI/gpt-neox-20b", "roneneldan/TinyStories", "a/b.c"] {
@@ -575,54 +512,5 @@ mod tests {
         {
             assert!(!is_name(path), "{path}");
         }
-    }
-
-    #[test]
-    fn the_files_of_a_split_are_found() {
-        let stories = [
-            "README.md",
-            "data/train-0.parquet",
-            "data/train-1.parquet",
-            "data/validation-0.parquet",
-            "old.txt",
-        ];
-        assert_eq!(chosen(&stories, None, None).unwrap(), ["data/train-0.parquet", "data/train-1.parquet"]);
-        assert_eq!(chosen(&stories, None, Some("validation")).unwrap(), ["data/validation-0.parquet"]);
-        let error = chosen(&stories, None, Some("test")).unwrap_err();
-        assert!(
-            error.to_string().contains("no split \"test\"")
-                && error.hint().unwrap().contains("train, validation")
-        );
-
-        let several = ["en/c4-train.0.json.gz", "en/c4-validation.0.json.gz", "en.x/c4-train.0.json.gz"];
-        let error = chosen(&several, None, None).unwrap_err();
-        assert!(error.hint().unwrap().contains("there are: en, en.x"), "{error:?}");
-        assert_eq!(chosen(&several, Some("en"), None).unwrap(), ["en/c4-train.0.json.gz"]);
-        assert!(chosen(&several, Some("de"), None).unwrap_err().to_string().contains("\"de\""));
-
-        assert_eq!(chosen(&["a.jsonl.zst", "b.csv"], None, None).unwrap(), ["a.jsonl.zst"]);
-        assert_eq!(
-            chosen(&["s/10B/x.parquet", "s/1B/y.parquet"], Some("s-1B"), None).unwrap(),
-            ["s/1B/y.parquet"]
-        );
-        assert_eq!(chosen(&["train/a.txt", "test/a.txt"], None, Some("test")).unwrap(), ["test/a.txt"]);
-        assert!(chosen(&["README.md", ".x.json", "a.py"], None, None).is_err());
-    }
-
-    #[test]
-    fn converted_branches_have_a_folder_a_split() {
-        let repo = repo(&[
-            "b/test/0000.parquet",
-            "b/train/0000.parquet",
-            "b/train/0001.parquet",
-            "d/test/0000.parquet",
-        ]);
-        let paths = |config, split| -> Result<Vec<String>, Error> {
-            Ok(choose_converted(&repo, config, split)?.into_iter().map(|file| file.path).collect())
-        };
-        assert_eq!(paths(Some("b"), None).unwrap(), ["b/train/0000.parquet", "b/train/0001.parquet"]);
-        assert_eq!(paths(Some("d"), None).unwrap(), ["d/test/0000.parquet"]);
-        assert!(paths(None, None).unwrap_err().hint().unwrap().contains("b, d"));
-        assert!(paths(Some("b"), Some("x")).unwrap_err().hint().unwrap().contains("test, train"));
     }
 }

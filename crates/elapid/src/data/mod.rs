@@ -11,10 +11,12 @@ mod sources;
 mod tokenize;
 mod tokenizer;
 mod units;
+mod words;
 mod writer;
 
 pub use dataset::{Card, Dataset, PAD_DOCUMENT, Sample};
 pub(crate) use dataset::{DICT, STATE};
+pub(crate) use pipeline::count_tokens;
 pub use sampler::{Order, Place, Sampler};
 pub use sources::{Documents, Part, Source, SourceOptions};
 pub use tokenize::{TokenizeOptions, Tokenized, tokenize};

@@ -4,6 +4,8 @@
 //! batch from the reader round to the caller, so that only so many are under way, whatever is slow.
 
 use std::collections::BTreeMap;
+use std::panic::resume_unwind;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, Scope};
@@ -11,6 +13,7 @@ use std::thread::{self, Scope};
 use super::Tokenizer;
 use super::dataset::quietly;
 use super::units::{About, Unit};
+use super::words::Encoder;
 use crate::Error;
 
 /// Bytes of text in a batch; a unit longer than that is taken whole.
@@ -118,22 +121,46 @@ fn work(
     tokenizer: &Tokenizer,
     eos: Option<u32>,
 ) {
+    let mut encoder = Encoder::new(tokenizer);
     loop {
         let Ok(batches) = batches.lock() else { return };
         let Ok((number, batch)) = batches.recv() else { return };
         drop(batches);
-        let encoded = batch.and_then(|units| encode(&units, tokenizer, eos));
+        let encoded = batch.and_then(|units| encode(&units, &mut encoder, eos));
         if results.send((number, encoded)).is_err() {
             return;
         }
     }
 }
 
-fn encode(units: &[Unit], tokenizer: &Tokenizer, eos: Option<u32>) -> Result<Encoded, Error> {
+/// How many tokens `texts` have, counted on `threads` threads: what the tokenizer can do where nothing else is done.
+///
+/// # Errors
+/// As [`Tokenizer::encode`].
+pub(crate) fn count_tokens(texts: &[String], tokenizer: &Tokenizer, threads: usize) -> Result<u64, Error> {
+    let next = AtomicUsize::new(0);
+    let count = || -> Result<u64, Error> {
+        let (mut encoder, mut ids, mut tokens) = (Encoder::new(tokenizer), Vec::new(), 0);
+        while let Some(text) = texts.get(next.fetch_add(1, Ordering::Relaxed)) {
+            ids.clear();
+            encoder.encode(text, &mut ids)?;
+            tokens += ids.len() as u64;
+        }
+        Ok(tokens)
+    };
+    thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(count)).collect();
+        let counts =
+            threads.into_iter().map(|thread| thread.join().unwrap_or_else(|fault| resume_unwind(fault)));
+        counts.sum()
+    })
+}
+
+fn encode(units: &[Unit], encoder: &mut Encoder, eos: Option<u32>) -> Result<Encoded, Error> {
     let mut encoded = Encoded { units: Vec::with_capacity(units.len()), ids: Vec::new() };
     for Unit { text, about } in units {
         // The library is not ours, and a document is not to end the process.
-        quietly(|| tokenizer.encode_piece(text, &mut encoded.ids))
+        quietly(|| encoder.encode(text, &mut encoded.ids))
             .unwrap_or_else(|()| {
                 Err(Error::new("the tokenizer broke down").with_hint("take the document out"))
             })

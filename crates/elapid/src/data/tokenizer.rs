@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::hub;
+use super::words::{Encoder, fall_apart};
 use crate::Error;
 use crate::disk;
 
@@ -34,6 +35,8 @@ const TRIES: usize = 8;
 #[derive(Debug)]
 pub struct Tokenizer {
     kind: Kind,
+    /// Words may be tokenized one by one.
+    falls_apart: bool,
     eos_id: Option<u32>,
     /// What [`Tokenizer::save`] writes: file names and contents.
     files: Vec<(&'static str, Vec<u8>)>,
@@ -77,6 +80,7 @@ impl Tokenizer {
                 .with_hint("it must be a tokenizer.json as the `tokenizers` library writes it")
         })?;
         // A file may ask for blocks of fixed length; documents are tokenized whole.
+        let falls_apart = serde_json::from_slice(&json).is_ok_and(|json| fall_apart(&json));
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).expect("only a length can be refused");
 
@@ -103,12 +107,12 @@ impl Tokenizer {
         if !files.iter().any(|(name, _)| *name == CONFIG) {
             files.push((CONFIG, minimal_config(eos_id.and_then(|id| tokenizer.id_to_token(id)))));
         }
-        Ok(Self { kind: Kind::Json(Box::new(tokenizer)), eos_id, files })
+        Ok(Self { kind: Kind::Json(Box::new(tokenizer)), falls_apart, eos_id, files })
     }
 
     fn bytes() -> Self {
         let files = vec![(TOKENIZER, bytes_json()), (CONFIG, minimal_config(Some(END_OF_TEXT.to_owned())))];
-        Self { kind: Kind::Bytes, eos_id: Some(END_OF_TEXT_ID), files }
+        Self { kind: Kind::Bytes, falls_apart: false, eos_id: Some(END_OF_TEXT_ID), files }
     }
 
     /// The ids of `text`. Nothing is added at its ends; a special token spelled out in it becomes that token.
@@ -121,10 +125,15 @@ impl Tokenizer {
             .into_par_iter()
             .map(|piece| {
                 let mut ids = Vec::new();
-                self.encode_piece(piece, &mut ids).map(|()| ids)
+                Encoder::new(self).encode(piece, &mut ids).map(|()| ids)
             })
             .collect();
         Ok(pieces?.concat())
+    }
+
+    /// Whether words may be tokenized one by one ([`Encoder`]).
+    pub(super) fn falls_apart(&self) -> bool {
+        self.falls_apart
     }
 
     /// Adds the ids of `text`, which is tokenized in one.
@@ -219,6 +228,15 @@ impl Tokenizer {
         self.eos_id
     }
 
+    /// The id of the token that stands for what the vocabulary lacks, where there is one.
+    pub fn unknown_id(&self) -> Option<u32> {
+        let Kind::Json(tokenizer) = &self.kind else { return None };
+        let json: Value = serde_json::from_slice(&self.files[0].1).ok()?;
+        let model = &json["model"];
+        let by_place = model["unk_id"].as_u64().and_then(|id| u32::try_from(id).ok());
+        by_place.or_else(|| tokenizer.token_to_id(model["unk_token"].as_str()?))
+    }
+
     /// Writes the files from which transformers' `AutoTokenizer.from_pretrained(dir)` and [`Tokenizer::load`] load
     /// this tokenizer. Creates `dir` where it is missing.
     ///
@@ -227,10 +245,9 @@ impl Tokenizer {
     pub fn save(&self, dir: &Path) -> Result<(), Error> {
         fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, &e))?;
         for (name, content) in self.files() {
-            let path = dir.join(name);
-            disk::write(&path, content)?;
+            disk::write(&dir.join(name), content)?;
         }
-        Ok(())
+        disk::sync_names(dir)
     }
 
     /// Names and contents of the files that [`Self::save`] writes.
@@ -481,6 +498,18 @@ mod tests {
         assert_eq!(load(dir.path()).unwrap().eos_id(), Some(7));
         fs::write(dir.path().join(CONFIG), r#"{"eos_token": "a"}"#).unwrap();
         assert_eq!(load(dir.path()).unwrap().eos_id(), Some(0));
+    }
+
+    #[test]
+    fn the_unknown_has_a_token_or_none() {
+        let dir = tempfile::tempdir().unwrap();
+        words(dir.path(), &[]);
+        assert_eq!(load(dir.path()).unwrap().unknown_id(), None);
+        let known = json!({ "type": "WordLevel", "unk_token": "?", "vocab": { "a": 0, "?": 4 } });
+        words(dir.path(), &[("model", known)]);
+        let tokenizer = load(dir.path()).unwrap();
+        assert_eq!((tokenizer.unknown_id(), tokenizer.encode("a b").unwrap()), (Some(4), vec![0, 4]));
+        assert_eq!((load(&golden()).unwrap().unknown_id(), Tokenizer::bytes().unknown_id()), (None, None));
     }
 
     #[test]

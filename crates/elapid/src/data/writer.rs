@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 use super::aside::{Aside, write_json};
 use super::dataset::{CARD, Card, STATE};
 use crate::Error;
+use crate::disk;
 
 const INFO: &str = "dataset_info.json";
 
@@ -281,7 +282,7 @@ impl ShardWriter {
         let bytes = file.metadata().map_err(|cause| Error::io("write", &path, &cause))?.len();
         self.shards.bytes.push(bytes);
         self.filled = 0;
-        Ok(())
+        disk::sync_names(&self.dir)
     }
 
     /// Ends the last shard. It is on disk with this; the split is not complete before [`Self::complete`].
@@ -322,7 +323,8 @@ impl ShardWriter {
         });
         write_json(&self.dir.join(INFO), &info)?;
         write_json(&self.dir.join(CARD), card)?;
-        write_json(&self.dir.join(STATE), &state)
+        write_json(&self.dir.join(STATE), &state)?;
+        disk::sync_names(&self.dir)
     }
 
     fn failed(&self, cause: &ArrowError) -> Error {

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde_json::json;
 
+use super::blocks::scan;
 use super::{Fields, fields};
 use crate::Error;
 use crate::data::{Dataset, Sample, Tokenizer};
@@ -14,7 +15,7 @@ const EXCERPT: usize = 128;
 /// Stands where a document ends and the next one begins.
 const BOUNDARY: &str = "⟨next document⟩";
 
-/// Counts, and the beginnings of a few blocks.
+/// Counts, what a pass through all blocks tells, and the beginnings of a few blocks.
 pub(super) fn describe(dir: &Path) -> Result<Fields, Error> {
     let data = Dataset::open(dir)?;
     let card = data.card();
@@ -27,7 +28,8 @@ pub(super) fn describe(dir: &Path) -> Result<Fields, Error> {
         .into_iter()
         .map(|block| Ok(excerpt(&data.sample(block)?, tokenizer.as_ref())))
         .collect::<Result<Vec<_>, Error>>()?;
-    Ok(fields(json!({
+    let eos = card.filter(|card| card.append_eos).and_then(|card| card.eos_id);
+    let mut found = fields(json!({
         "blocks": data.len(),
         "seq_len": data.seq_len(),
         "columns": data.columns(),
@@ -42,8 +44,10 @@ pub(super) fn describe(dir: &Path) -> Result<Fields, Error> {
         "append_eos": card.map(|card| card.append_eos),
         "source": card.map(|card| &card.source),
         "fingerprint": data.fingerprint(),
-        "samples": samples,
-    })))
+    }));
+    found.extend(scan(&data, eos, tokenizer.as_ref())?);
+    found.insert("samples".into(), samples.into());
+    Ok(found)
 }
 
 /// The beginning of a block as text, or as numbers without a tokenizer, with the bounds of documents marked where the

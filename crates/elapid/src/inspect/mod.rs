@@ -2,6 +2,7 @@
 //!
 //! Each kind has a module whose `describe` gives the fields of the object that `elapid inspect --json` prints.
 
+mod blocks;
 mod checkpoint;
 mod dataset;
 mod model;

@@ -155,7 +155,7 @@ impl Layout {
         let mut counted = Vec::new();
         let replicas = self.replicas(slot.row, false).into_iter();
         let uncounted = replicas.filter(|replica| !self.share.rank.is_multiple_of(replica.copies));
-        for gap in uncounted.map(|replica| replica.range).chain([end..end]) {
+        for gap in uncounted.map(|replica| replica.range).chain(std::iter::once(end..end)) {
             let stretch = at..gap.start.clamp(at, end);
             at = gap.end.clamp(at, end);
             let whole = Slot { row: slot.row, offset: stretch.start, shape: vec![stretch.len()] };

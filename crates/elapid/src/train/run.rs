@@ -100,6 +100,11 @@ pub fn cpu(threads: Option<usize>) -> Result<CpuBackend, Error> {
     })
 }
 
+/// Whether copies are made to be written while the run goes on.
+fn saves_beside_training(args: &TrainArgs) -> bool {
+    args.checkpoint_freq > 0 && !args.no_async_save
+}
+
 /// A signal that any rank has caught, and whether all ranks say `done`.
 fn agreed(rank: &Rank, caught: Option<i32>, done: bool) -> (Option<i32>, bool) {
     let all = rank.gather_numbers(caught.unwrap_or(0) as u64 | u64::from(done) << 32);
@@ -163,7 +168,7 @@ fn train_on(run: &Run, rank: &Rank) -> Result<Outcome, Error> {
         sequence_parallel: run.args.sequence_parallel_enabled,
         evaluation: &shapes,
         log_norms: run.args.log_norms,
-        saves: run.args.checkpoint_freq > 0 && !run.args.no_async_save,
+        saves: saves_beside_training(&run.args),
     };
     let memory = Memory::predict(&demand);
     let warning = rank.from_first(|| memory.check(run.args.ignore_memory_limit))?;
@@ -389,6 +394,9 @@ impl<'a> Session<'a> {
         mut saver: Saver<'_, '_, CpuBackend>,
     ) -> Result<Outcome, Error> {
         let args = &self.run.args;
+        if saves_beside_training(args) {
+            saver.reserve(&self.state(self.trainer.states()));
+        }
         for step in self.done + 1..=args.max_steps {
             if let Some(error) = self.step(step)? {
                 // All ranks end here, with a step that cannot be made; what is being saved is whole.
@@ -441,8 +449,8 @@ impl<'a> Session<'a> {
 
     /// Brings the lines of all steps to disk, before a checkpoint of them is there.
     fn sync(&self) -> Result<(), Error> {
-        let logs = self.metrics.iter().chain(self.norms.as_ref().and_then(Norms::log));
-        logs.map(Log::sync).collect()
+        let mut logs = self.metrics.iter().chain(self.norms.as_ref().and_then(Norms::log));
+        logs.try_for_each(Log::sync)
     }
 
     /// What a checkpoint holds, with these carried states.

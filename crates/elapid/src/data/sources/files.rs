@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::parquet::Parquet;
 use super::tables::{Arrow, Csv};
 use super::text::{Json, Lines, Text};
-use super::{Compression, Format, Part, Place, Rows};
+use super::{Compression, Format, Part, Place, README, Rows, Wanted};
 use crate::Error;
 use crate::data::dataset::{DICT, STATE};
 use crate::data::hub;
@@ -21,9 +21,9 @@ use crate::data::hub;
 pub struct SourceOptions {
     /// Column, or field of a JSON object, that holds the text.
     pub text_column: String,
-    /// Which split of a dataset that has several; None: `train`.
+    /// Which split of a dataset that has several; None: `train`, of a folder of files all of them.
     pub split: Option<String>,
-    /// Which configuration of a dataset on the Hub that has several.
+    /// Which configuration of a dataset on the Hub, or of a folder laid out like one, that has several.
     pub config: Option<String>,
 }
 
@@ -59,26 +59,52 @@ impl Source {
     /// What a file holds its name says: `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, `.arrow`, each but the last two
     /// also as `.gz` or `.zst`; any other file is one document of text. Of a folder, these are all files below it,
     /// sorted by path, without hidden ones, folders named `target`, symbolic links and files that are not UTF-8 text;
-    /// where there are Parquet or Arrow files among them, only those. What does not exist and could be a name is looked
+    /// where there are Parquet or Arrow files among them, only those; where a split or a configuration is asked for, those
+    /// that are its by the head of README.md or by their names, as on the Hub. What does not exist and could be a name is looked
     /// for on the Hugging Face Hub and downloaded.
     ///
     /// # Errors
-    /// `path` or a folder below it cannot be read, or there is no file; those of a download.
+    /// `path` or a folder below it cannot be read, or there is no file; it has no such split or configuration; those of a
+    /// download.
     pub fn open(path: &Path, options: &SourceOptions) -> Result<Self, Error> {
         let spec = path.to_string_lossy();
         let hint =
             "--dataset is a file, a folder or a glob of text, .jsonl, .json, .csv, .parquet or .arrow files";
+        let alone = |what: &str| match (&options.config, &options.split) {
+            (Some(config), _) => Err(Error::new(format!(
+                "{spec} is {what}: it has no configuration {config:?}"
+            ))
+            .with_hint(
+                "leave --dataset-config out: it is for datasets of the Hub, and folders laid out like one",
+            )),
+            // As in Python, all of it is the split `train`.
+            (None, Some(split)) if split != "train" => {
+                Err(Error::new(format!("{spec} is {what}: it has no split {split:?}"))
+                    .with_hint("leave --split out, or give the files of that split alone"))
+            }
+            (None, _) => Ok(()),
+        };
+        let wanted = Wanted { config: options.config.as_deref(), split: options.split.as_deref() };
         let files = if path.is_dir() && (path.join(STATE).exists() || path.join(DICT).exists()) {
-            saved(path, options.split.as_deref())?
+            saved(path, wanted)?
         } else if path.is_dir() {
-            walk(path, &options.text_column)?
+            let files = walk(path, &options.text_column)?;
+            if wanted.config.is_some() || wanted.split.is_some() {
+                chosen(path, files, wanted)?
+            } else {
+                files
+            }
         } else if !path.exists() && spec.contains(['*', '?', '[']) {
+            alone("a glob")?;
             globbed(&spec)?
         } else if !path.exists() && hub::is_name(&spec) {
             let files = hub::dataset(&spec, options.config.as_deref(), options.split.as_deref())?;
             return Self::of_files(&files, options);
         } else {
-            vec![Input::new(path, false).map_err(|cause| Error::io("read", path, &cause).with_hint(hint))?]
+            let file =
+                Input::new(path, false).map_err(|cause| Error::io("read", path, &cause).with_hint(hint))?;
+            alone("a single file")?;
+            vec![file]
         };
         Self::of_inputs(files, options).ok_or_else(|| {
             Error::new(format!("{spec} holds no file to read")).with_hint(
@@ -247,6 +273,19 @@ fn walk(root: &Path, text_column: &str) -> Result<Vec<Input>, Error> {
     Ok(files)
 }
 
+/// Those of the files below `root` that belong to a split and a configuration.
+fn chosen(root: &Path, files: Vec<Input>, wanted: Wanted) -> Result<Vec<Input>, Error> {
+    let relative = |file: &Input| {
+        let parts = file.path.strip_prefix(root).unwrap_or(&file.path).components();
+        parts.map(|part| part.as_os_str().to_string_lossy()).collect::<Vec<_>>().join("/")
+    };
+    // It says which is which, or there is none.
+    let readme = fs::read_to_string(root.join(README)).unwrap_or_default();
+    let paths: Vec<String> = files.iter().map(relative).collect();
+    let chosen = wanted.among(&paths, &readme).map_err(|error| error.at(root.display()))?;
+    Ok(files.into_iter().filter(|file| chosen.contains(&relative(file))).collect())
+}
+
 fn globbed(pattern: &str) -> Result<Vec<Input>, Error> {
     let paths = glob::glob(pattern).map_err(|cause| {
         Error::new(format!("{pattern:?} is no glob: {cause}"))
@@ -268,27 +307,39 @@ fn globbed(pattern: &str) -> Result<Vec<Input>, Error> {
 }
 
 /// The files of a dataset folder that Python saved; of a `DatasetDict`, those of one split.
-fn saved(dir: &Path, split: Option<&str>) -> Result<Vec<Input>, Error> {
+fn saved(dir: &Path, wanted: Wanted) -> Result<Vec<Input>, Error> {
     let json = |path: &Path| -> Result<Value, Error> {
         let text = fs::read_to_string(path).map_err(|cause| Error::io("read", path, &cause))?;
         serde_json::from_str(&text).map_err(|cause| {
             Error::new(format!("{}: {cause}", path.display())).with_hint("write the dataset again")
         })
     };
-    let mut dir = dir.to_owned();
+    let lacks =
+        |what: String, hint: String| Error::new(format!("{} has no {what}", dir.display())).with_hint(hint);
+    if let Some(config) = wanted.config {
+        let hint = "leave --dataset-config out: what `save_to_disk` wrote is one configuration";
+        return Err(lacks(format!("configuration {config:?}"), hint.into()));
+    }
+    let mut folder = dir.to_owned();
     if dir.join(DICT).exists() {
         let splits = json(&dir.join(DICT))?;
         let splits: Vec<&str> =
             splits["splits"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
-        let split = split.unwrap_or("train");
+        let split = wanted.split.unwrap_or("train");
         if !splits.contains(&split) {
-            return Err(Error::new(format!("{} has no split {split:?}", dir.display()))
-                .with_hint(format!("choose one with --split; there are: {}", splits.join(", "))));
+            let hint = format!("choose one with --split; there are: {}", splits.join(", "));
+            return Err(lacks(format!("split {split:?}"), hint));
         }
-        dir.push(split);
+        folder.push(split);
     }
-    let path = dir.join(STATE);
+    let path = folder.join(STATE);
     let state = json(&path)?;
+    // A single split may know its name.
+    let name = state["_split"].as_str().unwrap_or("train");
+    if let Some(split) = wanted.split.filter(|split| folder == dir && *split != name) {
+        return Err(lacks(format!("split {split:?}"), format!("leave --split out; it is the split {name}")));
+    }
+    let dir = folder;
     let names = state["_data_files"].as_array().into_iter().flatten().map(|file| file["filename"].as_str());
     names
         .map(|name| {

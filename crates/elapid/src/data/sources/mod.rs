@@ -3,6 +3,7 @@
 mod files;
 mod packed;
 mod parquet;
+mod splits;
 mod tables;
 mod text;
 
@@ -16,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Error;
 pub use files::{Documents, Source, SourceOptions};
+pub(super) use splits::{README, Wanted};
 
 /// Text of a document, or a part of one where documents are long.
 #[derive(Clone, Debug, PartialEq, Eq)]

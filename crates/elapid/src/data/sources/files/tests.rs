@@ -106,6 +106,41 @@ fn a_folder_is_read_without_what_is_no_text_of_its_own() {
 }
 
 #[test]
+fn a_split_or_configuration_is_heeded_or_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    write(&at("d/en/train-0.jsonl"), "{\"text\":\"train\"}\n");
+    write(&at("d/en/test-0.jsonl"), "{\"text\":\"test\"}\n");
+    write(&at("d/de/train.jsonl"), "{\"text\":\"deutsch\"}\n");
+    let read = |path: &Path, config: Option<&str>, split: Option<&str>| -> Result<Vec<String>, Error> {
+        let options = SourceOptions {
+            split: split.map(str::to_owned),
+            config: config.map(str::to_owned),
+            ..SourceOptions::default()
+        };
+        Source::open(path, &options)?.documents(0).map(|part| part.map(|part| part.text)).collect()
+    };
+    assert_eq!(read(&at("d"), None, None).unwrap().len(), 3);
+    assert_eq!(read(&at("d"), Some("en"), Some("test")).unwrap(), ["test"]);
+    assert_eq!(read(&at("d/en"), None, Some("train")).unwrap(), ["train"]);
+    assert_eq!(read(&at("d/de/train.jsonl"), None, Some("train")).unwrap(), ["deutsch"]);
+    write(&at("d/README.md"), "---\nconfigs:\n- config_name: all\n  data_files: \"*/train*\"\n---\n");
+    assert_eq!(read(&at("d"), Some("all"), None).unwrap(), ["deutsch", "train"]);
+
+    let (file, glob) = (at("d/de/train.jsonl"), at("d/*/train*"));
+    for (path, config, split, expected) in [
+        (&file, None, Some("test"), "is a single file: it has no split \"test\""),
+        (&file, Some("de"), Some("train"), "is a single file: it has no configuration \"de\""),
+        (&glob, None, Some("test"), "is a glob: it has no split \"test\""),
+        (&at("d"), Some("fr"), None, "no configuration \"fr\""),
+        (&at("d/en"), None, Some("dev"), "no split \"dev\""),
+    ] {
+        let error = read(path, config, split).unwrap_err();
+        assert!(error.to_string().contains(expected) && error.hint().is_some(), "{error}");
+    }
+}
+
+#[test]
 fn one_document_is_held_at_a_time() {
     let dir = tempfile::tempdir().unwrap();
     write(&dir.path().join("a.jsonl"), "{\"text\":\"1\"}\nbroken\n");
