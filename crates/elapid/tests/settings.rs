@@ -12,8 +12,8 @@ fn printed(room: &Room, flags: &str) -> String {
     room.ok(&format!("train {flags} --print-config"))
 }
 
-/// Every flag, each with a value that is not its default. Two cases, since some exclude each other.
-const ALL: [&str; 2] = [
+/// Every flag, each with a value that is not its default. Several cases, since some exclude each other.
+const ALL: [&str; 4] = [
     "--model tiny.json --vocab-size 300 --n-groups 1 --rmsnorm-across-groups --init transformers --data-dir data \
      --eval-fraction 0.25 --eval-freq 2 --seq-len 32 --shuffle --seed 9223372036854775807 --dtype bfloat16 --batch 3 \
      --grad-accum-usteps 2 --max-steps 12 --lr 1.7e-3 --min-lr 1e-30 --warmup-steps 2 --lr-schedule wsd \
@@ -23,6 +23,9 @@ const ALL: [&str; 2] = [
      --ignore-memory-limit --logging-interval 3 --log-norms --output-dir out --device cpu --threads 2",
     "--init-from run/hf --data-dir data --eval-data-dir data --max-steps 2 --carry-state --num-kept-checkpoint -1 \
      --tp 2 --dp 2 --use-zero-1 --sequence-parallel-enabled --comm-timeout 5",
+    "--model tiny.json --data-dir data --max-steps 2 --device neuron --target trn2 --compile-cache neff --compile-only \
+     --layer-loop unrolled",
+    "--model tiny.json --data-dir data --max-steps 2 --device pjrt --plugin cuda",
 ];
 
 #[test]
