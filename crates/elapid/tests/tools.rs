@@ -153,7 +153,7 @@ fn inspect_checkpoints_and_verify_them() {
     assert_eq!(found["settings"]["max-steps"], 3);
     assert_eq!(found["model"]["parameters"], room.json("inspect tiny.json --json")["parameters"]);
     let names: Vec<_> = rows(&found["files"]).iter().map(|file| &file["name"]).collect();
-    assert_eq!(names, ["config.json", "rank-00000.safetensors"]);
+    assert_eq!(names, ["config.json", "rank-00000.safetensors", "tokenizer.json", "tokenizer_config.json"]);
     assert_eq!(room.json(&format!("inspect {one} --verify --json"))["verified"], true);
 
     let all = room.json("inspect run/checkpoints --verify --json");
