@@ -172,7 +172,10 @@ fn inspect_checkpoints_and_verify_them() {
         let object = one_object(&String::from_utf8(output.stdout).unwrap());
         let list = if path == one { &object["files"] } else { &object["checkpoints"] };
         let faults: Vec<_> = rows(list).iter().map(|row| row["fault"].is_string()).collect();
-        assert_eq!(faults, if path == one { vec![false, true] } else { vec![false, true, false] });
+        assert_eq!(
+            faults,
+            if path == one { vec![false, true, false, false] } else { vec![false, true, false] }
+        );
     }
     flip_last_byte(&room, &format!("{one}/manifest.json"));
     room.refuses(&format!("inspect {one}"), &["manifest.json", "checksum"]);
