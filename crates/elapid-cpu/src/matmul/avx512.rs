@@ -14,13 +14,13 @@ use crate::isa::Isa;
 use crate::tensor::Floats;
 
 /// Rows of a tile.
-const ROWS: usize = 12;
-/// Columns of a tile: two vectors.
-const COLS: usize = 32;
+const ROWS: usize = 8;
+/// Columns of a tile: three vectors, so that each broadcast serves three sums (docs/lab.md).
+const COLS: usize = 48;
 const LANES: usize = 16;
-/// Units along k of one pass: a panel of the right operand (32 KiB) stays in the first cache, and one tile's sums are
+/// Units along k of one pass: a panel of the right operand (24 KiB) stays in the first cache, and one tile's sums are
 /// carried to and from memory seldom.
-const DEPTH: usize = 192;
+const DEPTH: usize = 128;
 
 /// `dst [m, n]` (rows `stride` apart) = or += `lhs · rhs`.
 ///
@@ -201,7 +201,13 @@ unsafe fn passes<U: Unit>(
                     into,
                 };
                 // SAFETY: both panels are packed, and the destination is the caller's.
-                unsafe { if cols > LANES { U::tile::<2>(&tile) } else { U::tile::<1>(&tile) } }
+                unsafe {
+                    match cols.div_ceil(LANES) {
+                        1 => U::tile::<1>(&tile),
+                        2 => U::tile::<2>(&tile),
+                        _ => U::tile::<3>(&tile),
+                    }
+                }
             }
         }
     }
@@ -441,7 +447,7 @@ mod tests {
     fn check(product: Product, backend: &CpuBackend, rounded: bool) {
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(5);
         let sizes =
-            [(1, 1, 1), (8, 32, 16), (7, 33, 15), (9, 15, 257), (40, 70, 600), (3, 17, 1030), (65, 1, 31)];
+            [(1, 1, 1), (8, 48, 16), (7, 33, 15), (9, 15, 257), (40, 110, 600), (3, 49, 1030), (65, 1, 31)];
         for (m, n, k) in sizes {
             for case in 0..32 {
                 let bit = |bit: usize| case >> bit & 1 == 1;
