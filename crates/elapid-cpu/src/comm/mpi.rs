@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use half::bf16;
 use mpi::ffi;
 
-use super::{CommFailure, Communicator, FloatsMut, Number, Reduce, bytes_mut, piece, reduce};
+use super::{CommFailure, Communicator, FloatsMut, Number, Reduce, Single, bytes_mut, piece, reduce};
 
 /// Called with what ends the run, to say it, before the run is ended.
 pub type Farewell = fn(&CommFailure);
@@ -65,7 +65,7 @@ impl World {
 
     /// All ranks as one group; a rank waits at most `timeout` for the others.
     pub fn all(&self, timeout: Duration) -> Arc<dyn Communicator> {
-        Arc::new(MpiGroup { timeout, ..self.group.clone() })
+        MpiGroup { timeout, ..self.group.clone() }.shared()
     }
 
     /// The ranks that give the same `color`, in the order of the world; all ranks call this together. `ranks` are their
@@ -79,7 +79,7 @@ impl World {
         self.group.check("split", code);
         // SAFETY: made above.
         let group = unsafe { MpiGroup::new(comm, timeout, self.group.farewell, Some(ranks)) };
-        Arc::new(MpiGroup { longest: self.group.longest, ..group })
+        MpiGroup { longest: self.group.longest, ..group }.shared()
     }
 
     /// Ends MPI; all ranks call this together, after the last collective.
@@ -147,6 +147,11 @@ impl MpiGroup {
         let (rank, size) = (rank as usize, size as usize);
         let ranks = ranks.unwrap_or_else(|| (0..size).collect());
         Self { comm, rank, size, ranks, timeout, farewell, longest: 1 << 30 }
+    }
+
+    /// For a backend. A group of one has nothing to copy or to wait for.
+    fn shared(self) -> Arc<dyn Communicator> {
+        if self.size == 1 { Arc::new(Single) } else { Arc::new(self) }
     }
 
     fn fail(&self, what: String) -> ! {

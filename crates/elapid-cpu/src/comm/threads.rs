@@ -3,7 +3,7 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use super::{Abort, CommFailure, Communicator, FloatsMut, Number, Reduce, piece, reduce};
+use super::{Abort, CommFailure, Communicator, FloatsMut, Number, Reduce, Single, piece, reduce};
 
 /// How often a waiting rank looks whether another one has failed.
 const LOOK: Duration = Duration::from_millis(20);
@@ -11,6 +11,9 @@ const LOOK: Duration = Duration::from_millis(20);
 /// A group of ranks that are threads, in rank order. `ranks` are their numbers in the whole run, for messages; `abort`
 /// is shared with the other groups of the run; a rank waits at most `timeout` for the others.
 pub fn threads(ranks: &[usize], timeout: Duration, abort: &Abort) -> Vec<Arc<dyn Communicator>> {
+    if ranks.len() == 1 {
+        return vec![Arc::new(Single)];
+    }
     let meeting = Arc::new(Meeting {
         ranks: ranks.to_vec(),
         timeout,
