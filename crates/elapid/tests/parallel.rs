@@ -1,6 +1,8 @@
 //! Any mesh of ranks computes what one rank computes, from the same weights and the same samples: loss, every gradient,
 //! their norm, and what two updates make of the parameters. Random configurations, always the same ones.
 
+mod random;
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -12,10 +14,11 @@ use elapid::model::{Layout, Mamba2ForCausalLM, Role};
 use elapid::parallel::{Launch, Mesh, Rank, launch};
 use elapid::train::{Batch, Trainer};
 use elapid_cpu::CpuBackend;
-use elapid_tensor::{AdamW, Backend, Checkpointing, Clipping, DType, Group, IGNORE_LABEL, NormGroup, Tape};
+use elapid_tensor::{AdamW, Backend, Checkpointing, Clipping, DType, Group, IGNORE_LABEL, Tape};
 use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use random::{Extents, coin};
 
 /// Tensors by name, whole.
 type Tensors = BTreeMap<String, Vec<f32>>;
@@ -51,31 +54,13 @@ struct Case {
 impl Case {
     fn random(seed: u64) -> Self {
         let rng = &mut ChaCha8Rng::seed_from_u64(seed);
-        let coin = |rng: &mut ChaCha8Rng| rng.random_bool(0.5);
-        // (H, G)
-        let (num_heads, n_groups) =
-            *[(4, 1), (4, 2), (4, 4), (6, 1), (6, 2), (6, 3), (8, 2), (8, 1), (8, 4)].choose(rng).unwrap();
-        let head_dim = *[4, 8].choose(rng).unwrap();
-        let config = ModelConfig {
-            num_heads,
-            n_groups,
-            head_dim,
-            hidden_size: num_heads * head_dim / 2,
-            expand: 2,
-            state_size: rng.random_range(1..6),
-            num_hidden_layers: rng.random_range(1..4),
-            vocab_size: rng.random_range(5..40),
-            conv_kernel: rng.random_range(1..5),
-            chunk_size: *[2, 4, 16].choose(rng).unwrap(),
-            use_bias: coin(rng),
-            use_conv_bias: coin(rng),
-            tie_word_embeddings: coin(rng),
-            residual_in_fp32: coin(rng),
-            norm_group: if coin(rng) { NormGroup::PerGroup } else { NormGroup::Across },
-            time_step_limit: if coin(rng) { (0.0, f64::INFINITY) } else { (0.002, 0.05) },
-            ..ModelConfig::preset("tiny").unwrap()
+        let extents = Extents {
+            heads: &[(4, 1), (4, 2), (4, 4), (6, 1), (6, 2), (6, 3), (8, 2), (8, 1), (8, 4)],
+            state: 1..6,
+            vocab: 5..40,
+            chunks: &[2, 4, 16],
         };
-        config.validate().unwrap();
+        let config = random::model(rng, &extents);
         let mesh = loop {
             let ranks: Vec<usize> = possible_ranks(&config).collect();
             let mesh = Mesh { dp: rng.random_range(1..4), tp: *ranks.choose(rng).unwrap() };

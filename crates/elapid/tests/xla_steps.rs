@@ -3,6 +3,7 @@
 
 #[path = "../../elapid-xla/tests/jaxlib/mod.rs"]
 mod jaxlib;
+mod random;
 
 use std::collections::HashMap;
 
@@ -14,12 +15,13 @@ use elapid::parallel::Mesh;
 use elapid::record::Recording;
 use elapid::train::{Batch, StepReport, Trainer};
 use elapid_cpu::{Buffer, CpuBackend, CpuOptions};
-use elapid_tensor::{AdamW, Backend, Checkpointing, DType, IGNORE_LABEL, NormGroup, Row, Tape};
+use elapid_tensor::{AdamW, Backend, Checkpointing, DType, IGNORE_LABEL, Row, Tape};
 use elapid_xla::{Literal, LoopKind, Module, Options};
 use jaxlib::Jaxlib;
 use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use random::{Extents, coin};
 
 const STEPS: u64 = 3;
 
@@ -88,31 +90,13 @@ impl Case {
     /// Any model on `ranks` ranks.
     fn random(rng: &mut ChaCha8Rng, ranks: usize) -> Self {
         let (config, mesh) = loop {
-            let coin = |rng: &mut ChaCha8Rng| rng.random_bool(0.5);
-            let (num_heads, n_groups) =
-                *[(4, 1), (4, 2), (4, 4), (6, 1), (6, 2), (6, 3), (6, 6), (8, 2), (8, 1), (8, 4)]
-                    .choose(rng)
-                    .unwrap();
-            let head_dim = *[4, 8].choose(rng).unwrap();
-            let config = ModelConfig {
-                num_heads,
-                n_groups,
-                head_dim,
-                hidden_size: num_heads * head_dim / 2,
-                state_size: rng.random_range(1..9),
-                num_hidden_layers: rng.random_range(1..4),
-                vocab_size: rng.random_range(20..90),
-                conv_kernel: rng.random_range(1..5),
-                chunk_size: *[8, 16, 64].choose(rng).unwrap(),
-                use_bias: coin(rng),
-                use_conv_bias: coin(rng),
-                tie_word_embeddings: coin(rng),
-                residual_in_fp32: coin(rng),
-                norm_group: if coin(rng) { NormGroup::PerGroup } else { NormGroup::Across },
-                time_step_limit: if coin(rng) { (0.0, f64::INFINITY) } else { (0.002, 0.05) },
-                ..ModelConfig::preset("tiny").unwrap()
+            let extents = Extents {
+                heads: &[(4, 1), (4, 2), (4, 4), (6, 1), (6, 2), (6, 3), (6, 6), (8, 2), (8, 1), (8, 4)],
+                state: 1..9,
+                vocab: 20..90,
+                chunks: &[8, 16, 64],
             };
-            config.validate().unwrap();
+            let config = random::model(rng, &extents);
             let tp: Vec<usize> = possible_ranks(&config).filter(|tp| ranks.is_multiple_of(*tp)).collect();
             let tp = *tp.choose(rng).unwrap();
             // Half of the models that could be cut up are.
