@@ -66,7 +66,7 @@ fn blocks(
     while first < rows {
         let n = most.min(rows - first);
         let labels = &labels[first..first + n];
-        let x = Mat::new(x.floats().from(first * d), n, d);
+        let x = Mat::new(x.floats().starting_at(first * d), n, d);
         let logits = logits.as_mut_slice::<f32>(n * width);
         matmul(backend, Into::Set, logits, width, x, weight.t());
         let mut parts = vec![Part::default(); n];

@@ -93,7 +93,7 @@ impl<'a> Floats<'a> {
     }
 
     /// The numbers from `first` on.
-    pub(crate) fn from(self, first: usize) -> Self {
+    pub(crate) fn starting_at(self, first: usize) -> Self {
         match self {
             Floats::F32(values) => Floats::F32(&values[first..]),
             Floats::Bf16(values) => Floats::Bf16(&values[first..]),

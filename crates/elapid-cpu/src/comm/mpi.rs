@@ -1,8 +1,8 @@
 //! Ranks that are processes, over MPI.
 //!
 //! Sums are made here, in rank order: each rank is sent its piece by all others. Gathers go from rank to rank as well, so
-//! that it is known who is waited for; broadcasts and barriers are MPI's own. Nothing blocks inside MPI: every wait is a loop of `MPI_Test` that knows the time. A failure ends the
-//! whole run from here (`MPI_Abort`), since MPI may still be writing into memory that unwinding would give back.
+//! that it is known who is waited for; broadcasts and barriers are MPI's own. Nothing blocks inside MPI: every wait is a
+//! loop of `MPI_Test` that knows the time. A failure ends the whole run from here (`MPI_Abort`), since MPI may still be writing into memory that unwinding would give back.
 
 use std::ffi::c_int;
 use std::sync::Arc;

@@ -50,7 +50,7 @@ impl<'a> Mat<'a> {
     /// `rows` rows from `first` on.
     fn rows(self, first: usize, rows: usize) -> Self {
         assert!(first + rows <= self.rows);
-        Self { data: self.data.from(first * self.row_stride), rows, ..self }
+        Self { data: self.data.starting_at(first * self.row_stride), rows, ..self }
     }
 
     /// The same in fp32: itself, or a copy in `scratch` without gaps.
