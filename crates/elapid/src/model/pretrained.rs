@@ -238,10 +238,8 @@ pub(crate) fn save_tensors(
         file.commit()?;
     }
     remove_other_weights(dir, &names)?;
-    // A rename is on disk when its folder is. Windows cannot open folders and needs no such call.
-    #[cfg(unix)]
-    File::open(dir).and_then(|folder| folder.sync_all()).map_err(|cause| Error::io("write", dir, &cause))?;
-    Ok(())
+    // A rename is on disk when its folder is.
+    disk::sync_names(dir)
 }
 
 /// The tensors of each weight file, in alphabetical order: a file is begun where the next tensor would make the one
