@@ -3,11 +3,23 @@
 use std::ops::Range;
 
 use elapid_tensor::{AdamW, Backend, Checkpointing, DType, Group, State, Tape, Var};
-use elapid_xla::{Module, Options, Result, Shape, Type, XlaBackend, XlaBuffer, XlaTensor};
+use elapid_xla::{Module, Options, Result, Shape, Type, XlaBackend, XlaBuffer, XlaTensor, lint};
 
+use crate::Error;
 use crate::config::ModelConfig;
 use crate::model::Mamba2ForCausalLM;
 use crate::train::{Batch, Trainer};
+
+/// Whether a module is one that its compiler takes.
+///
+/// # Errors
+/// It breaks a rule.
+pub(crate) fn keeps_rules(module: &Module) -> std::result::Result<(), Error> {
+    let broken = lint(&module.proto);
+    let Some(first) = broken.first() else { return Ok(()) };
+    Err(Error::new(format!("module {} breaks {} rules: {first}", module.proto.name, broken.len()))
+        .with_hint("this is a fault of elapid; please report the command line"))
+}
 
 /// What is recorded.
 #[derive(Clone, Copy, Debug)]

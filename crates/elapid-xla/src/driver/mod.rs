@@ -51,6 +51,11 @@ impl Fault {
     pub(crate) fn new(kind: Kind, message: impl Into<String>, hint: impl Into<String>) -> Self {
         Self { kind, message: message.into(), hint: hint.into() }
     }
+
+    /// Arrays and modules that do not belong together: nobody outside can mend that.
+    fn ours(message: String) -> Self {
+        Self::new(Kind::Device, message, "this is a fault of elapid; please report the command line")
+    }
 }
 
 /// A loaded module.
@@ -102,15 +107,13 @@ pub(crate) fn input<'a, A>(
     port: &Port,
 ) -> Result<&'a A, Fault> {
     let name = array_name(port);
-    let ours = "this is a fault of elapid; please report the command line";
     match arrays.get(name) {
         Some((shape, array)) if *shape == port.shape => Ok(array),
-        Some((shape, _)) => Err(Fault::new(
-            Kind::Device,
-            format!("input {name} of module {module} is {:?}, but holds {shape:?}", port.shape),
-            ours,
-        )),
-        None => Err(Fault::new(Kind::Device, format!("input {name} of module {module} has no value"), ours)),
+        Some((shape, _)) => {
+            let why = format!("input {name} of module {module} is {:?}, but holds {shape:?}", port.shape);
+            Err(Fault::ours(why))
+        }
+        None => Err(Fault::ours(format!("input {name} of module {module} has no value"))),
     }
 }
 

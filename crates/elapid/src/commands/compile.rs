@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use elapid_tensor::AdamW;
 use elapid_xla::driver::neuron;
-use elapid_xla::{Module, Options, Port, Type, estimate, lint};
+use elapid_xla::{Module, Options, Port, Type, estimate};
 use serde_json::{Value, json};
 
 use super::print_line;
@@ -18,7 +18,7 @@ use crate::config::run::{
 use crate::error::say;
 use crate::model::shard::check_ranks;
 use crate::parallel::Mesh;
-use crate::record::Recording;
+use crate::record::{Recording, keeps_rules};
 use crate::train::memory::bytes;
 
 /// More than this after unrolling, and the compiler gives up.
@@ -214,11 +214,7 @@ pub(super) fn run(args: &CompileArgs) -> Result<(), Error> {
     let (mut entries, mut commands) = (Vec::new(), Vec::new());
     for module in &modules {
         let name = module.proto.name.clone();
-        let broken = lint(&module.proto);
-        if let Some(first) = broken.first() {
-            return Err(Error::new(format!("module {name} breaks {} rules: {first}", broken.len()))
-                .with_hint("this is a fault of elapid; please report the command line"));
-        }
+        keeps_rules(module)?;
         let needs = estimate(&module.proto);
         let own = if name == "decode" { needs.arguments } else { held };
         let memory = own + needs.outputs + needs.temporaries_at_most;

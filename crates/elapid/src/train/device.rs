@@ -11,7 +11,7 @@ use elapid_tensor::{AdamW, Backend, IGNORE_LABEL, Row};
 use elapid_xla::driver::neuron::{self, Compiler, NeuronDevice, Place, Settings};
 use elapid_xla::driver::pjrt::Client;
 use elapid_xla::driver::{Driver, Fault, Kind, Program, array_name};
-use elapid_xla::{Literal, Module, Options, Shape, Type, XlaBackend, estimate, lint};
+use elapid_xla::{Literal, Module, Options, Shape, Type, XlaBackend, estimate};
 
 use super::evaluate::HeldOut;
 use super::memory::bytes;
@@ -20,7 +20,7 @@ use crate::Error;
 use crate::config::run::{Device, DeviceArgs, Run};
 use crate::data::Dataset;
 use crate::error::say;
-use crate::record::Recording;
+use crate::record::{Recording, keeps_rules};
 
 impl From<Fault> for Error {
     fn from(fault: Fault) -> Self {
@@ -90,11 +90,8 @@ impl Modules {
             eval_form,
         };
         for module in modules.all() {
+            keeps_rules(module)?;
             let name = &module.proto.name;
-            if let Some(first) = lint(&module.proto).first() {
-                return Err(Error::new(format!("module {name} breaks a rule: {first}"))
-                    .with_hint("this is a fault of elapid; please report the command line"));
-            }
             let (count, memory) = (module.instructions(), estimate(&module.proto).memory());
             say(format_args!("  {name:<12} {count} instructions, about {} on the device", bytes(memory)));
         }

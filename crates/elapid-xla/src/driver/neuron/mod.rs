@@ -195,12 +195,7 @@ impl Driver for NeuronDevice {
 
     fn read(&mut self, name: &str) -> Result<Literal, Fault> {
         let Some((shape, tensor)) = self.arrays.get(name) else {
-            let why = format!("there is no array {name} on the device");
-            return Err(Fault::new(
-                Kind::Device,
-                why,
-                "this is a fault of elapid; please report the command line",
-            ));
+            return Err(Fault::ours(format!("there is no array {name} on the device")));
         };
         Ok(Literal::from_bytes(shape.ty, &tensor.read()?))
     }

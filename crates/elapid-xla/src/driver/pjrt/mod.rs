@@ -104,15 +104,14 @@ impl Client {
         self.plugin.text(Call::ClientPlatformName, self.client)
     }
 
+    fn description(&self, number: usize) -> Result<*mut api::DeviceDescription, Fault> {
+        self.plugin.get(Call::DeviceGetDescription, self.devices[number], null_mut())
+    }
+
     /// What device `number` is.
     fn describe(&self, number: usize) -> Result<String, Fault> {
         let plugin = &self.plugin;
-        let description = plugin.get(
-            Call::DeviceGetDescription,
-            self.devices[number],
-            null_mut::<api::DeviceDescription>(),
-        )?;
-        let kind = plugin.text(Call::DeviceDescriptionKind, description)?;
+        let kind = plugin.text(Call::DeviceDescriptionKind, self.description(number)?)?;
         let version = plugin.text(Call::ClientPlatformVersion, self.client)?;
         let version = version.lines().next().unwrap_or_default().to_owned();
         Ok(format!("{kind} ({} through PJRT {}, {version})", self.name()?, plugin.version()))
@@ -120,13 +119,7 @@ impl Client {
 
     /// The plugin's number of device `number`.
     fn id(&self, number: usize) -> Result<i64, Fault> {
-        let plugin = &self.plugin;
-        let description = plugin.get(
-            Call::DeviceGetDescription,
-            self.devices[number],
-            null_mut::<api::DeviceDescription>(),
-        )?;
-        plugin.get(Call::DeviceDescriptionId, description, 0 as c_int).map(i64::from)
+        self.plugin.get(Call::DeviceDescriptionId, self.description(number)?, 0 as c_int).map(i64::from)
     }
 
     /// `module` compiled for the first `ranks` devices. Who comes while another rank compiles it waits.
@@ -295,12 +288,7 @@ impl Driver for PjrtDevice {
 
     fn read(&mut self, name: &str) -> Result<Literal, Fault> {
         let Some((shape, array)) = self.arrays.get(name) else {
-            let why = format!("there is no array {name} on the device");
-            return Err(Fault::new(
-                Kind::Device,
-                why,
-                "this is a fault of elapid; please report the command line",
-            ));
+            return Err(Fault::ours(format!("there is no array {name} on the device")));
         };
         let mut bytes = vec![0; shape.bytes()];
         let mut args = ToHost {
