@@ -4,6 +4,7 @@ use elapid_tensor::Mamba2Inputs;
 
 use super::{Dims, Params};
 use crate::CpuBackend;
+use crate::isa::vectorize;
 use crate::math;
 use crate::memory::Block;
 use crate::parallel::{ROWS, Shared};
@@ -23,7 +24,7 @@ fn over_ranks(
         backend.workers.rows(&mut sums, count, ROWS, |first, part| {
             let mut scratch = backend.pool.take::<f32>(2 * dims.e);
             let scratch = scratch.as_mut_slice::<f32>(2 * dims.e);
-            backend.isa.run(|| {
+            vectorize!(backend.isa, || {
                 for (row, sums) in (first..).zip(part.chunks_exact_mut(count)) {
                     local(row, sums, scratch);
                 }
@@ -62,17 +63,19 @@ pub(super) fn forward(
         sums.iter_mut().zip(v.chunks_exact(width)).for_each(|(sum, v)| *sum = math::dot(v, v));
     });
     backend.build(&[dims.batch, dims.len, e], inputs.projected.dtype(), e, |row, out, scratch| {
-        out.copy_from_slice(&y[row * e..][..e]);
-        gate(out, z.row(row * dims.proj, scratch));
-        for (group, (v, w)) in
-            out.chunks_exact_mut(width).zip(params.norm_weight.chunks_exact(width)).enumerate()
-        {
-            let square = squares.as_ref().map_or_else(|| math::dot(v, v), |s| s[row * groups + group]);
-            let r = 1.0 / (square / channels + dims.spec.norm_eps).sqrt();
-            for (v, w) in v.iter_mut().zip(w) {
-                *v *= r * w;
+        vectorize!(backend.isa, || {
+            out.copy_from_slice(&y[row * e..][..e]);
+            gate(out, z.row(row * dims.proj, scratch));
+            for (group, (v, w)) in
+                out.chunks_exact_mut(width).zip(params.norm_weight.chunks_exact(width)).enumerate()
+            {
+                let square = squares.as_ref().map_or_else(|| math::dot(v, v), |s| s[row * groups + group]);
+                let r = 1.0 / (square / channels + dims.spec.norm_eps).sqrt();
+                for (v, w) in v.iter_mut().zip(w) {
+                    *v *= r * w;
+                }
             }
-        }
+        })
     })
 }
 
@@ -114,7 +117,7 @@ pub(super) fn adjoint(
         let (v, u) = rest.split_at_mut(e);
         // SAFETY: each piece has its own part.
         let d_weight = unsafe { partials.slice(first / ROWS * e, e) };
-        backend.isa.run(|| {
+        vectorize!(backend.isa, || {
             for (i, d_scan) in d_rows.chunks_exact_mut(e).enumerate() {
                 let row = first + i;
                 let y = &y[row * e..][..e];
