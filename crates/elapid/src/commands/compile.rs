@@ -289,8 +289,7 @@ fn fill_cache(args: &CompileArgs, modules: &[Module]) -> Result<(), Error> {
         return Err(Error::new(format!("{compiler} refuses {names}")).with_hint("its words are shown above"));
     }
     print_line(&format!(
-        "`elapid train --device neuron` with the same flags takes them from {}; for an instance without the compiler, copy \
-         that folder.",
+        "They are in {}, where `elapid train --device neuron` looks; for an instance without the compiler, copy that folder.",
         cache.display()
     ))
 }
