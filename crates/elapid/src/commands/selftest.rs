@@ -30,7 +30,7 @@ pub(super) struct SelftestArgs {
     /// Check these only, separated by commas
     #[arg(long, value_name = "OP,…", value_delimiter = ',')]
     ops: Vec<String>,
-    /// Check the mixer in all combinations of sizes and features, six times as many: takes minutes of a fast compiler
+    /// Check the mixer in all combinations of sizes and features, five times as many: takes minutes of a fast compiler
     #[arg(long)]
     all_cases: bool,
     /// Print one JSON object
