@@ -155,6 +155,54 @@ fn the_pjrt_driver_trains_on_xla() {
     trains(dir.path(), &device);
 }
 
+/// Evaluation and continuations of one model on the CPU and on a device.
+fn answers(dir: &Path, device: &Device) {
+    run::dataset(&dir.join("documents"), 3, 37, true);
+    run::succeed(dir, "--max-steps 4 --batch 2 --output-dir cpu");
+    let json = |flags: &str, on: &str| -> Value {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_elapid"));
+        command.current_dir(dir).args(format!("{flags} --model cpu/hf --json {on}").split_whitespace());
+        command.envs(device.variables.iter().map(|(name, value)| (name, value)));
+        let output = command.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{flags} {on}: {said}");
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    // The last batch is smaller; documents are kept apart.
+    for (flags, limit) in [
+        ("eval --data-dir data --batch 3", 1e-5),
+        ("eval --data-dir documents --batch 5 --eval-fraction 0.3", 1e-5),
+        ("eval --data-dir data --batch 100 --dtype bfloat16", 1e-2),
+    ] {
+        let (want, got) = (json(flags, ""), json(flags, &device.flags));
+        assert_eq!(want["tokens"], got["tokens"]);
+        let [want, got] = [want, got].map(|result| result["loss"].as_f64().unwrap());
+        assert!((got - want).abs() < limit * want, "{flags}: {got} instead of {want}");
+    }
+    let several = "generate --ignore-eos --prompt-ids 1,2,3 --prompt-ids 5 --prompt-ids 9,8,7,6,5";
+    for flags in [
+        &format!("{several} --temperature 0 --max-new-tokens 12"),
+        &format!("{several} --temperature 1 --top-k 20 --seed 3 --max-new-tokens 7"),
+        "generate --prompt-ids 3,1,4,1,5,9,2,6 --max-new-tokens 9 --ignore-eos",
+        "generate --prompt-ids 3 --max-new-tokens 0",
+    ] {
+        assert_eq!(json(flags, &device.flags), json(flags, ""), "{flags}");
+    }
+}
+
+#[test]
+fn the_neuron_driver_evaluates_and_generates() {
+    let dir = place();
+    answers(dir.path(), &Device::simulated(dir.path()));
+}
+
+#[test]
+fn the_pjrt_driver_evaluates_and_generates() {
+    let dir = place();
+    let Some(device) = Device::xla() else { return };
+    answers(dir.path(), &device);
+}
+
 #[test]
 fn modules_are_compiled_without_a_device() {
     let dir = place();
@@ -247,6 +295,21 @@ fn what_a_device_cannot_do_is_refused() {
         let said = run::fail(dir.path(), &format!("{steps} {flags}"));
         assert!(said.contains(expected), "{flags}: {said}");
         assert!(!dir.path().join("run").exists());
+    }
+    for (line, expected) in [
+        ("eval --model hf --data-dir data --device pjrt", "--plugin"),
+        ("eval --model hf --data-dir data --device neuron --target trn1 --carry-state", "--carry-state"),
+        ("generate --model hf --prompt-ids 1 --plugin cuda", "--device pjrt"),
+        ("generate --model hf --prompt-ids 1 --device pjrt --plugin /nowhere.so", "/nowhere.so"),
+    ] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_elapid"));
+        let output = command.current_dir(dir.path()).args(line.split(' ')).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{line}: {said}");
+        assert!(
+            said.contains("error: ") && said.contains("hint: ") && said.contains(expected),
+            "{line}: {said}"
+        );
     }
 }
 
