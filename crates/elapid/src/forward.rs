@@ -57,7 +57,7 @@ impl Forward {
             }
             match driver.run(program) {
                 // Whoever asked for the loss sees that it is not finite.
-                Err(fault) if fault.kind != Kind::NotFinite => return Err(fault.into()),
+                Err(fault) if fault.kind != Kind::NotFinite => Err(fault.into()),
                 _ => Ok(f64::from(driver.read("loss_sum")?.floats()[0])),
             }
         })
