@@ -46,13 +46,18 @@ pub(crate) fn sigmoid(x: f32) -> f32 {
 /// x · sigmoid(x).
 #[inline(always)]
 pub(crate) fn silu(x: f32) -> f32 {
-    x / (1.0 + exp(-x))
+    x * sigmoid(x)
 }
 
 /// Derivative of [`silu`].
 #[inline(always)]
 pub(crate) fn silu_slope(x: f32) -> f32 {
-    let s = sigmoid(x);
+    slope_at(x, sigmoid(x))
+}
+
+/// The same where s = sigmoid(x) is at hand.
+#[inline(always)]
+pub(crate) fn slope_at(x: f32, s: f32) -> f32 {
     s * (1.0 + x * (1.0 - s))
 }
 
