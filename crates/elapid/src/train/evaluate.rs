@@ -56,10 +56,24 @@ pub fn evaluate<B: Backend>(
     batch: usize,
     carry_state: bool,
 ) -> Result<Evaluation, Error> {
+    evaluate_by(data, blocks, batch, carry_state, on_backend(backend, model, carry_state))
+}
+
+/// [`evaluate`], of the model whose sum of token losses in a batch `loss` gives.
+///
+/// # Errors
+/// As [`evaluate`], and those of `loss`.
+pub fn evaluate_by(
+    data: &Dataset,
+    blocks: Range<usize>,
+    batch: usize,
+    carry_state: bool,
+    loss: impl FnMut(&Batch) -> Result<f64, Error>,
+) -> Result<Evaluation, Error> {
     let style = ProgressStyle::with_template("evaluating {pos}/{len} blocks {bar:24}  ETA {eta}")
         .expect("the template is constant");
     let bar = ProgressBar::new(blocks.len() as u64).with_style(style.progress_chars("━╸ "));
-    let (alone, loss) = (Rank::single(None), on_backend(backend, model, carry_state));
+    let alone = Rank::single(None);
     let result = quietly(&alone, data, blocks, batch, carry_state, loss, |done| bar.inc(done));
     bar.finish_and_clear();
     result

@@ -22,7 +22,7 @@ mod trainer;
 pub use batch::Batch;
 pub(crate) use device::open as open_device;
 pub use diagnose::{Diagnosis, Extent, Extents, Finding, Recorded, diagnose};
-pub use evaluate::{Evaluation, evaluate, last_blocks};
+pub use evaluate::{Evaluation, evaluate, evaluate_by, last_blocks};
 pub(crate) use folder::{FINISHED, METRICS};
 pub use host::cpu;
 pub use nonfinite::{MicroStep, NonFinite, Step};
