@@ -15,6 +15,7 @@ mod progress;
 mod resume;
 mod run;
 pub mod schedule;
+mod session;
 mod start;
 mod stop;
 mod trainer;

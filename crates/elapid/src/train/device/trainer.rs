@@ -1,149 +1,19 @@
-//! `--device`: the steps of a run on a device that runs modules.
-//!
-//! The device holds the state of the run while it trains. The host has a trainer of the same model, which receives that
-//! state where somebody looks: to save, to export, to find out why a step was not finite. So all of that is the CPU's own
-//! code, and a checkpoint does not know where it came from.
-
-use std::time::Duration;
+//! The steps of a run on a device.
 
 use elapid_cpu::{Buffer, CpuBackend};
 use elapid_tensor::{AdamW, Backend, IGNORE_LABEL, Row};
-use elapid_xla::driver::neuron::{self, Compiler, NeuronDevice, Place, Settings};
-use elapid_xla::driver::pjrt::Client;
 use elapid_xla::driver::{Driver, Fault, Kind, Program, array_name};
-use elapid_xla::{Literal, Module, Options, Shape, Type, XlaBackend, estimate};
+use elapid_xla::{Literal, Shape, Type, XlaBackend};
 
-use super::evaluate::HeldOut;
-use super::memory::bytes;
-use super::{Batch, StepReport, Trainer};
+use super::modules::{Form, Modules};
 use crate::Error;
-use crate::config::run::{Device, DeviceArgs, Run};
+use crate::config::run::Run;
 use crate::data::Dataset;
-use crate::error::say;
-use crate::record::{Recording, keeps_rules};
-
-impl From<Fault> for Error {
-    fn from(fault: Fault) -> Self {
-        Self::new(fault.message).with_hint(fault.hint)
-    }
-}
-
-/// What a module needs of a batch.
-#[derive(Clone, Copy, Debug)]
-struct Form {
-    /// B.
-    size: usize,
-    /// L.
-    length: usize,
-    /// Whether it is told where documents begin.
-    documents: bool,
-}
-
-/// The modules of a run.
-struct Modules {
-    micro_step: Module,
-    update: Module,
-    /// Where there is something to evaluate on.
-    eval: Option<Module>,
-    form: Form,
-    eval_form: Form,
-}
-
-impl Modules {
-    /// Records them and says what they need.
-    fn record(run: &Run, data: &Dataset, held_out: Option<&HeldOut<'_>>) -> Result<Self, Error> {
-        let form = |data: &Dataset| Form {
-            size: run.args.batch,
-            length: data.seq_len(),
-            documents: data.knows_documents(),
-        };
-        let eval_form = form(held_out.map_or(data, HeldOut::data));
-        let form = form(data);
-        let recording = |form: Form| Recording {
-            config: &run.config,
-            dtype: run.args.dtype.compute(),
-            batch: form.size,
-            length: form.length,
-            documents: form.documents,
-            // One rank, whose sequences stand alone: the start has refused the rest.
-            carried: false,
-            sequence_parallel: false,
-            zero1: false,
-            checkpointing: run.args.activation_checkpointing.into(),
-            // Rate and step are inputs of the module.
-            hyper: AdamW {
-                lr: 1.0,
-                beta1: run.args.beta1,
-                beta2: run.args.beta2,
-                eps: run.args.eps,
-                weight_decay: run.args.weight_decay,
-                step: 1,
-            },
-            max_norm: run.args.max_grad_norm,
-            options: Options { layers: run.args.layer_loop.into(), ..Options::default() },
-        };
-        let modules = Self {
-            micro_step: recording(form).micro_step(),
-            update: recording(form).update(),
-            eval: held_out.map(|_| recording(eval_form).eval()),
-            form,
-            eval_form,
-        };
-        for module in modules.all() {
-            keeps_rules(module)?;
-            let name = &module.proto.name;
-            let (count, memory) = (module.instructions(), estimate(&module.proto).memory());
-            say(format_args!("  {name:<12} {count} instructions, about {} on the device", bytes(memory)));
-        }
-        Ok(modules)
-    }
-
-    fn all(&self) -> impl Iterator<Item = &Module> {
-        [&self.micro_step, &self.update].into_iter().chain(&self.eval)
-    }
-}
-
-/// Opens a device. It may set environment variables, so it must come before other threads.
-///
-/// # Errors
-/// There is no such device, or what drives it is missing.
-pub(crate) fn open(
-    device: Device,
-    on: &DeviceArgs,
-    timeout: Duration,
-) -> Result<Option<Box<dyn Driver>>, Error> {
-    Ok(match (device, &on.plugin) {
-        (Device::Pjrt, Some(plugin)) => Some(Box::new(Client::open(plugin)?.device(0, 1)?)),
-        (Device::Neuron, _) => {
-            let (compiler, place) = (compiler(on)?, Place::alone());
-            Some(Box::new(NeuronDevice::open(Settings { compiler, place, tp: Some(1), timeout })?))
-        }
-        _ => None,
-    })
-}
-
-fn compiler(on: &DeviceArgs) -> Result<Compiler, Error> {
-    let target = on.target.map(Into::into).or_else(neuron::Target::here).ok_or_else(|| {
-        Error::new("this is no Trainium instance, and --target is not given")
-            .with_hint("give --target trn1, trn2 or trn3")
-    })?;
-    let cache = on.compile_cache.clone().unwrap_or_else(neuron::default_cache);
-    Ok(Compiler::new(target, &cache, |line| say(line))?)
-}
-
-/// Fills the cache with the modules of `run`: no device is needed.
-///
-/// # Errors
-/// The compiler is missing or refuses a module.
-pub(super) fn compile(run: &Run, data: &Dataset, held_out: Option<&HeldOut<'_>>) -> Result<(), Error> {
-    let compiler = compiler(&run.args.on)?;
-    Modules::record(run, data, held_out)?
-        .all()
-        .try_for_each(|module| Ok(compiler.compile(module).map(drop)?))
-}
+use crate::train::evaluate::HeldOut;
+use crate::train::{Batch, StepReport, Trainer};
 
 /// The state of a run on a device, and the modules that change it.
-pub(super) struct DeviceTrainer {
+pub(in crate::train) struct DeviceTrainer {
     driver: Box<dyn Driver>,
     form: Form,
     micro_step: Program,
@@ -163,7 +33,7 @@ impl DeviceTrainer {
     ///
     /// # Errors
     /// The compiler refuses one, or the device has no room.
-    pub(super) fn new(
+    pub(in crate::train) fn new(
         mut driver: Box<dyn Driver>,
         run: &Run,
         data: &Dataset,
@@ -181,7 +51,7 @@ impl DeviceTrainer {
     ///
     /// # Errors
     /// The device has no room.
-    pub(super) fn upload(
+    pub(in crate::train) fn upload(
         &mut self,
         backend: &CpuBackend,
         trainer: &Trainer<'_, CpuBackend>,
@@ -209,7 +79,7 @@ impl DeviceTrainer {
     ///
     /// # Errors
     /// The device is gone.
-    pub(super) fn download(&mut self, trainer: &mut Trainer<'_, CpuBackend>) -> Result<(), Error> {
+    pub(in crate::train) fn download(&mut self, trainer: &mut Trainer<'_, CpuBackend>) -> Result<(), Error> {
         let mut arrays = Vec::new();
         for name in STATE {
             let mut part = |part: &str| {
@@ -249,7 +119,7 @@ impl DeviceTrainer {
     ///
     /// # Errors
     /// The device fails.
-    pub(super) fn micro_step(&mut self, batch: &Batch) -> Result<(), Error> {
+    pub(in crate::train) fn micro_step(&mut self, batch: &Batch) -> Result<(), Error> {
         self.write(batch, self.form)?;
         self.run(self.micro_step)
     }
@@ -267,7 +137,7 @@ impl DeviceTrainer {
     ///
     /// # Errors
     /// The device fails.
-    pub(super) fn update(&mut self, hyper: &AdamW, valid: usize) -> Result<StepReport, Error> {
+    pub(in crate::train) fn update(&mut self, hyper: &AdamW, valid: usize) -> Result<StepReport, Error> {
         for (name, value) in XlaBackend::step_inputs(hyper, 1.0 / valid as f32) {
             self.driver.write(name, &Shape::new(Type::F32, &[]), &Literal::F32(vec![value]))?;
         }
@@ -285,7 +155,7 @@ impl DeviceTrainer {
     ///
     /// # Errors
     /// The device fails.
-    pub(super) fn loss(&mut self, batch: &Batch) -> Result<f64, Error> {
+    pub(in crate::train) fn loss(&mut self, batch: &Batch) -> Result<f64, Error> {
         let (program, form) = self.eval.expect("there is something to evaluate on");
         self.write(batch, form)?;
         self.run(program)?;

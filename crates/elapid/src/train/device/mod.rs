@@ -1,0 +1,67 @@
+//! `--device`: the steps of a run on a device that runs modules.
+//!
+//! The device holds the state of the run while it trains. The host has a trainer of the same model, which receives that
+//! state where somebody looks: to save, to export, to find out why a step was not finite. So all of that is the CPU's own
+//! code, and a checkpoint does not know where it came from.
+
+mod modules;
+mod trainer;
+
+use std::time::Duration;
+
+use elapid_xla::driver::neuron::{self, Compiler, NeuronDevice, Place, Settings};
+use elapid_xla::driver::pjrt::Client;
+use elapid_xla::driver::{Driver, Fault};
+
+use self::modules::Modules;
+pub(super) use self::trainer::DeviceTrainer;
+use super::evaluate::HeldOut;
+use crate::Error;
+use crate::config::run::{Device, DeviceArgs, Run};
+use crate::data::Dataset;
+use crate::error::say;
+
+impl From<Fault> for Error {
+    fn from(fault: Fault) -> Self {
+        Self::new(fault.message).with_hint(fault.hint)
+    }
+}
+
+/// Opens a device. It may set environment variables, so it must come before other threads.
+///
+/// # Errors
+/// There is no such device, or what drives it is missing.
+pub(crate) fn open(
+    device: Device,
+    on: &DeviceArgs,
+    timeout: Duration,
+) -> Result<Option<Box<dyn Driver>>, Error> {
+    Ok(match (device, &on.plugin) {
+        (Device::Pjrt, Some(plugin)) => Some(Box::new(Client::open(plugin)?.device(0, 1)?)),
+        (Device::Neuron, _) => {
+            let (compiler, place) = (compiler(on)?, Place::alone());
+            Some(Box::new(NeuronDevice::open(Settings { compiler, place, tp: Some(1), timeout })?))
+        }
+        _ => None,
+    })
+}
+
+fn compiler(on: &DeviceArgs) -> Result<Compiler, Error> {
+    let target = on.target.map(Into::into).or_else(neuron::Target::here).ok_or_else(|| {
+        Error::new("this is no Trainium instance, and --target is not given")
+            .with_hint("give --target trn1, trn2 or trn3")
+    })?;
+    let cache = on.compile_cache.clone().unwrap_or_else(neuron::default_cache);
+    Ok(Compiler::new(target, &cache, |line| say(line))?)
+}
+
+/// Fills the cache with the modules of `run`: no device is needed.
+///
+/// # Errors
+/// The compiler is missing or refuses a module.
+pub(super) fn compile(run: &Run, data: &Dataset, held_out: Option<&HeldOut<'_>>) -> Result<(), Error> {
+    let compiler = compiler(&run.args.on)?;
+    Modules::record(run, data, held_out)?
+        .all()
+        .try_for_each(|module| Ok(compiler.compile(module).map(drop)?))
+}
