@@ -2,13 +2,17 @@
 
 use std::ops::Range;
 
-use elapid_tensor::{AdamW, Backend, Checkpointing, DType, Group, State, Tape, Var};
-use elapid_xla::{Module, Options, Result, Shape, Type, XlaBackend, XlaBuffer, XlaTensor, lint};
+use elapid_tensor::{AdamW, Backend, Checkpointing, DType, State, Tape, Var};
+use elapid_xla::{Module, Options, Result, Shape, Type, XlaBackend, XlaBuffer, XlaTensor, estimate, lint};
 
 use crate::Error;
 use crate::config::ModelConfig;
+use crate::config::run::check;
 use crate::model::Mamba2ForCausalLM;
 use crate::train::{Batch, Trainer};
+
+/// More than this after unrolling, and the compiler gives up.
+pub(crate) const MAX_INSTRUCTIONS: u64 = 5_000_000;
 
 /// Whether a module is one that its compiler takes.
 ///
@@ -230,6 +234,33 @@ impl Recording<'_> {
         forward.chain(backward).collect()
     }
 
+    /// [`Self::micro_steps`] of as many groups as `--layer-groups` says; None: as few as keep to [`MAX_INSTRUCTIONS`].
+    ///
+    /// # Errors
+    /// The model has not so many layers, or carries states.
+    pub(crate) fn micro_steps_of(&self, groups: Option<usize>) -> std::result::Result<Vec<Module>, Error> {
+        let layers = self.config.num_hidden_layers;
+        if let Some(groups) = groups {
+            let good = (1..=layers.max(1)).contains(&groups);
+            check("--layer-groups", groups as f64, good, &format!("the model has {layers} layers"))?;
+            if groups > 1 && self.carried {
+                return Err(Error::new(format!("--layer-groups {groups} with --carry-state"))
+                    .with_hint("states are carried through the whole model: leave one of the two out"));
+            }
+            return Ok(self.micro_steps(groups));
+        }
+        let fits = |module: &Module| estimate(&module.proto).work.instructions <= MAX_INSTRUCTIONS;
+        let most = if self.carried { 1 } else { layers };
+        let mut modules = self.micro_steps(1);
+        // Twice as many groups halve what is too large.
+        let mut groups = 2;
+        while groups <= most && !modules.iter().all(fits) {
+            modules = self.micro_steps(groups);
+            groups *= 2;
+        }
+        Ok(modules)
+    }
+
     /// One module of [`Self::micro_steps`].
     fn group(&self, ranges: &[Range<usize>], group: usize, backward: bool) -> Module {
         let backend = &XlaBackend::new(self.options, None);
@@ -331,14 +362,14 @@ impl Recording<'_> {
         outputs.module(&backend, "update")
     }
 
-    /// `loss_sum` of one batch, over all data-parallel ranks.
+    /// `loss_sum` of the batch of each data-parallel rank.
     pub fn eval(&self) -> Module {
         let backend = XlaBackend::new(self.options, None);
         let model = self.model(&backend);
         let batch = self.batch(&backend);
         let loss = batch.loss(&mut Tape::inference(&backend), &model, None, Checkpointing::None);
         let mut outputs = Outputs::default();
-        outputs.output("loss_sum", backend.all_reduce(&loss, Group::Dp));
+        outputs.output("loss_sum", loss);
         outputs.module(&backend, "eval")
     }
 

@@ -61,8 +61,10 @@ struct Link {
     /// Its number in the world.
     rank: usize,
     stream: TcpStream,
-    /// In the middle of a frame, or at its end.
+    /// A frame is on its way there in part, or was the last.
     torn: AtomicBool,
+    /// That rank has told why it ends.
+    told: AtomicBool,
 }
 
 /// What a rank has found that it cannot go on with.
@@ -138,7 +140,7 @@ impl World {
         ready.map_err(|cause| {
             failure(self.place.rank, format!("the connection to rank {rank} fails: {cause}"))
         })?;
-        Ok(Link { rank, stream, torn: false.into() })
+        Ok(Link { rank, stream, torn: false.into(), told: false.into() })
     }
 
     fn connect(&self, rank: usize, number: u32, end: Instant) -> Result<Link, CommFailure> {
@@ -212,21 +214,14 @@ impl World {
         fates.into_iter().nth(silent).map(|(_, failure)| failure)
     }
 
-    /// Waits until rank 0 has ended, but no longer than `patience`; whether it has.
-    pub fn outlives_the_first(&self, patience: Duration) -> bool {
+    /// Whether rank 0 has told why it ends, or does so before `patience` is over.
+    pub fn the_first_has_spoken(&self, patience: Duration) -> bool {
         let Some(first) = self.links().iter().find(|link| link.rank == 0).cloned() else { return false };
-        let (end, mut bytes) = (Instant::now() + patience, [0; 4096]);
-        while Instant::now() < end {
-            match (&first.stream).read(&mut bytes) {
-                Ok(0) => return true,
-                Ok(_) => {}
-                Err(cause) if cause.kind() == ErrorKind::WouldBlock => {
-                    std::thread::sleep(Duration::from_millis(5))
-                }
-                Err(_) => return true,
-            }
+        let end = Instant::now() + patience;
+        while !first.told.load(Ordering::SeqCst) && first.fate().is_none() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(5));
         }
-        false
+        first.told.load(Ordering::SeqCst)
     }
 }
 
@@ -246,19 +241,25 @@ impl Link {
             let (word, len) = read_head(head);
             let Some((text, more)) = more.split_at_checked(len) else { break };
             if word == FAILED {
-                return Some((true, told(text)));
+                return Some((true, self.told(text)));
             }
             rest = more;
         }
-        ended.then(|| (false, failure(self.rank, format!("rank {} is gone", self.rank))))
+        ended.then(|| (false, self.gone()))
     }
-}
 
-/// What a rank's last frame says.
-fn told(text: &[u8]) -> CommFailure {
-    let (rank, message) = text.split_at(text.len().min(4));
-    let rank = rank.try_into().map_or(0, u32::from_le_bytes) as usize;
-    failure(rank, String::from_utf8_lossy(message).into_owned())
+    /// That it ended without a word.
+    fn gone(&self) -> CommFailure {
+        failure(self.rank, format!("rank {} is gone", self.rank))
+    }
+
+    /// What its last frame says.
+    fn told(&self, text: &[u8]) -> CommFailure {
+        self.told.store(true, Ordering::SeqCst);
+        let (rank, message) = text.split_at(text.len().min(4));
+        let rank = rank.try_into().map_or(0, u32::from_le_bytes) as usize;
+        failure(rank, String::from_utf8_lossy(message).into_owned())
+    }
 }
 
 fn words<const N: usize>(words: [u32; N]) -> Vec<u8> {
@@ -444,7 +445,7 @@ impl Group {
                     return Ok(if half.done > before { Progress::Some } else { Progress::None });
                 }
                 // It may have said why.
-                Err(_) => return Err(self.gone(link)),
+                Err(_) => return Err(link.fate().map_or_else(|| link.gone(), |(_, failure)| failure)),
             }
         }
     }
@@ -473,7 +474,7 @@ impl Group {
                 Err(cause) if cause.kind() == ErrorKind::WouldBlock => {
                     return Ok(if half.done > before { Progress::Some } else { Progress::None });
                 }
-                _ => return Err(failure(link.rank, format!("rank {} is gone", link.rank))),
+                _ => return Err(link.gone()),
             }
         }
     }
@@ -486,7 +487,7 @@ impl Group {
             let _ = link.stream.set_nonblocking(false);
             let _ = link.stream.set_read_timeout(Some(PATIENCE));
             let whole = (&link.stream).read_exact(&mut text);
-            return Err(if whole.is_ok() { told(&text) } else { self.gone(link) });
+            return Err(if whole.is_ok() { link.told(&text) } else { link.gone() });
         }
         let name = *NAMES.get(usize::from(word)).unwrap_or(&"another program");
         if (name, found) != (what, len) {
@@ -496,12 +497,6 @@ impl Group {
             return Err(failure(own, message));
         }
         Ok(())
-    }
-
-    /// What is known of a rank that takes nothing any more.
-    fn gone(&self, link: &Link) -> CommFailure {
-        let gone = failure(link.rank, format!("rank {} is gone", link.rank));
-        link.fate().map_or(gone, |(_, failure)| failure)
     }
 
     fn try_trade(&self, what: &'static str, out: &[&[u8]], into: Vec<&mut [u8]>) -> Result<(), CommFailure> {

@@ -1,7 +1,6 @@
 //! `elapid selftest`.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::time::Duration;
 
 use elapid_tensor::suite::{self, Report};
 use elapid_xla::driver::{Driver, OnDevice, widen_limits};
@@ -56,7 +55,7 @@ pub(super) fn run(args: &SelftestArgs) -> Result<(), Error> {
             Error::new(format!("there is no op {other}")).with_hint(format!("the ops are {}", names()))
         );
     }
-    let Some(driver) = open_device(args.device, &args.on, Duration::from_secs(600))? else {
+    let Some(driver) = open_device(args.device, &args.on)? else {
         return Err(Error::new("--device cpu is checked by another command").with_hint("use `elapid doctor`"));
     };
     let what = driver.describe();

@@ -242,6 +242,13 @@ pub struct TrainArgs {
     /// How modules for a device write layers
     #[arg(long, value_enum, default_value = "call")]
     pub layer_loop: LayerLoop,
+    /// Cut the micro-step of a device into modules of so many groups of layers, forward and backward [default: as few as
+    /// keep to the instructions of a module]
+    #[arg(long, value_name = "N")]
+    pub layer_groups: Option<usize>,
+    /// Modules for a device write what is updated beside what was there instead of in its place
+    #[arg(long)]
+    pub not_in_place: bool,
     /// Worker threads [default: one a core]
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
@@ -450,11 +457,19 @@ impl TrainArgs {
                     .with_hint("leave it out, or train with --device cpu"));
             }
         }
-        if mesh.size() > 1 {
-            return Err(Error::new(format!("{} ranks on a device", mesh.size()))
-                .with_hint("modules are for one rank so far: give neither --tp nor --dp, or --device cpu"));
+        match (self.device, parallel::place()?) {
+            (Device::Neuron, None) if mesh.size() > 1 && !self.compile_only => {
+                Err(Error::new(format!("{} ranks on Trainium, and this process is none of several", mesh.size()))
+                    .with_hint(
+                        "a core has a process of its own: start as many with torchrun, srun, mpirun or launch/trainium.sh",
+                    ))
+            }
+            (Device::Pjrt, Some(place)) => {
+                Err(Error::new(format!("a launcher has started {} processes with --device pjrt", place.ranks))
+                    .with_hint("all ranks are threads of one process: call elapid itself, with --tp and --dp"))
+            }
+            _ => Ok(()),
         }
-        Ok(())
     }
 }
 

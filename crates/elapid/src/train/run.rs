@@ -1,12 +1,11 @@
 //! `elapid train`: what a run is set up from.
 
-use std::sync::Mutex;
 use std::time::Duration;
 
 use elapid_cpu::CpuBackend;
-use elapid_xla::driver::Driver;
+use serde_json::Value;
 
-use super::device::{self, DeviceTrainer};
+use super::device::{self, DeviceTrainer, Devices};
 use super::evaluate::HeldOut;
 use super::folder::RunFolder;
 use super::host::peak;
@@ -34,10 +33,9 @@ use crate::parallel::{Launch, Rank, launch};
 pub fn train(run: &Run) -> Result<Outcome, Error> {
     let (args, mesh) = (&run.args, run.mesh);
     let start = Launch { mesh, threads: args.threads, timeout: Duration::from_secs(args.comm_timeout) };
-    // Before there are threads: it may set variables. There is one rank where there is a device.
-    let driver = Mutex::new(device::open(args.device, &args.on, start.timeout)?);
-    let driver = |_: &Rank| driver.lock().expect("nothing panics with it").take();
-    Ok(launch(&start, |rank| train_on(run, rank, driver(rank)))?.swap_remove(0))
+    // Before there are threads: it may set variables.
+    let devices = Devices::open(args.device, &args.on, mesh.tp)?;
+    Ok(launch(&start, |rank| train_on(run, rank, devices.as_ref()))?.swap_remove(0))
 }
 
 /// Compiles what `run` would load, and does nothing else.
@@ -50,7 +48,10 @@ pub fn compile_only(run: &Run) -> Result<(), Error> {
 }
 
 /// What one rank does of it.
-fn train_on(run: &Run, rank: &Rank, driver: Option<Box<dyn Driver>>) -> Result<Outcome, Error> {
+fn train_on(run: &Run, rank: &Rank, devices: Option<&Devices>) -> Result<Outcome, Error> {
+    let of_rank = |devices: &Devices| devices.of(rank.number(), rank.mesh().size());
+    let driver = devices.map(of_rank).transpose()?;
+    same_settings(&run.args, rank)?;
     // Where ranks are processes each has resolved its folders by itself; those of the first one count.
     let dirs = rank.from_first(|| Ok((run.output_dir.clone(), run.checkpoint_dir.clone())))?;
     let args = TrainArgs { output_dir: Some(dirs.0.clone()), ..run.args.clone() };
@@ -120,7 +121,7 @@ fn train_on(run: &Run, rank: &Rank, driver: Option<Box<dyn Driver>>) -> Result<O
     };
     start::print(run, &data, held_out.as_ref(), &model, &what, &memory);
     let device =
-        driver.map(|driver| DeviceTrainer::new(driver, run, &data, held_out.as_ref())).transpose()?;
+        driver.map(|driver| DeviceTrainer::new(driver, rank, run, &data, held_out.as_ref())).transpose()?;
     let folder = folder.as_ref();
     folder.map_or(Ok(()), |folder| folder.write("run.toml", &settings))?;
     let held_out = held_out.as_ref();
@@ -141,6 +142,24 @@ fn train_on(run: &Run, rank: &Rank, driver: Option<Box<dyn Driver>>) -> Result<O
     )?;
     session.outcome.predicted_memory = memory.total();
     std::thread::scope(|scope| session.train(&signals, &store, Saver::new(scope, &store, rank, &backend)))
+}
+
+/// Refuses ranks that were not started with the same flags: each would make steps of its own.
+fn same_settings(args: &TrainArgs, rank: &Rank) -> Result<(), Error> {
+    let mut own = resume::settings(args);
+    // What may differ from machine to machine, and folders, where those of the first rank count.
+    for flag in
+        ["output-dir", "checkpoint-dir", "data-dir", "eval-data-dir", "compile-cache", "plugin", "threads"]
+    {
+        own.as_object_mut().and_then(|flags| flags.remove(flag));
+    }
+    let all = rank.gather(own);
+    let differ = |other: &Value| resume::differences_of(&all[0], other);
+    let first = all.iter().map(differ).enumerate().find(|(_, differences)| !differences.is_empty());
+    first.map_or(Ok(()), |(other, differences)| {
+        Err(Error::new(format!("rank {other} has other settings than rank 0: {}", differences.join(", ")))
+            .with_hint("start all ranks with the same flags"))
+    })
 }
 
 /// Opens the dataset and checks it against the model.

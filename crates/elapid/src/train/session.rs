@@ -361,6 +361,7 @@ impl<'a> Session<'a> {
             samples: micro_steps.map(|micro| self.sampler.indices(step - 1, micro)).collect(),
         };
         self.fetch()?;
+        self.trainer.refresh();
         let diagnosis = diagnose(self.backend, &mut self.trainer, &recorded, before.clone());
         let error =
             Error::new(format!("{what}; {diagnosis}; it read {}", nonfinite::list(&recorded.samples)));

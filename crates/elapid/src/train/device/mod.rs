@@ -7,7 +7,7 @@
 mod modules;
 mod trainer;
 
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
 
 use elapid_xla::driver::neuron::{self, Compiler, NeuronDevice, Place, Settings};
 use elapid_xla::driver::pjrt::Client;
@@ -20,6 +20,7 @@ use crate::Error;
 use crate::config::run::{Device, DeviceArgs, Run};
 use crate::data::Dataset;
 use crate::error::say;
+use crate::parallel;
 
 impl From<Fault> for Error {
     fn from(fault: Fault) -> Self {
@@ -27,23 +28,53 @@ impl From<Fault> for Error {
     }
 }
 
-/// Opens a device. It may set environment variables, so it must come before other threads.
+/// The devices of the ranks of this process.
+pub(crate) enum Devices {
+    /// A core, of the one rank.
+    Core(Mutex<Option<NeuronDevice>>),
+    /// What a plugin drives, a device a rank.
+    Plugin(Arc<Client>),
+}
+
+impl Devices {
+    /// Opens those of a run with so many tensor-parallel ranks; None: it computes on the CPU. It may set environment
+    /// variables, so it must come before other threads.
+    ///
+    /// # Errors
+    /// There is no such device, or what drives it is missing.
+    pub(super) fn open(device: Device, on: &DeviceArgs, tp: usize) -> Result<Option<Self>, Error> {
+        Ok(match (device, &on.plugin) {
+            (Device::Pjrt, Some(plugin)) => Some(Self::Plugin(Client::open(plugin)?)),
+            (Device::Neuron, _) => {
+                let (compiler, place) = (compiler(on)?, parallel::place()?.unwrap_or_else(Place::alone));
+                let core = NeuronDevice::open(Settings { compiler, place, tp: Some(tp) })?;
+                Some(Self::Core(Mutex::new(Some(core))))
+            }
+            _ => None,
+        })
+    }
+
+    /// That of rank `number` of so many. To be asked for once.
+    ///
+    /// # Errors
+    /// There are not so many.
+    pub(super) fn of(&self, number: usize, ranks: usize) -> Result<Box<dyn Driver>, Error> {
+        Ok(match self {
+            Self::Core(core) => {
+                let core = core.lock().expect("nothing panics with it").take();
+                Box::new(core.expect("a process has one rank, which asks once"))
+            }
+            Self::Plugin(client) => Box::new(client.device(number, ranks)?),
+        })
+    }
+}
+
+/// Opens a device for a process alone; None: the CPU. It must come before other threads.
 ///
 /// # Errors
 /// There is no such device, or what drives it is missing.
-pub(crate) fn open(
-    device: Device,
-    on: &DeviceArgs,
-    timeout: Duration,
-) -> Result<Option<Box<dyn Driver>>, Error> {
-    Ok(match (device, &on.plugin) {
-        (Device::Pjrt, Some(plugin)) => Some(Box::new(Client::open(plugin)?.device(0, 1)?)),
-        (Device::Neuron, _) => {
-            let (compiler, place) = (compiler(on)?, Place::alone());
-            Some(Box::new(NeuronDevice::open(Settings { compiler, place, tp: Some(1), timeout })?))
-        }
-        _ => None,
-    })
+pub(crate) fn open(device: Device, on: &DeviceArgs) -> Result<Option<Box<dyn Driver>>, Error> {
+    Devices::open(device, on, 1)?.map(|devices| devices.of(0, 1)).transpose()
 }
 
 fn compiler(on: &DeviceArgs) -> Result<Compiler, Error> {
@@ -61,6 +92,7 @@ fn compiler(on: &DeviceArgs) -> Result<Compiler, Error> {
 /// The compiler is missing or refuses a module.
 pub(super) fn compile(run: &Run, data: &Dataset, held_out: Option<&HeldOut<'_>>) -> Result<(), Error> {
     let compiler = compiler(&run.args.on)?;
+    compiler.target().check_tp(run.mesh.tp)?;
     Modules::record(run, data, held_out)?
         .all()
         .try_for_each(|module| Ok(compiler.compile(module).map(drop)?))

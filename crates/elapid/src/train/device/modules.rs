@@ -24,7 +24,8 @@ pub(super) struct Form {
 
 /// The modules of a run.
 pub(super) struct Modules {
-    pub(super) micro_step: Module,
+    /// To be run in this order.
+    pub(super) micro_step: Vec<Module>,
     pub(super) update: Module,
     /// Where there is something to evaluate on.
     pub(super) eval: Option<Module>,
@@ -34,9 +35,13 @@ pub(super) struct Modules {
 
 impl Modules {
     /// Records them and says what they need.
+    ///
+    /// # Errors
+    /// `--layer-groups` does not fit the model.
     pub(super) fn record(run: &Run, data: &Dataset, held_out: Option<&HeldOut<'_>>) -> Result<Self, Error> {
+        let args = &run.args;
         let form = |data: &Dataset| Form {
-            size: run.args.batch,
+            size: args.batch,
             length: data.seq_len(),
             documents: data.knows_documents(),
         };
@@ -44,29 +49,35 @@ impl Modules {
         let form = form(data);
         let recording = |form: Form| Recording {
             config: &run.config,
-            dtype: run.args.dtype.compute(),
+            dtype: args.dtype.compute(),
             batch: form.size,
             length: form.length,
             documents: form.documents,
-            // One rank, whose sequences stand alone: the start has refused the rest.
+            // Sequences stand alone: the start has refused the rest.
             carried: false,
-            sequence_parallel: false,
-            zero1: false,
-            checkpointing: run.args.activation_checkpointing.into(),
+            sequence_parallel: args.sequence_parallel_enabled,
+            zero1: args.use_zero_1,
+            checkpointing: args.activation_checkpointing.into(),
             // Rate and step are inputs of the module.
             hyper: AdamW {
                 lr: 1.0,
-                beta1: run.args.beta1,
-                beta2: run.args.beta2,
-                eps: run.args.eps,
-                weight_decay: run.args.weight_decay,
+                beta1: args.beta1,
+                beta2: args.beta2,
+                eps: args.eps,
+                weight_decay: args.weight_decay,
                 step: 1,
             },
-            max_norm: run.args.max_grad_norm,
-            options: Options { layers: run.args.layer_loop.into(), ..Options::default() },
+            max_norm: args.max_grad_norm,
+            options: Options {
+                layers: args.layer_loop.into(),
+                in_place: !args.not_in_place,
+                dp: run.mesh.dp,
+                tp: run.mesh.tp,
+                ..Options::default()
+            },
         };
         let modules = Self {
-            micro_step: recording(form).micro_step(),
+            micro_step: recording(form).micro_steps_of(args.layer_groups)?,
             update: recording(form).update(),
             eval: held_out.map(|_| recording(eval_form).eval()),
             form,
@@ -82,6 +93,6 @@ impl Modules {
     }
 
     pub(super) fn all(&self) -> impl Iterator<Item = &Module> {
-        [&self.micro_step, &self.update].into_iter().chain(&self.eval)
+        self.micro_step.iter().chain([&self.update]).chain(&self.eval)
     }
 }

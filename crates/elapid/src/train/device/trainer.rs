@@ -1,5 +1,7 @@
 //! The steps of a run on a device.
 
+use std::collections::BTreeMap;
+
 use elapid_cpu::{Buffer, CpuBackend};
 use elapid_tensor::{AdamW, Backend, IGNORE_LABEL, Row};
 use elapid_xla::driver::{Driver, Fault, Kind, Program, array_name};
@@ -9,17 +11,21 @@ use super::modules::{Form, Modules};
 use crate::Error;
 use crate::config::run::Run;
 use crate::data::Dataset;
+use crate::parallel::Rank;
 use crate::train::evaluate::HeldOut;
 use crate::train::{Batch, StepReport, Trainer};
 
-/// The state of a run on a device, and the modules that change it.
+/// The state of a rank on its device, and the modules that change it, which all ranks run together.
 pub(in crate::train) struct DeviceTrainer {
     driver: Box<dyn Driver>,
+    /// (data-parallel rank, tensor-parallel rank).
+    place: (usize, usize),
     form: Form,
-    micro_step: Program,
+    /// To be run in this order.
+    micro_step: Vec<Program>,
     update: Program,
-    /// Names of the update's inputs, with their shapes.
-    inputs: Vec<(String, Shape)>,
+    /// Names of the inputs of all modules, with their shapes.
+    inputs: BTreeMap<String, Shape>,
     eval: Option<(Program, Form)>,
     /// The device has met a number that is not finite since the last update.
     not_finite: Option<Fault>,
@@ -29,22 +35,30 @@ pub(in crate::train) struct DeviceTrainer {
 const STATE: [&str; 3] = ["masters", "m", "v"];
 
 impl DeviceTrainer {
-    /// Records the modules of `run`, has them compiled, and loads them.
+    /// Records the modules of `run`, has them compiled, and loads them once all ranks are known to have the same.
     ///
     /// # Errors
-    /// The compiler refuses one, or the device has no room.
+    /// The compiler refuses one, a rank has another, or the device has no room.
     pub(in crate::train) fn new(
         mut driver: Box<dyn Driver>,
+        rank: &Rank,
         run: &Run,
         data: &Dataset,
         held_out: Option<&HeldOut<'_>>,
     ) -> Result<Self, Error> {
-        let Modules { micro_step, update, eval, form, eval_form } = Modules::record(run, data, held_out)?;
-        let ports = update.inputs.iter();
-        let inputs = ports.map(|port| (array_name(port).to_owned(), port.shape.clone())).collect();
-        let (micro_step, update) = (driver.load(&micro_step)?, driver.load(&update)?);
+        let modules = Modules::record(run, data, held_out)?;
+        let name = |name: &str| name.to_owned();
+        let prepared = modules.all().map(|module| Ok((name(&module.proto.name), driver.prepare(module)?)));
+        let prepared = prepared.collect::<Result<Vec<_>, Fault>>()?;
+        agree(&rank.gather(prepared))?;
+        let ports = modules.all().flat_map(|module| &module.inputs);
+        let inputs = ports.map(|port| (name(array_name(port)), port.shape.clone())).collect();
+        let Modules { micro_step, update, eval, form, eval_form } = modules;
+        let micro_step = micro_step.iter().map(|module| driver.load(module)).collect::<Result<_, _>>()?;
+        let update = driver.load(&update)?;
         let eval = eval.map(|eval| Ok::<_, Fault>((driver.load(&eval)?, eval_form))).transpose()?;
-        Ok(Self { driver, form, micro_step, update, inputs, eval, not_finite: None })
+        let place = rank.mesh().place(rank.number());
+        Ok(Self { driver, place, form, micro_step, update, inputs, eval, not_finite: None })
     }
 
     /// Puts the state of `trainer` on the device, with zero gradients.
@@ -57,25 +71,30 @@ impl DeviceTrainer {
         trainer: &Trainer<'_, CpuBackend>,
     ) -> Result<(), Error> {
         let [masters, m, v] = trainer.state();
-        let compute = trainer.model().compute().unwrap_or(masters);
-        for (name, shape) in self.inputs.clone() {
-            let source = match name.split_once('.') {
-                Some(("masters", part)) => Some((masters, part)),
-                Some(("compute", part)) => Some((compute, part)),
-                Some(("m", part)) => Some((m, part)),
-                Some(("v", part)) => Some((v, part)),
-                _ => None,
+        let (compute, ends) = (trainer.model().compute(), trainer.model().ends());
+        for (name, shape) in &self.inputs {
+            let (array, part) = name.split_once('.').unwrap_or((name, ""));
+            let zeros = || literal(shape.ty, vec![0.0; shape.elements()]);
+            let held = |buffer: Option<&Buffer>| {
+                rows(backend, buffer.expect("the model that was recorded"), part, shape.ty)
             };
-            let value = match source {
-                Some((buffer, part)) => rows(backend, buffer, part, shape.ty),
-                None => literal(shape.ty, vec![0.0; shape.elements()]),
+            let value = match array {
+                "masters" => held(Some(masters)),
+                "compute" => held(compute),
+                "ends" => held(ends),
+                "m" => held(Some(m)),
+                "v" => held(Some(v)),
+                "grads" | "loss" => zeros(),
+                "rank" => Literal::S32(vec![self.place.0 as i32, self.place.1 as i32]),
+                // A batch, what a step tells, and what one module hands on to the next.
+                _ => continue,
             };
-            self.driver.write(&name, &shape, &value)?;
+            self.driver.write(name, shape, &value)?;
         }
         Ok(())
     }
 
-    /// Brings the state back into `trainer`.
+    /// Brings the state back into `trainer`, whose model is then to be brought up to date where it computes.
     ///
     /// # Errors
     /// The device is gone.
@@ -84,7 +103,7 @@ impl DeviceTrainer {
         for name in STATE {
             let mut part = |part: &str| {
                 let name = format!("{name}.{part}");
-                let there = self.inputs.iter().any(|(input, _)| *input == name);
+                let there = self.inputs.contains_key(&name);
                 if there { self.driver.read(&name) } else { Ok(Literal::F32(Vec::new())) }
             };
             arrays.push([part("layers")?, part("shared")?]);
@@ -121,7 +140,7 @@ impl DeviceTrainer {
     /// The device fails.
     pub(in crate::train) fn micro_step(&mut self, batch: &Batch) -> Result<(), Error> {
         self.write(batch, self.form)?;
-        self.run(self.micro_step)
+        self.micro_step.clone().into_iter().try_for_each(|program| self.run(program))
     }
 
     /// Runs a module. A number that is not finite is the update's to judge: it has kept the old state then, and says so.
@@ -151,7 +170,8 @@ impl DeviceTrainer {
         }
     }
 
-    /// Sum of the token losses of a batch of the evaluation, which may be smaller than others.
+    /// Sum of the token losses of a batch of the evaluation, which may be smaller than others, or empty. All ranks call this
+    /// together.
     ///
     /// # Errors
     /// The device fails.
@@ -162,6 +182,20 @@ impl DeviceTrainer {
         self.not_finite = None;
         Ok(f64::from(self.driver.read("loss_sum")?.floats()[0]))
     }
+}
+
+/// Whether all ranks are about to load the same modules; `of_ranks` names them by rank, with what they came to.
+fn agree(of_ranks: &[Vec<(String, String)>]) -> Result<(), Error> {
+    for (rank, modules) in of_ranks.iter().enumerate() {
+        let other = modules.iter().zip(&of_ranks[0]).find(|(theirs, first)| theirs != first);
+        if other.is_some() || modules.len() != of_ranks[0].len() {
+            let name = other.map_or("list of modules", |((name, _), _)| name);
+            return Err(Error::new(format!("rank {rank} and rank 0 do not have the same {name}")).with_hint(
+                "start all ranks with the same flags and data, the same elapid, and compilers of the same version",
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// One of the two arrays of a flat buffer.
