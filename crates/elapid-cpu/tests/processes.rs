@@ -155,6 +155,26 @@ fn a_rank_that_is_gone_is_named_on_all() {
     assert_eq!((message(&ends[0]), message(&ends[1])), ("rank 2 is gone", "rank 2 is gone"));
 }
 
+/// One that has come to its end is not missed; one that has not is, also by a rank that is not in a collective.
+#[test]
+fn who_watches_knows_of_lost_ranks_only() {
+    let mut ranks = worlds(3, Duration::from_secs(20)).into_iter().map(Result::unwrap);
+    let (first, second, third) = (ranks.next().unwrap(), ranks.next().unwrap(), ranks.next().unwrap());
+    let lost = |world: &World| {
+        std::thread::sleep(Duration::from_millis(200));
+        world.lost().map(|failure| failure.message)
+    };
+    assert_eq!((lost(&first), lost(&second)), (None, None));
+    second.finish();
+    drop(second);
+    assert_eq!(lost(&first), None);
+    third.leave(&CommFailure { rank: 2, message: "rank 2: no memory".into() });
+    assert_eq!(lost(&first).as_deref(), Some("rank 2: no memory"));
+    assert_eq!(lost(&third), None);
+    drop(first);
+    assert_eq!(lost(&third).as_deref(), Some("rank 0 is gone"));
+}
+
 #[test]
 fn ranks_that_disagree_are_told() {
     let ends = endings(Duration::from_secs(600), |world| {

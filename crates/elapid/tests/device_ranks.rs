@@ -7,8 +7,10 @@ mod devices;
 mod run;
 
 use std::fs;
+use std::net::TcpListener;
 use std::path::Path;
-use std::process::{Child, Command, Output};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use devices::{Device, curve, same_curve};
@@ -37,12 +39,14 @@ fn variables(rank: usize, ranks: usize, port: u16) -> Vec<(&'static str, String)
     ]
 }
 
-/// Two free ports side by side: the second is the runtime's.
+/// Two free ports side by side: the second is the runtime's. Below those that the system gives to whoever asks for any.
 fn port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
     loop {
-        let first = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = first.local_addr().unwrap().port();
-        if port < u16::MAX && std::net::TcpListener::bind(("127.0.0.1", port + 1)).is_ok() {
+        let number = NEXT.fetch_add(2, Ordering::SeqCst) % 2000;
+        let port = 10_000 + (std::process::id() % 10) as u16 * 2000 + number;
+        let free = |port| TcpListener::bind(("0.0.0.0", port)).is_ok();
+        if free(port) && free(port + 1) {
             return port;
         }
     }
@@ -227,6 +231,33 @@ fn a_signal_stops_all_ranks_after_a_checkpoint() {
     assert_eq!(checkpoints(&dir.join("run")).len(), 1);
 }
 
+/// `launch/trainium.sh` on the simulated runtime: a process a core, and SIGTERM for all of them.
+#[test]
+fn the_recipe_trains_and_stops() {
+    let dir = place();
+    let dir = dir.path();
+    let device = Device::simulated(dir);
+    let recipe = concat!(env!("CARGO_MANIFEST_DIR"), "/../../launch/trainium.sh");
+    let start = |steps: &str| {
+        let flags = format!("--target trn1 --model model.json --dtype float32 --max-steps {steps}");
+        let mut command = Command::new("bash");
+        command.current_dir(dir).arg(recipe).args(["4", "data", "run"]).args(flags.split(' '));
+        command.envs(device.variables.iter().map(|(name, value)| (name, value)));
+        command.envs([("ELAPID", env!("CARGO_BIN_EXE_elapid")), ("TP", "2"), ("GLOBAL_BATCH", "4")]);
+        command.env("MASTER_PORT", port().to_string()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let child = start("100000 --warmup-steps 1");
+    assert!(wait_for(|| curve(&dir.join("run")).len() > 2));
+    run::signal(&child, "-TERM");
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(143), "{}", stderr(&output));
+    assert_eq!(stderr(&output).matches("stopped: SIGTERM").count(), 1, "{}", stderr(&output));
+    let done = curve(&dir.join("run")).len();
+    let output = start(&format!("{} --warmup-steps 1", done + 2)).wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(curve(&dir.join("run")).len(), done + 2);
+}
+
 #[test]
 fn a_rank_that_never_arrives_is_named() {
     let dir = place();
@@ -257,6 +288,27 @@ fn a_killed_rank_ends_the_others() {
     assert!(said[0].contains("rank 1 is gone") && said[0].contains("hint: "), "{said:?}");
     // The first rank has said it.
     assert!(!said[1].contains("error: "), "{said:?}");
+}
+
+/// A rank that waits inside of the runtime, which does not notice, is not left there.
+#[test]
+fn a_rank_that_waits_without_end_is_ended() {
+    let dir = place();
+    let dir = dir.path();
+    let device = Device::simulated(dir);
+    // The runtime of rank 0 cannot listen where the others look for it, and so they load for ever.
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let start = Instant::now();
+    let flags = "--dp 3 --max-steps 2 --comm-timeout 10 --output-dir run";
+    let said = Ranks::start(&device, dir, 3, flags, |_, command| {
+        command.env("NEURON_RT_ROOT_COMM_ID", &address);
+        true
+    })
+    .fail();
+    assert!(said[0].contains("cannot load micro_step"), "{said:?}");
+    assert!(!said[1].contains("error: ") && !said[2].contains("error: "), "{said:?}");
+    assert!(start.elapsed() < Duration::from_secs(60));
 }
 
 /// The first one is missed by all, and each says so.

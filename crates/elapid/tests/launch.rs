@@ -108,6 +108,40 @@ fn mpirun() {
 }
 
 #[test]
+fn trainium() {
+    let room = Room::new();
+    let args = ["4", "data", "run", "--lr", "1e-3"];
+    // Each process writes down who it is.
+    let said = "#!/bin/sh\necho $RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR >> ranks\n\
+                [ $LOCAL_RANK = 0 ] && printf '%s\\n' elapid \"$@\" > said; exit 0\n";
+    for (env, first, dp) in [
+        (&[("TP", "2")][..], "0 0 4 4 127.0.0.1", 2),
+        (&[("NODES", "2"), ("NODE", "1"), ("MASTER_ADDR", "one")], "4 0 8 4 one", 8),
+    ] {
+        room.write("program", said);
+        let may_run = std::fs::Permissions::from_mode(0o755);
+        std::fs::set_permissions(room.path("program"), may_run).unwrap();
+        let program = room.path("program").display().to_string();
+        let output = room.launch("trainium.sh", &args, &[env, &[("ELAPID", &program)]].concat());
+        let (_, settings) = room.launched(&output);
+        assert_eq!(global_batch(&settings, dp), 64);
+        assert_eq!((settings["device"].as_str(), settings["lr"].as_float()), (Some("neuron"), Some(1e-3)));
+        let ranks = room.read("ranks");
+        let mut ranks: Vec<_> = ranks.lines().collect();
+        ranks.sort_unstable();
+        assert_eq!((ranks.len(), ranks[0]), (4, first));
+        std::fs::remove_file(room.path("ranks")).unwrap();
+    }
+    for (env, expected) in [
+        (&[("TP", "3")][..], "4 cores are no multiple of TP 3"),
+        (&[("NODES", "2")], "MASTER_ADDR does not name"),
+    ] {
+        let output = room.launch("trainium.sh", &args, env);
+        assert!(!output.status.success() && stderr(&output).contains(expected), "{}", stderr(&output));
+    }
+}
+
+#[test]
 fn threads() {
     let room = Room::new();
     let output = room.launch("threads.sh", &["data", "run", "--model", "tiny.json"], &[("RANKS", "4")]);

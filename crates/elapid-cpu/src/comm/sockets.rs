@@ -36,6 +36,9 @@ const NAMES: [&str; 6] = ["", "all_reduce", "reduce_scatter", "all_gather", "bro
 /// The word of a rank's last frame: its bytes say why it ends.
 const FAILED: u8 = u8::MAX;
 
+/// The word of the last frame of a rank that has come to its end.
+const DONE: u8 = u8::MAX - 1;
+
 /// Word and length.
 const HEAD: usize = 9;
 
@@ -52,6 +55,8 @@ pub struct World {
     /// Connections that other ranks have made for groups that this one is still to make: (group, rank).
     early: Mutex<Vec<(u32, usize, TcpStream)>>,
     links: Mutex<Vec<Arc<Link>>>,
+    /// Where this rank met the others, which nothing passes any more but how they end: of rank 0 to all, else to rank 0.
+    watched: Vec<Arc<Link>>,
     all: Arc<dyn Communicator>,
 }
 
@@ -65,6 +70,16 @@ struct Link {
     torn: AtomicBool,
     /// That rank has told why it ends.
     told: AtomicBool,
+    end: Mutex<End>,
+}
+
+/// What is known of a rank's end.
+#[derive(Debug, Default)]
+struct End {
+    /// What has come beside collectives.
+    bytes: Vec<u8>,
+    /// Once it is known; None inside: it has come to its end as it should.
+    why: Option<Option<CommFailure>>,
 }
 
 /// What a rank has found that it cannot go on with.
@@ -84,13 +99,17 @@ impl World {
         };
         let listener = TcpListener::bind(("0.0.0.0", 0)).map_err(own)?;
         let port = listener.local_addr().map_err(own)?.port();
-        let addresses = match place.rank {
+        let (addresses, met) = match place.rank {
             0 => gather_addresses(&place, port, timeout, end)?,
             _ => tell_address(&place, port, timeout, end)?,
         };
         let all: Arc<dyn Communicator> = Arc::new(Single);
         let (early, links) = (Mutex::default(), Mutex::default());
-        let mut world = Self { place, timeout, listener, addresses, early, links, all };
+        let mut world = Self { place, timeout, listener, addresses, early, links, watched: Vec::new(), all };
+        for (rank, stream) in met {
+            world.watched.push(Arc::new(world.link(rank, stream)?));
+        }
+        world.links().extend(world.watched.iter().cloned());
         let ranks: Vec<_> = (0..world.place.ranks).collect();
         world.all = world.group(&ranks, 0)?;
         Ok(world)
@@ -140,7 +159,7 @@ impl World {
         ready.map_err(|cause| {
             failure(self.place.rank, format!("the connection to rank {rank} fails: {cause}"))
         })?;
-        Ok(Link { rank, stream, torn: false.into(), told: false.into() })
+        Ok(Link { rank, stream, torn: false.into(), told: false.into(), end: Mutex::default() })
     }
 
     fn connect(&self, rank: usize, number: u32, end: Instant) -> Result<Link, CommFailure> {
@@ -206,6 +225,20 @@ impl World {
         }
     }
 
+    /// Says that this rank has come to its end, and is not to be missed.
+    pub fn finish(&self) {
+        for link in &self.watched {
+            // As in `leave`.
+            let _ = (&link.stream).write_all(&head(DONE, 0));
+        }
+    }
+
+    /// On rank 0 why another rank has ended before its end, elsewhere why rank 0 has: for a thread that watches while this
+    /// rank is where it cannot hear of it.
+    pub fn lost(&self) -> Option<CommFailure> {
+        self.watched.iter().find_map(|link| link.fate()).map(|(_, failure)| failure)
+    }
+
     /// Why another rank has ended, where one has: what it said, or that it is gone. After this, collectives are over.
     pub fn fate_of_others(&self) -> Option<CommFailure> {
         let fates = self.links().iter().filter_map(|link| link.fate()).collect::<Vec<_>>();
@@ -226,9 +259,17 @@ impl World {
 }
 
 impl Link {
-    /// Whether the rank has ended; and then whether it has said why.
+    /// Whether the rank has ended before its end; and then whether it has said why.
     fn fate(&self) -> Option<(bool, CommFailure)> {
-        let (mut bytes, mut part) = (Vec::new(), [0; 4096]);
+        let mut end = self.end.lock().expect("no panic inside the lock");
+        if end.why.is_none() {
+            end.why = self.look_for_an_end(&mut end.bytes);
+        }
+        end.why.clone().flatten().map(|failure| (self.told.load(Ordering::SeqCst), failure))
+    }
+
+    fn look_for_an_end(&self, bytes: &mut Vec<u8>) -> Option<Option<CommFailure>> {
+        let mut part = [0; 4096];
         let ended = loop {
             match (&self.stream).read(&mut part) {
                 Ok(0) => break true,
@@ -240,12 +281,13 @@ impl Link {
         while let Some((head, more)) = rest.split_at_checked(HEAD) {
             let (word, len) = read_head(head);
             let Some((text, more)) = more.split_at_checked(len) else { break };
-            if word == FAILED {
-                return Some((true, self.told(text)));
+            match word {
+                FAILED => return Some(Some(self.told(text))),
+                DONE => return Some(None),
+                _ => rest = more,
             }
-            rest = more;
         }
-        ended.then(|| (false, self.gone()))
+        ended.then(|| Some(self.gone()))
     }
 
     /// That it ended without a word.
@@ -288,13 +330,11 @@ fn read_head(head: &[u8]) -> (u8, usize) {
     (head[0], u64::from_le_bytes(head[1..HEAD].try_into().expect("eight bytes")) as usize)
 }
 
+/// Where all ranks listen, and the connections over which that became known, by rank.
+type Met = (Vec<SocketAddr>, Vec<(usize, TcpStream)>);
+
 /// Rank 0 waits for the others and tells them where each one listens.
-fn gather_addresses(
-    place: &Place,
-    port: u16,
-    timeout: Duration,
-    end: Instant,
-) -> Result<Vec<SocketAddr>, CommFailure> {
+fn gather_addresses(place: &Place, port: u16, timeout: Duration, end: Instant) -> Result<Met, CommFailure> {
     let cannot =
         |cause: std::io::Error| failure(0, format!("rank 0 cannot listen on port {}: {cause}", place.port));
     let listener = TcpListener::bind(("0.0.0.0", place.port)).map_err(cannot)?;
@@ -339,16 +379,11 @@ fn gather_addresses(
     for (rank, stream) in (1..).zip(&mut streams) {
         stream.write_all(&frame).map_err(|_| failure(rank, format!("rank {rank} is gone")))?;
     }
-    Ok(all)
+    Ok((all, (1..).zip(streams).collect()))
 }
 
 /// Another rank tells rank 0 where it listens, and learns it of all.
-fn tell_address(
-    place: &Place,
-    port: u16,
-    timeout: Duration,
-    end: Instant,
-) -> Result<Vec<SocketAddr>, CommFailure> {
+fn tell_address(place: &Place, port: u16, timeout: Duration, end: Instant) -> Result<Met, CommFailure> {
     let Place { rank, ranks, .. } = *place;
     let hello = words([GREETING, rank as u32, ranks as u32, u32::from(port)]);
     let connect = || {
@@ -387,7 +422,8 @@ fn tell_address(
         let ip: IpAddr = if ip.is_empty() { root } else { ip.parse().ok()? };
         Some(SocketAddr::new(ip, port.parse().ok()?))
     };
-    table.lines().map(address).collect::<Option<Vec<_>>>().filter(|all| all.len() == ranks).ok_or_else(gone)
+    let all = table.lines().map(address).collect::<Option<Vec<_>>>().filter(|all| all.len() == ranks);
+    Ok((all.ok_or_else(gone)?, vec![(0, stream)]))
 }
 
 /// Some ranks.

@@ -336,7 +336,7 @@ impl TrainArgs {
         at_least_one("--comm-timeout", self.comm_timeout)?;
         let mesh = Mesh::new(self.tp, self.dp, parallel::world_size()?)?;
         check_ranks(&config, self.tp)?;
-        self.check_device(mesh)?;
+        self.check_device()?;
         let samples = [self.batch as u64, self.grad_accum_usteps as u64, mesh.dp as u64]
             .into_iter()
             .try_fold(self.max_steps, |product, factor| product.checked_mul(factor));
@@ -442,7 +442,7 @@ impl TrainArgs {
 
 impl TrainArgs {
     /// Whether the device can do what is asked for.
-    fn check_device(&self, mesh: Mesh) -> Result<(), Error> {
+    fn check_device(&self) -> Result<(), Error> {
         self.on.check(self.device)?;
         if self.compile_only && self.device != Device::Neuron {
             return Err(Error::new("--compile-only without --device neuron")
@@ -457,18 +457,13 @@ impl TrainArgs {
                     .with_hint("leave it out, or train with --device cpu"));
             }
         }
-        match (self.device, parallel::place()?) {
-            (Device::Neuron, None) if mesh.size() > 1 && !self.compile_only => {
-                Err(Error::new(format!("{} ranks on Trainium, and this process is none of several", mesh.size()))
-                    .with_hint(
-                        "a core has a process of its own: start as many with torchrun, srun, mpirun or launch/trainium.sh",
-                    ))
-            }
-            (Device::Pjrt, Some(place)) => {
-                Err(Error::new(format!("a launcher has started {} processes with --device pjrt", place.ranks))
-                    .with_hint("all ranks are threads of one process: call elapid itself, with --tp and --dp"))
-            }
-            _ => Ok(()),
+        match parallel::place()?.filter(|_| self.device == Device::Pjrt) {
+            None => Ok(()),
+            Some(place) => Err(Error::new(format!(
+                "a launcher has started {} processes with --device pjrt",
+                place.ranks
+            ))
+            .with_hint("all ranks are threads of one process: call elapid itself, with --tp and --dp")),
         }
     }
 }

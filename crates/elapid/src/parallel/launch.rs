@@ -81,6 +81,12 @@ impl Rank {
         self.ranks_here
     }
 
+    /// How many processes with as many ranks each share this machine, where the launcher says so.
+    pub fn on_host(&self) -> usize {
+        let place = processes::place().ok().flatten();
+        place.and_then(|place| place.local_ranks).unwrap_or(1)
+    }
+
     /// This rank's place among those that share the samples.
     pub fn dp_rank(&self) -> usize {
         self.groups.dp.rank()

@@ -1,8 +1,9 @@
 //! This process as a rank among those that a launcher has started, where MPI does not connect them: they speak over sockets.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use elapid_cpu::comm::sockets::{self, World};
 use elapid_cpu::comm::{CommFailure, Groups};
@@ -11,10 +12,13 @@ use elapid_xla::driver::neuron::Place;
 use super::launch::comm_error;
 use super::{Launch, Mesh, Rank};
 use crate::Error;
-use crate::error;
+use crate::error::{self, say};
 
 /// How long the others wait for the first rank to speak.
 const FIRST: Duration = Duration::from_secs(3);
+
+/// How long a rank may take to end after another has.
+const GRACE: Duration = Duration::from_secs(30);
 
 /// The first rank has said why the run ends.
 static SPOKEN: AtomicBool = AtomicBool::new(false);
@@ -49,11 +53,18 @@ pub(super) fn launch<T>(
 ) -> Result<Vec<T>, Error> {
     let Place { rank: number, ranks, root, port, .. } = place;
     let place = sockets::Place { rank: number, ranks, root, port };
-    let world = World::meet(place, launch.timeout).map_err(|failure| comm_error(&failure))?;
+    let world = Arc::new(World::meet(place, launch.timeout).map_err(|failure| comm_error(&failure))?);
+    let _watch = Watch::start(&world, launch.timeout.min(GRACE));
     let (failure, error) = match catch_unwind(AssertUnwindSafe(|| f(&rank(&world, launch)?))) {
-        Ok(Ok(value)) => return Ok(vec![value]),
+        Ok(Ok(value)) => {
+            world.finish();
+            return Ok(vec![value]);
+        }
         // All ranks stop together.
-        Ok(Err(error)) if error.signal().is_some() => return Err(error),
+        Ok(Err(error)) if error.signal().is_some() => {
+            world.finish();
+            return Err(error);
+        }
         Ok(Err(error)) => {
             let own = CommFailure { rank: number, message: format!("rank {number}: {error}") };
             match world.fate_of_others() {
@@ -83,6 +94,44 @@ pub(super) fn launch<T>(
     }
     error::set_quiet(false);
     Err(error.at(format!("rank {number}")))
+}
+
+/// Ends the process where it does not end by itself: what a device's runtime waits for may never come.
+struct Watch(Arc<AtomicBool>);
+
+impl Watch {
+    fn start(world: &Arc<World>, grace: Duration) -> Self {
+        let over = Arc::new(AtomicBool::new(false));
+        let (watch, world) = (over.clone(), world.clone());
+        std::thread::spawn(move || {
+            let mut lost: Option<(CommFailure, Instant)> = None;
+            while !watch.load(Ordering::SeqCst) {
+                std::thread::sleep(Duration::from_millis(100));
+                match &lost {
+                    None => lost = world.lost().map(|failure| (failure, Instant::now() + grace)),
+                    Some((failure, end)) if Instant::now() > *end => {
+                        world.leave(failure);
+                        if world.place().rank == 0 || !world.the_first_has_spoken(FIRST) {
+                            let what =
+                                format!("{}; rank {} has waited for it", failure.message, world.place().rank);
+                            let error = comm_error(&CommFailure { message: what, ..failure.clone() });
+                            say(format_args!("error: {error}"));
+                            say(format_args!("hint: {}", error.hint().unwrap_or_default()));
+                        }
+                        std::process::exit(1);
+                    }
+                    Some(_) => {}
+                }
+            }
+        });
+        Self(over)
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
 }
 
 /// This rank, with its groups, once all are known to mean the same mesh.

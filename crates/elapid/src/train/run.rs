@@ -34,7 +34,7 @@ pub fn train(run: &Run) -> Result<Outcome, Error> {
     let (args, mesh) = (&run.args, run.mesh);
     let start = Launch { mesh, threads: args.threads, timeout: Duration::from_secs(args.comm_timeout) };
     // Before there are threads: it may set variables.
-    let devices = Devices::open(args.device, &args.on, mesh.tp)?;
+    let devices = Devices::open(args.device, &args.on, mesh)?;
     Ok(launch(&start, |rank| train_on(run, rank, devices.as_ref()))?.swap_remove(0))
 }
 
@@ -90,7 +90,8 @@ fn train_on(run: &Run, rank: &Rank, devices: Option<&Devices>) -> Result<Outcome
         // Of the host: it holds the state, and computes nothing.
         memory = Memory { activations: 0, transient: 0, ..memory };
     }
-    let warning = rank.from_first(|| memory.check(run.args.ignore_memory_limit))?;
+    let on_host = memory.of_processes(rank.on_host());
+    let warning = rank.from_first(|| on_host.check(run.args.ignore_memory_limit))?;
     for warning in waste(&demand).into_iter().chain(warning) {
         say(format_args!("warning: {warning}"));
     }

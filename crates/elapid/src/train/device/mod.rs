@@ -20,7 +20,7 @@ use crate::Error;
 use crate::config::run::{Device, DeviceArgs, Run};
 use crate::data::Dataset;
 use crate::error::say;
-use crate::parallel;
+use crate::parallel::{self, Mesh};
 
 impl From<Fault> for Error {
     fn from(fault: Fault) -> Self {
@@ -31,24 +31,28 @@ impl From<Fault> for Error {
 /// The devices of the ranks of this process.
 pub(crate) enum Devices {
     /// A core, of the one rank.
-    Core(Mutex<Option<NeuronDevice>>),
+    Core(Mutex<Option<Box<NeuronDevice>>>),
     /// What a plugin drives, a device a rank.
     Plugin(Arc<Client>),
 }
 
 impl Devices {
-    /// Opens those of a run with so many tensor-parallel ranks; None: it computes on the CPU. It may set environment
+    /// Opens those of a run on this mesh; None: it computes on the CPU. It may set environment
     /// variables, so it must come before other threads.
     ///
     /// # Errors
-    /// There is no such device, or what drives it is missing.
-    pub(super) fn open(device: Device, on: &DeviceArgs, tp: usize) -> Result<Option<Self>, Error> {
+    /// There is no such device, what drives it is missing, or the ranks are no processes where they have to be.
+    pub(super) fn open(device: Device, on: &DeviceArgs, mesh: Mesh) -> Result<Option<Self>, Error> {
         Ok(match (device, &on.plugin) {
             (Device::Pjrt, Some(plugin)) => Some(Self::Plugin(Client::open(plugin)?)),
             (Device::Neuron, _) => {
-                let (compiler, place) = (compiler(on)?, parallel::place()?.unwrap_or_else(Place::alone));
-                let core = NeuronDevice::open(Settings { compiler, place, tp: Some(tp) })?;
-                Some(Self::Core(Mutex::new(Some(core))))
+                let place = match parallel::place()? {
+                    None if mesh.size() > 1 => return Err(one_of(mesh.size())),
+                    place => place.unwrap_or_else(Place::alone),
+                };
+                let settings = Settings { compiler: compiler(on)?, place, tp: Some(mesh.tp) };
+                let core = NeuronDevice::open(settings)?;
+                Some(Self::Core(Mutex::new(Some(Box::new(core)))))
             }
             _ => None,
         })
@@ -62,11 +66,17 @@ impl Devices {
         Ok(match self {
             Self::Core(core) => {
                 let core = core.lock().expect("nothing panics with it").take();
-                Box::new(core.expect("a process has one rank, which asks once"))
+                core.expect("a process has one rank, which asks once")
             }
             Self::Plugin(client) => Box::new(client.device(number, ranks)?),
         })
     }
+}
+
+fn one_of(ranks: usize) -> Error {
+    Error::new(format!("{ranks} ranks on Trainium, and this process is none of several")).with_hint(
+        "a core has a process of its own: start as many with launch/trainium.sh, torchrun, srun or mpirun",
+    )
 }
 
 /// Opens a device for a process alone; None: the CPU. It must come before other threads.
@@ -74,7 +84,7 @@ impl Devices {
 /// # Errors
 /// There is no such device, or what drives it is missing.
 pub(crate) fn open(device: Device, on: &DeviceArgs) -> Result<Option<Box<dyn Driver>>, Error> {
-    Devices::open(device, on, 1)?.map(|devices| devices.of(0, 1)).transpose()
+    Devices::open(device, on, Mesh::SINGLE)?.map(|devices| devices.of(0, 1)).transpose()
 }
 
 fn compiler(on: &DeviceArgs) -> Result<Compiler, Error> {
