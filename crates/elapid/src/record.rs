@@ -166,24 +166,41 @@ impl Recording<'_> {
         }
     }
 
-    /// Inputs for the layers' states, of a rank's heads.
-    fn states(&self, backend: &XlaBackend, model: &Mamba2ForCausalLM<XlaBackend>) -> States {
+    /// Inputs for the layers' states, of a rank's heads: `{name}.conv` and `{name}.ssm`.
+    fn states(&self, backend: &XlaBackend, model: &Mamba2ForCausalLM<XlaBackend>, name: &str) -> States {
         let (spec, batch) = (model.layout().spec, self.batch);
         let conv = [batch, spec.conv_kernel - 1, spec.conv_channels()];
         let ssm = [batch, spec.heads, spec.head_dim, spec.state];
         let layers = self.config.num_hidden_layers;
-        let declare = |name: &str, shape: &[usize]| {
+        let declare = |part: &str, shape: &[usize]| {
             let shape = Shape::new(Type::F32, &[layers, shape.iter().product()]);
-            let stack = backend.declare(shape, name);
-            let number = backend.input_number(&stack, name);
+            let name = format!("{name}.{part}");
+            let stack = backend.declare(shape, &name);
+            let number = backend.input_number(&stack, &name);
             (stack, number)
         };
         // A convolution of width 1 carries nothing.
-        let conv_stack = (spec.conv_kernel > 1).then(|| declare("states.conv", &conv));
-        let (ssm_stack, ssm_number) = declare("states.ssm", &ssm);
+        let conv_stack = (spec.conv_kernel > 1).then(|| declare("conv", &conv));
+        let (ssm_stack, ssm_number) = declare("ssm", &ssm);
         let (conv_stack, conv_number) = conv_stack.unzip();
         let numbers = (conv_number.flatten(), ssm_number);
         States { layers, conv, ssm, stacks: (conv_stack, ssm_stack), numbers }
+    }
+
+    /// [`Self::states`], zeros in the rows of the batch where the input `continued` `[B]` is 0.
+    fn continued_states(
+        &self,
+        backend: &XlaBackend,
+        model: &Mamba2ForCausalLM<XlaBackend>,
+        name: &str,
+    ) -> States {
+        let mut stacks = self.states(backend, model, name);
+        let continued = backend.declare(Shape::new(Type::S32, &[self.batch]), "continued");
+        let (conv, ssm) = &mut stacks.stacks;
+        for stack in conv.iter_mut().chain([ssm]) {
+            *stack = backend.keep_rows(stack, &continued);
+        }
+        stacks
     }
 
     /// Forward and adjoints of one batch: adds to `grads` and to `loss`, the sum of token losses. Where states are
@@ -194,12 +211,7 @@ impl Recording<'_> {
         let (mut trainer, loss) = self.trainer(&backend);
         let grads = Outputs::inputs(&backend, "grads", trainer.grads());
         let stacks = self.carried.then(|| {
-            let mut stacks = self.states(&backend, trainer.model());
-            let continued = backend.declare(Shape::new(Type::S32, &[self.batch]), "continued");
-            let (conv, ssm) = &mut stacks.stacks;
-            for stack in conv.iter_mut().chain([ssm]) {
-                *stack = backend.keep_rows(stack, &continued);
-            }
+            let stacks = self.continued_states(&backend, trainer.model(), "states");
             trainer.set_states(stacks.rows(&backend));
             stacks
         });
@@ -362,13 +374,19 @@ impl Recording<'_> {
         outputs.module(&backend, "update")
     }
 
-    /// `loss_sum` of the batch of each data-parallel rank.
+    /// `loss_sum` of the batch of each data-parallel rank. Where states are carried, they start from `eval.conv` and
+    /// `eval.ssm` and move on, as those of a micro-step do.
     pub fn eval(&self) -> Module {
         let backend = XlaBackend::new(self.options, None);
         let model = self.model(&backend);
-        let batch = self.batch(&backend);
-        let loss = batch.loss(&mut Tape::inference(&backend), &model, None, Checkpointing::None);
+        let stacks = self.carried.then(|| self.continued_states(&backend, &model, "eval"));
+        let mut states = stacks.as_ref().map(|stacks| stacks.rows(&backend));
+        let (tape, batch) = (&mut Tape::inference(&backend), self.batch(&backend));
+        let loss = batch.loss(tape, &model, states.as_mut(), Checkpointing::None);
         let mut outputs = Outputs::default();
+        if let (Some(stacks), Some(states)) = (stacks, states) {
+            stacks.give(&backend, &mut outputs, states);
+        }
         outputs.output("loss_sum", loss);
         outputs.module(&backend, "eval")
     }
@@ -380,7 +398,7 @@ impl Recording<'_> {
         // A single position is not cut up.
         let model = self.model(&backend).with_sequence_parallel(false);
         let batch = self.batch;
-        let stacks = self.states(&backend, &model);
+        let stacks = self.states(&backend, &model, "states");
         let mut states = stacks.rows(&backend);
         let ids = backend.declare(Shape::new(Type::S32, &[batch, 1]), "ids");
         let logits = model.device_logits(&backend, &ids, Some(&mut states));

@@ -189,6 +189,40 @@ fn checkpoints_keep_their_bits_on_every_mesh() {
     }
 }
 
+/// States are carried from batch to batch, in training and evaluation, and through checkpoints from and to any mesh.
+#[test]
+fn states_are_carried_on_devices() {
+    let dir = place();
+    let dir = dir.path();
+    let device = Device::simulated(dir);
+    run::dataset(&dir.join("documents"), 3, 37, true);
+    let steps = "--data-dir documents --carry-state --max-steps 6 --grad-accum-usteps 2 --checkpoint-freq 3";
+    let (one, four) = MESHES[0];
+    let evaluated = "--eval-fraction 0.2 --eval-freq 2";
+    run::succeed(dir, &format!("{steps} {one} {evaluated} --output-dir cpu-one"));
+    device.succeeds(dir, &format!("{steps} {one} {evaluated} --output-dir one"));
+    same_curve(&dir.join("one"), &dir.join("cpu-one"));
+    let apart = steps.replace("--carry-state ", "");
+    run::succeed(dir, &format!("{apart} {one} {evaluated} --output-dir apart"));
+    assert!((curve(&dir.join("apart"))[5][0] - curve(&dir.join("one"))[5][0]).abs() > 1e-3);
+
+    run::succeed(dir, &format!("{steps} {one} --output-dir cpu"));
+    Ranks::all(&device, dir, 4, &format!("{steps} {four} --output-dir four")).succeed();
+    same_curve(&dir.join("four"), &dir.join("cpu"));
+    let from = |from: &str, to: &str| {
+        run::copy(&dir.join(from).join("checkpoints/step-00000003"), &dir.join(to));
+        format!("{steps} --resume {to} --checkpoint-dir {to}-more --output-dir {to}-run")
+    };
+    run::succeed(dir, &format!("{} {one}", from("four", "to-cpu")));
+    Ranks::all(&device, dir, 4, &format!("{} {four}", from("cpu", "to-four"))).succeed();
+    Ranks::all(&device, dir, 4, &format!("{} {four}", from("four", "again"))).succeed();
+    for to in ["to-cpu-run", "to-four-run", "again-run"] {
+        goes_on(&dir.join(to), &dir.join("cpu"), 3);
+    }
+    // On the same mesh to the bit.
+    assert_eq!(run::metrics(&dir.join("again-run")), run::metrics(&dir.join("four"))[3..]);
+}
+
 /// In bf16 with groups of layers, without sharing memory, over ranks: the losses of the CPU.
 #[test]
 fn groups_of_layers_and_memory_of_its_own() {

@@ -451,11 +451,9 @@ impl TrainArgs {
         if self.device == Device::Cpu {
             return Ok(());
         }
-        for (flag, given) in [("--carry-state", self.carry_state), ("--log-norms", self.log_norms)] {
-            if given {
-                return Err(Error::new(format!("{flag} is there on the CPU only"))
-                    .with_hint("leave it out, or train with --device cpu"));
-            }
+        if self.log_norms {
+            return Err(Error::new("--log-norms is there on the CPU only")
+                .with_hint("leave it out, or train with --device cpu from a checkpoint of this run"));
         }
         match parallel::place()?.filter(|_| self.device == Device::Pjrt) {
             None => Ok(()),

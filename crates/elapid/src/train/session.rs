@@ -208,7 +208,7 @@ impl<'a> Session<'a> {
 
     /// Brings what the device holds into the trainer.
     fn fetch(&mut self) -> Result<(), Error> {
-        self.device.as_mut().map_or(Ok(()), |device| device.download(&mut self.trainer))
+        self.device.as_mut().map_or(Ok(()), |device| device.download(self.backend, &mut self.trainer))
     }
 
     /// Brings the lines of all steps to disk, before a checkpoint of them is there.
@@ -353,6 +353,12 @@ impl<'a> Session<'a> {
             return Ok(Error::new(what).with_hint(format!(
                 "{hint}; to find the value, go on from the last checkpoint on a single rank, with --batch {}",
                 self.run.args.batch * self.run.mesh.dp
+            )));
+        }
+        if self.device.is_some() && before.is_some() {
+            return Ok(Error::new(what).with_hint(format!(
+                "{hint}; to find the value, go on from the last checkpoint with --device cpu: the states before the step are \
+                 not kept on a device"
             )));
         }
         let micro_steps = 0..self.run.args.grad_accum_usteps;

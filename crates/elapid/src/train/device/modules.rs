@@ -20,6 +20,8 @@ pub(super) struct Form {
     pub(super) length: usize,
     /// Whether it is told where documents begin.
     pub(super) documents: bool,
+    /// Whether it is told which rows go on from the batch before.
+    pub(super) carried: bool,
 }
 
 /// The modules of a run.
@@ -44,6 +46,7 @@ impl Modules {
             size: args.batch,
             length: data.seq_len(),
             documents: data.knows_documents(),
+            carried: args.carry_state,
         };
         let eval_form = form(held_out.map_or(data, HeldOut::data));
         let form = form(data);
@@ -53,8 +56,7 @@ impl Modules {
             batch: form.size,
             length: form.length,
             documents: form.documents,
-            // Sequences stand alone: the start has refused the rest.
-            carried: false,
+            carried: form.carried,
             sequence_parallel: args.sequence_parallel_enabled,
             zero1: args.use_zero_1,
             checkpointing: args.activation_checkpointing.into(),

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use elapid_cpu::{Buffer, CpuBackend};
-use elapid_tensor::{AdamW, Backend, IGNORE_LABEL, Row};
+use elapid_cpu::{Buffer, CpuBackend, Tensor};
+use elapid_tensor::{AdamW, Backend, DType, IGNORE_LABEL, Row, State};
 use elapid_xla::driver::{Driver, Fault, Kind, Program, array_name};
 use elapid_xla::{Literal, Shape, Type, XlaBackend};
 
@@ -84,7 +84,15 @@ impl DeviceTrainer {
                 "ends" => held(ends),
                 "m" => held(Some(m)),
                 "v" => held(Some(v)),
-                "grads" | "loss" => zeros(),
+                "grads" | "loss" | "eval" => zeros(),
+                "states" => match trainer.states() {
+                    // Before the first micro-step.
+                    None | Some([]) => zeros(),
+                    Some(states) => literal(
+                        shape.ty,
+                        states.iter().flat_map(|s| backend.values(carried(s, part))).collect(),
+                    ),
+                },
                 "rank" => Literal::S32(vec![self.place.0 as i32, self.place.1 as i32]),
                 // A batch, what a step tells, and what one module hands on to the next.
                 _ => continue,
@@ -98,7 +106,11 @@ impl DeviceTrainer {
     ///
     /// # Errors
     /// The device is gone.
-    pub(in crate::train) fn download(&mut self, trainer: &mut Trainer<'_, CpuBackend>) -> Result<(), Error> {
+    pub(in crate::train) fn download(
+        &mut self,
+        backend: &CpuBackend,
+        trainer: &mut Trainer<'_, CpuBackend>,
+    ) -> Result<(), Error> {
         let mut arrays = Vec::new();
         for name in STATE {
             let mut part = |part: &str| {
@@ -115,7 +127,32 @@ impl DeviceTrainer {
                 Row::Shared => shared.floats(),
             }
         });
+        if trainer.states().is_some() {
+            let states = self.states(backend, trainer)?;
+            trainer.set_states(states);
+        }
         Ok(())
+    }
+
+    /// The carried states by layer.
+    fn states(
+        &mut self,
+        backend: &CpuBackend,
+        trainer: &Trainer<'_, CpuBackend>,
+    ) -> Result<Vec<State<Tensor>>, Error> {
+        let (spec, rows) = (trainer.model().layout().spec, self.form.size);
+        let mut layers = |part: &str, shape: &[usize]| {
+            let name = format!("states.{part}");
+            // A convolution of width 1 carries nothing.
+            let none = Literal::F32(Vec::new());
+            let values = if self.inputs.contains_key(&name) { self.driver.read(&name)? } else { none };
+            let (all, len) = (values.floats(), shape.iter().product::<usize>());
+            let layer = |layer| backend.tensor(&all[layer * len..][..len], shape, DType::F32);
+            Ok::<Vec<_>, Fault>((0..trainer.model().config().num_hidden_layers).map(layer).collect())
+        };
+        let conv = layers("conv", &[rows, spec.conv_kernel - 1, spec.conv_channels()])?;
+        let ssm = layers("ssm", &[rows, spec.heads, spec.head_dim, spec.state])?;
+        Ok(conv.into_iter().zip(ssm).map(|(conv, ssm)| State { conv, ssm }).collect())
     }
 
     fn write(&mut self, batch: &Batch, form: Form) -> Result<(), Error> {
@@ -130,6 +167,11 @@ impl DeviceTrainer {
         if form.documents {
             let one = vec![0; batch.ids.len()];
             put("documents", batch.documents.as_deref().unwrap_or(&one), 0)?;
+        }
+        if form.carried {
+            let rows = (0..form.size).map(|row| i32::from(batch.continued.get(row) == Some(&true)));
+            let rows = Literal::S32(rows.collect());
+            self.driver.write("continued", &Shape::new(Type::S32, &[form.size]), &rows)?;
         }
         Ok(())
     }
@@ -196,6 +238,11 @@ fn agree(of_ranks: &[Vec<(String, String)>]) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// A part of a layer's state, by its name.
+fn carried<'s>(state: &'s State<Tensor>, part: &str) -> &'s Tensor {
+    if part == "conv" { &state.conv } else { &state.ssm }
 }
 
 /// One of the two arrays of a flat buffer.
