@@ -138,7 +138,6 @@ fn what_a_device_cannot_do_is_refused() {
         ("--plugin cuda", "--device pjrt"),
         ("--target trn1", "--device neuron"),
         ("--compile-only", "--device neuron"),
-        ("--device neuron --target trn1 --log-norms", "--log-norms"),
         ("--device neuron --target trn1 --dp 2", "2 ranks"),
     ] {
         let said = run::fail(dir.path(), &format!("{steps} {flags}"));

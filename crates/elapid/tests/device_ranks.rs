@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use devices::{Device, curve, same_curve};
 use run::{checkpoints, place, wait_for};
+use serde_json::Value;
 
 /// Four sequences a step for four ranks, that many for one.
 const STEPS: &str = "--max-steps 8 --grad-accum-usteps 2 --eval-fraction 0.2 --eval-freq 4";
@@ -221,6 +222,34 @@ fn states_are_carried_on_devices() {
     }
     // On the same mesh to the bit.
     assert_eq!(run::metrics(&dir.join("again-run")), run::metrics(&dir.join("four"))[3..]);
+}
+
+/// The norm of every tensor is that of the CPU.
+#[test]
+fn norms_are_those_of_the_cpu() {
+    let dir = place();
+    let dir = dir.path();
+    let device = Device::simulated(dir);
+    let (one, four) = MESHES[0];
+    let steps = "--max-steps 3 --log-norms";
+    run::succeed(dir, &format!("{steps} {one} --output-dir cpu"));
+    device.succeeds(dir, &format!("{steps} {one} --output-dir one"));
+    Ranks::all(&device, dir, 4, &format!("{steps} {four} --output-dir four")).succeed();
+    let norms = |run: &str| -> Vec<Value> {
+        let text = fs::read_to_string(dir.join(run).join("norms.jsonl")).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    for run in ["one", "four"] {
+        for (got, want) in norms(run).iter().zip(norms("cpu")) {
+            for kind in ["gradients", "updates", "parameters"] {
+                for (name, want) in want[kind].as_object().unwrap() {
+                    let (got, want) = (got[kind][name].as_f64().unwrap(), want.as_f64().unwrap());
+                    assert!((got / want - 1.0).abs() < 1e-3, "{run}: {kind} of {name}: {got} for {want}");
+                }
+            }
+        }
+        assert_eq!(norms(run).len(), 3);
+    }
 }
 
 /// In bf16 with groups of layers, without sharing memory, over ranks: the losses of the CPU.

@@ -451,10 +451,6 @@ impl TrainArgs {
         if self.device == Device::Cpu {
             return Ok(());
         }
-        if self.log_norms {
-            return Err(Error::new("--log-norms is there on the CPU only")
-                .with_hint("leave it out, or train with --device cpu from a checkpoint of this run"));
-        }
         match parallel::place()?.filter(|_| self.device == Device::Pjrt) {
             None => Ok(()),
             Some(place) => Err(Error::new(format!(

@@ -290,6 +290,7 @@ impl<'a> Session<'a> {
             step,
         };
         if let Some(norms) = &mut self.norms {
+            self.device.as_mut().map_or(Ok(()), |device| device.download_gradients(&mut self.trainer))?;
             norms.before_update(self.rank, self.backend, &mut self.trainer, valid);
         }
         let report = match &mut self.device {
@@ -299,6 +300,9 @@ impl<'a> Session<'a> {
         if !report.finite {
             self.progress.finish();
             return self.not_finite(step, before, report).map(Some);
+        }
+        if self.norms.is_some() {
+            self.fetch()?;
         }
         if let Some(norms) = &mut self.norms {
             norms.after_update(step, self.rank, self.backend, &self.trainer)?;

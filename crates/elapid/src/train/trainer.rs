@@ -139,6 +139,18 @@ impl<'b, B: Backend> Trainer<'b, B> {
         }
     }
 
+    /// Replaces [`Self::grads`], which are not summed over ranks, by `rows(row, len)`.
+    pub fn replace_gradients<'v>(&mut self, rows: impl Fn(Row, usize) -> &'v [f32]) {
+        let flat = self.model.layout().flat;
+        for row in flat.rows() {
+            let slot = flat.whole(row);
+            if !slot.is_empty() {
+                self.backend.write_slot(&mut self.grads, &slot, rows(row, slot.len()));
+            }
+        }
+        self.summed.clear();
+    }
+
     /// Brings what the model computes with up to date; all ranks call this together.
     pub fn refresh(&mut self) {
         self.model.refresh(self.backend);

@@ -111,27 +111,37 @@ impl DeviceTrainer {
         backend: &CpuBackend,
         trainer: &mut Trainer<'_, CpuBackend>,
     ) -> Result<(), Error> {
-        let mut arrays = Vec::new();
-        for name in STATE {
-            let mut part = |part: &str| {
-                let name = format!("{name}.{part}");
-                let there = self.inputs.contains_key(&name);
-                if there { self.driver.read(&name) } else { Ok(Literal::F32(Vec::new())) }
-            };
-            arrays.push([part("layers")?, part("shared")?]);
-        }
-        trainer.replace_rows(|which, row, len| {
-            let [layers, shared] = &arrays[which];
-            match row {
-                Row::Layer(layer) => &layers.floats()[layer * len..][..len],
-                Row::Shared => shared.floats(),
-            }
-        });
+        let arrays = STATE.map(|name| self.read(name));
+        let arrays = arrays.into_iter().collect::<Result<Vec<_>, _>>()?;
+        trainer.replace_rows(|which, row, len| row_of(&arrays[which], row, len));
         if trainer.states().is_some() {
             let states = self.states(backend, trainer)?;
             trainer.set_states(states);
         }
         Ok(())
+    }
+
+    /// Brings the gradients of this step, of this rank alone, into `trainer`.
+    ///
+    /// # Errors
+    /// The device is gone.
+    pub(in crate::train) fn download_gradients(
+        &mut self,
+        trainer: &mut Trainer<'_, CpuBackend>,
+    ) -> Result<(), Error> {
+        let arrays = self.read("grads")?;
+        trainer.replace_gradients(|row, len| row_of(&arrays, row, len));
+        Ok(())
+    }
+
+    /// The two arrays of a flat buffer.
+    fn read(&mut self, name: &str) -> Result<[Literal; 2], Fault> {
+        let mut part = |part: &str| {
+            let name = format!("{name}.{part}");
+            let there = self.inputs.contains_key(&name);
+            if there { self.driver.read(&name) } else { Ok(Literal::F32(Vec::new())) }
+        };
+        Ok([part("layers")?, part("shared")?])
     }
 
     /// The carried states by layer.
@@ -243,6 +253,14 @@ fn agree(of_ranks: &[Vec<(String, String)>]) -> Result<(), Error> {
 /// A part of a layer's state, by its name.
 fn carried<'s>(state: &'s State<Tensor>, part: &str) -> &'s Tensor {
     if part == "conv" { &state.conv } else { &state.ssm }
+}
+
+/// A row of a flat buffer's two arrays.
+fn row_of([layers, shared]: &[Literal; 2], row: Row, len: usize) -> &[f32] {
+    match row {
+        Row::Layer(layer) => &layers.floats()[layer * len..][..len],
+        Row::Shared => shared.floats(),
+    }
 }
 
 /// One of the two arrays of a flat buffer.
