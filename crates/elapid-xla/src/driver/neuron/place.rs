@@ -70,6 +70,8 @@ impl Place {
                 .parse()
                 .map_err(|_| fault(format!("MASTER_PORT is {port:?}, which is no port")))?,
         };
+        // At the port itself torchrun's own agent listens.
+        let port = if variable("TORCHELASTIC_RUN_ID").is_some() { port.wrapping_add(1) } else { port };
         Ok(Some(Self { rank, ranks, local_rank, local_ranks, root, port }))
     }
 
@@ -134,6 +136,8 @@ mod tests {
         ];
         let found = place(&torchrun).unwrap().unwrap();
         assert_eq!((found.rank, found.ranks, found.local_rank, found.port), (33, 64, 1, 29500));
+        let agent = [&torchrun[..], &[("TORCHELASTIC_RUN_ID", "none")]].concat();
+        assert_eq!(place(&agent).unwrap().unwrap().port, 29501);
         let environment = found.environment();
         for expected in [
             ("NEURON_RT_VISIBLE_CORES", "1"),
