@@ -3,6 +3,7 @@
 use elapid_tensor::{DType, Sink};
 
 use crate::CpuBackend;
+use crate::isa::vectorize;
 use crate::tensor::Tensor;
 
 pub(crate) fn forward(backend: &CpuBackend, table: &Tensor, ids: &Tensor, out: DType) -> Tensor {
@@ -11,7 +12,7 @@ pub(crate) fn forward(backend: &CpuBackend, table: &Tensor, ids: &Tensor, out: D
     shape.push(d);
     let (ids, rows) = (ids.i32(), table.shape()[0]);
     backend.build(&shape, out, 0, |at, out, _| match local_row(backend, rows, ids[at]) {
-        Some(row) => table.floats().load(row * d, out),
+        Some(row) => vectorize!(backend.isa, || table.floats().load(row * d, out)),
         None => out.fill(0.0),
     })
 }
