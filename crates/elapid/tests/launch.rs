@@ -18,7 +18,7 @@ fn recipe(name: &str) -> String {
 impl Room {
     /// Runs a recipe with launchers, and a program, that only write down their command lines.
     fn launch(&self, name: &str, args: &[&str], env: &[(&str, &str)]) -> Output {
-        for launcher in ["srun", "mpirun", "elapid"] {
+        for launcher in ["scontrol", "srun", "mpirun", "elapid"] {
             self.write(launcher, "#!/bin/sh\nbasename \"$0\" > said; printf '%s\\n' \"$@\" >> said\n");
             let program = std::fs::Permissions::from_mode(0o755);
             std::fs::set_permissions(self.path(launcher), program).unwrap();
@@ -84,6 +84,24 @@ fn slurm() {
         let output = room.launch(name, args, &[("SLURM_NTASKS", tasks)]);
         assert!(!output.status.success() && stderr(&output).contains(expected), "{}", stderr(&output));
     }
+}
+
+#[test]
+fn slurm_on_trainium() {
+    let room = Room::new();
+    let name = "tp_zero1_mamba2_7B_trn1.sbatch";
+    let args = ["my data", "my run", "--max-steps", "2000"];
+    for (tasks, dp) in [("32", 4), ("512", 64)] {
+        let output = room.launch(name, &args, &[("SLURM_NTASKS", tasks), ("SLURM_JOB_NODELIST", "n[1-4]")]);
+        let (before, settings) = room.launched(&output);
+        assert_eq!(before, ["srun", "elapid"]);
+        assert_eq!(global_batch(&settings, dp), 1024);
+        assert_eq!((number(&settings, "tp"), number(&settings, "max-steps")), (8, 2000));
+        assert_eq!(settings["device"].as_str(), Some("neuron"));
+        assert_eq!(settings["compile-cache"].as_str(), Some("my run/neuron-cache"));
+    }
+    let output = room.launch(name, &args, &[("SLURM_NTASKS", "12")]);
+    assert!(!output.status.success() && stderr(&output).contains("12 tasks are no multiple of 8"));
 }
 
 #[test]
