@@ -53,7 +53,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub struct World {
     place: Place,
     timeout: Duration,
-    /// Where ranks of lower numbers find this one.
+    /// Where ranks of higher numbers find this one.
     listener: TcpListener,
     addresses: Vec<SocketAddr>,
     /// Connections that other ranks have made for groups that this one is still to make: (group, rank).
