@@ -1,9 +1,7 @@
 //! A model's forward pass on a device that runs modules: losses of batches, and decoding.
 
-use std::time::Duration;
-
-use elapid_cpu::{Buffer, CpuBackend};
-use elapid_tensor::{AdamW, Backend, Checkpointing, DType, IGNORE_LABEL, Row};
+use elapid_cpu::CpuBackend;
+use elapid_tensor::{AdamW, Checkpointing, DType};
 use elapid_xla::driver::{Driver, Kind, Program, array_name};
 use elapid_xla::{Literal, Module, Options, Shape, Type};
 
@@ -11,7 +9,7 @@ use crate::Error;
 use crate::config::run::{Device, DeviceArgs};
 use crate::model::Mamba2ForCausalLM;
 use crate::record::{Recording, keeps_rules};
-use crate::train::{Batch, open_device};
+use crate::train::{Batch, literal, open_device, rows, write_batch};
 
 /// A device, before a model is on it.
 pub(crate) struct Forward(Box<dyn Driver>);
@@ -24,7 +22,7 @@ impl Forward {
     /// There is no such device, or what drives it is missing; flags do not belong together.
     pub(crate) fn open(device: Device, on: &DeviceArgs) -> Result<Option<Self>, Error> {
         on.check(device)?;
-        Ok(open_device(device, on, Duration::from_secs(600))?.map(Self))
+        Ok(open_device(device, on)?.map(Self))
     }
 
     /// The sum of the token losses of a batch, of up to `batch` samples of `length` tokens; `documents`: batches may say where
@@ -42,19 +40,8 @@ impl Forward {
     ) -> Result<impl FnMut(&Batch) -> Result<f64, Error> + use<>, Error> {
         let module = recording(model, batch, length, documents).eval();
         let (mut driver, program) = self.load(backend, model, &module)?;
-        let shape = Shape::new(Type::S32, &[batch, length]);
-        Ok(move |batch: &Batch| {
-            // The last batch may be smaller: what fills it up has no label that counts.
-            let mut put = |name: &str, values: &[i32], filler: i32| {
-                let mut values = values.to_vec();
-                values.resize(shape.elements(), filler);
-                driver.write(name, &shape, &Literal::S32(values))
-            };
-            put("ids", &batch.ids, 0)?;
-            put("labels", &batch.labels, IGNORE_LABEL)?;
-            if documents {
-                put("documents", batch.documents.as_deref().unwrap_or_default(), 0)?;
-            }
+        Ok(move |given: &Batch| {
+            write_batch(&mut *driver, given, [batch, length], documents)?;
             match driver.run(program) {
                 // Whoever asked for the loss sees that it is not finite.
                 Err(fault) if fault.kind != Kind::NotFinite => Err(fault.into()),
@@ -97,25 +84,17 @@ impl Forward {
         let compute = model.compute().unwrap_or(model.masters());
         for port in &module.inputs {
             let (name, shape) = (array_name(port), &port.shape);
-            let values = match name.split_once('.') {
-                Some(("masters", part)) => rows(backend, model.masters(), part),
-                Some(("compute", part)) => rows(backend, compute, part),
-                Some(("states", _)) => vec![0.0; shape.elements()],
+            let value = match name.split_once('.') {
+                Some(("masters", part)) => rows(backend, model.masters(), part, shape.ty),
+                Some(("compute", part)) => rows(backend, compute, part, shape.ty),
+                Some(("states", _)) => literal(shape.ty, vec![0.0; shape.elements()]),
                 // What changes from batch to batch is written then.
                 _ => continue,
             };
-            let value = if shape.ty == Type::Bf16 { Literal::Bf16(values) } else { Literal::F32(values) };
             driver.write(name, shape, &value)?;
         }
         Ok((driver, program))
     }
-}
-
-/// The values of all layers of a flat buffer, or of what they share.
-fn rows(backend: &CpuBackend, buffer: &Buffer, part: &str) -> Vec<f32> {
-    let flat = buffer.shape();
-    let rows = flat.rows().filter(|row| (*row == Row::Shared) == (part == "shared"));
-    rows.flat_map(|row| backend.values(&backend.view(buffer, &flat.whole(row)))).collect()
 }
 
 fn recording(

@@ -19,11 +19,8 @@ use crate::config::run::{
 use crate::error::say;
 use crate::model::shard::check_ranks;
 use crate::parallel::Mesh;
-use crate::record::{Recording, keeps_rules};
+use crate::record::{MAX_INSTRUCTIONS, Recording, keeps_rules};
 use crate::train::memory::bytes;
-
-/// More than this after unrolling, and the compiler gives up.
-const MAX_INSTRUCTIONS: u64 = 5_000_000;
 
 /// Flags of `elapid compile`.
 #[derive(clap::Args)]
@@ -135,30 +132,6 @@ impl CompileArgs {
         Ok(())
     }
 
-    /// The micro-step, in as many modules as it takes.
-    fn micro_steps(&self, recording: &Recording<'_>) -> Result<Vec<Module>, Error> {
-        let layers = recording.config.num_hidden_layers;
-        if let Some(groups) = self.layer_groups {
-            let good = (1..=layers.max(1)).contains(&groups);
-            check("--layer-groups", groups as f64, good, &format!("the model has {layers} layers"))?;
-            if groups > 1 && self.carry_state {
-                return Err(Error::new(format!("--layer-groups {groups} with --carry-state"))
-                    .with_hint("states are carried through the whole model: leave one of the two out"));
-            }
-            return Ok(recording.micro_steps(groups));
-        }
-        let fits = |module: &Module| estimate(&module.proto).work.instructions <= MAX_INSTRUCTIONS;
-        let most = if self.carry_state { 1 } else { layers };
-        let mut modules = recording.micro_steps(1);
-        // Twice as many groups halve what is too large.
-        let mut groups = 2;
-        while groups <= most && !modules.iter().all(fits) {
-            modules = recording.micro_steps(groups);
-            groups *= 2;
-        }
-        Ok(modules)
-    }
-
     fn recording<'c>(&self, config: &'c ModelConfig) -> Recording<'c> {
         Recording {
             config,
@@ -208,7 +181,7 @@ pub(super) fn run(args: &CompileArgs) -> Result<(), Error> {
         fs::remove_file(&manifest).map_err(|cause| Error::io("replace", &manifest, &cause))?;
     }
     let recording = args.recording(&config);
-    let mut modules = args.micro_steps(&recording)?;
+    let mut modules = recording.micro_steps_of(args.layer_groups)?;
     let steps: Vec<String> = modules.iter().map(|module| module.proto.name.clone()).collect();
     modules.extend([recording.update(), recording.eval()]);
     // What training holds on the device from step to step, whatever runs; decoding is for itself.

@@ -79,7 +79,7 @@ impl SelftestArgs {
 pub(super) fn run(args: &SelftestArgs) -> Result<(), Error> {
     args.on.check(args.device)?;
     let ops = args.ops()?;
-    let Some(driver) = open_device(args.device, &args.on, Duration::from_secs(600))? else {
+    let Some(driver) = open_device(args.device, &args.on)? else {
         return Err(Error::new("--device cpu is checked by another command").with_hint("use `elapid doctor`"));
     };
     let what = driver.describe();

@@ -87,6 +87,9 @@ fn on_backend<B: Backend>(
 ) -> impl FnMut(&Batch) -> Result<f64, Error> {
     let mut states = carry_state.then(Vec::new);
     move |batch| {
+        if batch.size == 0 {
+            return Ok(0.0);
+        }
         let loss = batch.loss(&mut Tape::inference(backend), model, states.as_mut(), Checkpointing::None);
         Ok(f64::from(backend.values(&loss)[0]))
     }
@@ -94,8 +97,9 @@ fn on_backend<B: Backend>(
 
 /// [`evaluate`] without a bar; `loss` gives the sum of a batch's token losses, and `progress` is told of blocks as they
 /// are done. The ranks that share the samples share the batches, and all get what a rank alone would, to the bit: the
-/// losses of batches are summed in the order of the batches. Where states are carried each rank reads everything, since
-/// what a row reads would depend on their number.
+/// losses of batches are summed in the order of the batches. They ask for `loss` equally often, of an empty batch where
+/// there are no more. Where states are carried each rank reads everything, since what a row reads would depend on their
+/// number.
 fn quietly(
     rank: &Rank,
     data: &Dataset,
@@ -112,7 +116,11 @@ fn quietly(
     let (first, ranks) = if carry_state { (0, 1) } else { (rank.dp_rank(), rank.mesh().dp) };
     let mut sums = vec![0.0; batches];
     let mut tokens = 0;
-    for step in (first..batches).step_by(ranks) {
+    for step in (first..batches.next_multiple_of(ranks)).step_by(ranks) {
+        if step >= batches {
+            loss(&Batch::default())?;
+            continue;
+        }
         let mut places = sampler.places(step as u64, 0);
         places.iter_mut().for_each(|place| place.index += blocks.start);
         if !carry_state {
