@@ -10,10 +10,16 @@ pub(crate) fn forward(backend: &CpuBackend, table: &Tensor, ids: &Tensor, out: D
     let mut shape = ids.shape().to_vec();
     shape.push(d);
     let (ids, rows) = (ids.i32(), table.shape()[0]);
-    backend.build(&shape, out, 0, |at, out, _| match local_row(backend, rows, ids[at]) {
-        Some(row) => table.floats().load(row * d, out),
-        None => out.fill(0.0),
-    })
+    backend.build(
+        &shape,
+        out,
+        0,
+        #[inline(always)]
+        |at, out, _| match local_row(backend, rows, ids[at]) {
+            Some(row) => table.floats().load(row * d, out),
+            None => out.fill(0.0),
+        },
+    )
 }
 
 /// The row of token `id` among the `rows` of this rank; None where another tensor-parallel rank has it.

@@ -76,16 +76,19 @@ fn blocks(
             for (i, row) in (from..).zip(chunk.chunks_exact_mut(width)) {
                 let (row, padding) = row.split_at_mut(valid);
                 padding.fill(0.0);
-                backend.isa.run(|| {
-                    let part = Part::of(row, labels[i], place(labels[i]));
-                    if tp.size() == 1 {
-                        let loss = part.finish(part, row, labels[i], place(labels[i]), adjoint);
-                        // SAFETY: each position belongs to one piece.
-                        unsafe { shared_losses.slice(i, 1)[0] = loss };
-                    }
-                    // SAFETY: as above.
-                    unsafe { shared_parts.slice(i, 1)[0] = part };
-                });
+                backend.isa.run(
+                    #[inline(always)]
+                    || {
+                        let part = Part::of(row, labels[i], place(labels[i]));
+                        if tp.size() == 1 {
+                            let loss = part.finish(part, row, labels[i], place(labels[i]), adjoint);
+                            // SAFETY: each position belongs to one piece.
+                            unsafe { shared_losses.slice(i, 1)[0] = loss };
+                        }
+                        // SAFETY: as above.
+                        unsafe { shared_parts.slice(i, 1)[0] = part };
+                    },
+                );
             }
         });
         if tp.size() > 1 {
@@ -96,9 +99,10 @@ fn blocks(
                     let row = &mut row[..valid];
                     // SAFETY: each position belongs to one piece.
                     let loss = unsafe { &mut shared.slice(i, 1)[0] };
-                    *loss = backend
-                        .isa
-                        .run(|| parts[i].finish(wholes[i], row, labels[i], place(labels[i]), adjoint));
+                    *loss = backend.isa.run(
+                        #[inline(always)]
+                        || parts[i].finish(wholes[i], row, labels[i], place(labels[i]), adjoint),
+                    );
                 }
             });
         }
@@ -135,13 +139,13 @@ impl Part {
         }
         // Lanes, since a running maximum would be a chain of compares; a NaN goes to the sum below.
         let mut lanes = [f32::NEG_INFINITY; 16];
-        for part in row.chunks(16) {
+        let (parts, rest) = row.as_chunks::<16>();
+        for part in parts {
             lanes.iter_mut().zip(part).for_each(|(m, x)| *m = if *x > *m { *x } else { *m });
         }
-        let max = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
+        let max = lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
         let logit = place.map_or(0.0, |place| row[place]);
-        row.iter_mut().for_each(|x| *x = math::exp(*x - max));
-        Self { max, sum: math::sum_map([row], |[x]| x), logit }
+        Self { max, sum: math::map_sum(row, |x| math::exp(x - max)), logit }
     }
 
     /// The parts of all tensor-parallel ranks in one, position by position.

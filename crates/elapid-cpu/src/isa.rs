@@ -49,8 +49,11 @@ impl Isa {
         *Self::available().last().expect("the portable path is always there")
     }
 
-    /// Runs `f` compiled for this path. `f` and what it calls must be inlined to profit. Anyone can name a variant;
-    /// only the one in a `CpuBackend` is known to run here.
+    /// Runs `f` compiled for this path. Anyone can name a variant; only the one in a `CpuBackend` is known to run here.
+    ///
+    /// The closure must be `#[inline(always)]`, and so must be what it calls in a loop. It is called from three places, so
+    /// the compiler would keep all but the smallest as functions of their own, which have no more than the portable
+    /// instructions whatever path calls them.
     #[inline(always)]
     pub(crate) fn run<R>(self, f: impl FnOnce() -> R) -> R {
         match self {

@@ -144,7 +144,7 @@ impl CpuBackend {
     }
 
     /// A tensor made row by row: `f(row, output row, scratch of `scratch` numbers)`. Output rows are fp32 and hold
-    /// anything at first; they are rounded where `dtype` is bf16.
+    /// anything at first; they are rounded where `dtype` is bf16. `f` must be `#[inline(always)]`, as for [`Isa::run`].
     fn build(
         &self,
         shape: &[usize],
@@ -160,11 +160,14 @@ impl CpuBackend {
                 self.workers.rows(block.as_mut_slice::<f32>(len), width, ROWS, |first, rows| {
                     let mut spare = self.pool.take::<f32>(scratch);
                     let spare = spare.as_mut_slice(scratch);
-                    self.isa.run(|| {
-                        for (row, out) in (first..).zip(rows.chunks_exact_mut(width)) {
-                            f(row, out, spare);
-                        }
-                    });
+                    self.isa.run(
+                        #[inline(always)]
+                        || {
+                            for (row, out) in (first..).zip(rows.chunks_exact_mut(width)) {
+                                f(row, out, spare);
+                            }
+                        },
+                    );
                 });
                 Tensor::new(block, shape, dtype)
             }
@@ -173,12 +176,15 @@ impl CpuBackend {
                 self.workers.rows(block.as_mut_slice::<bf16>(len), width, ROWS, |first, rows| {
                     let mut spare = self.pool.take::<f32>(scratch + width);
                     let (spare, wide) = spare.as_mut_slice::<f32>(scratch + width).split_at_mut(scratch);
-                    self.isa.run(|| {
-                        for (row, out) in (first..).zip(rows.chunks_exact_mut(width)) {
-                            f(row, wide, spare);
-                            tensor::narrow(wide, out);
-                        }
-                    });
+                    self.isa.run(
+                        #[inline(always)]
+                        || {
+                            for (row, out) in (first..).zip(rows.chunks_exact_mut(width)) {
+                                f(row, wide, spare);
+                                tensor::narrow(wide, out);
+                            }
+                        },
+                    );
                 });
                 Tensor::new(block, shape, dtype)
             }
@@ -197,14 +203,20 @@ impl CpuBackend {
             DType::F32 => {
                 let mut block = self.pool.take::<f32>(len);
                 self.workers.rows(block.as_mut_slice::<f32>(len), 1, WIDTH, |first, part| {
-                    self.isa.run(|| x.floats().load(first, part));
+                    self.isa.run(
+                        #[inline(always)]
+                        || x.floats().load(first, part),
+                    );
                 });
                 Tensor::new(block, x.shape(), dtype)
             }
             DType::Bf16 => {
                 let mut block = self.pool.take::<bf16>(len);
                 self.workers.rows(block.as_mut_slice::<bf16>(len), 1, WIDTH, |first, part| {
-                    self.isa.run(|| x.floats().load_bf16(first, part));
+                    self.isa.run(
+                        #[inline(always)]
+                        || x.floats().load_bf16(first, part),
+                    );
                 });
                 Tensor::new(block, x.shape(), dtype)
             }
@@ -303,10 +315,16 @@ impl Backend for CpuBackend {
         let from = from.floats();
         match to.dtype() {
             DType::F32 => self.workers.rows(to.f32_mut(), 1, PIECE, |first, part| {
-                self.isa.run(|| from.load(first, part));
+                self.isa.run(
+                    #[inline(always)]
+                    || from.load(first, part),
+                );
             }),
             _ => self.workers.rows(to.slice_mut::<bf16>(), 1, PIECE, |first, part| {
-                self.isa.run(|| from.load_bf16(first, part));
+                self.isa.run(
+                    #[inline(always)]
+                    || from.load_bf16(first, part),
+                );
             }),
         }
     }
@@ -360,11 +378,17 @@ impl Backend for CpuBackend {
     fn add_bias(&self, x: &Tensor, bias: &Tensor) -> Tensor {
         let width = x.last();
         assert_eq!(bias.shape(), [width]);
-        self.build(x.shape(), x.dtype(), width, |row, out, scratch| {
-            x.floats().load(row * width, out);
-            let bias = bias.floats().row(0, scratch);
-            out.iter_mut().zip(bias).for_each(|(o, b)| *o += b);
-        })
+        self.build(
+            x.shape(),
+            x.dtype(),
+            width,
+            #[inline(always)]
+            |row, out, scratch| {
+                x.floats().load(row * width, out);
+                let bias = bias.floats().row(0, scratch);
+                out.iter_mut().zip(bias).for_each(|(o, b)| *o += b);
+            },
+        )
     }
 
     fn add_bias_adjoint(&self, dy: &Tensor, d_bias: Sink<'_, Self>) {
@@ -381,25 +405,37 @@ impl Backend for CpuBackend {
         }
         let width = shape[2..].iter().product::<usize>();
         // Rows of a sequence are the last axis here, whatever they are made of.
-        let rows = self.build(&[shape[0] * len, width], x.dtype(), 0, |row, out, _| {
-            let (b, l) = (row / len, row % len);
-            if l < old {
-                x.floats().load((b * old + l) * width, out);
-            } else {
-                out.fill(0.0);
-            }
-        });
+        let rows = self.build(
+            &[shape[0] * len, width],
+            x.dtype(),
+            0,
+            #[inline(always)]
+            |row, out, _| {
+                let (b, l) = (row / len, row % len);
+                if l < old {
+                    x.floats().load((b * old + l) * width, out);
+                } else {
+                    out.fill(0.0);
+                }
+            },
+        );
         rows.reshaped(&shape)
     }
 
     fn add(&self, a: &Tensor, b: &Tensor) -> Tensor {
         assert_eq!(a.shape(), b.shape());
         let width = a.last();
-        self.build(a.shape(), a.dtype(), width, |row, out, scratch| {
-            a.floats().load(row * width, out);
-            let b = b.floats().row(row * width, scratch);
-            out.iter_mut().zip(b).for_each(|(o, b)| *o += b);
-        })
+        self.build(
+            a.shape(),
+            a.dtype(),
+            width,
+            #[inline(always)]
+            |row, out, scratch| {
+                a.floats().load(row * width, out);
+                let b = b.floats().row(row * width, scratch);
+                out.iter_mut().zip(b).for_each(|(o, b)| *o += b);
+            },
+        )
     }
 
     fn cast(&self, x: &Tensor, dtype: DType) -> Tensor {

@@ -49,17 +49,20 @@ fn few_rows(backend: &CpuBackend, x: &[f32], weight: &Tensor, out: &mut [f32], r
     let shared = crate::parallel::Shared::new(out);
     backend.workers.each(output.div_ceil(OUTPUTS), |piece| {
         let mut scratch = vec![0.0; input];
-        backend.isa.run(|| {
-            for o in piece * OUTPUTS..output.min((piece + 1) * OUTPUTS) {
-                let w = weight.floats().row(o * input, &mut scratch);
-                for row in 0..rows {
-                    // SAFETY: each output belongs to one piece.
-                    unsafe {
-                        shared.slice(row * output + o, 1)[0] = math::dot(&x[row * input..][..input], w)
-                    };
+        backend.isa.run(
+            #[inline(always)]
+            || {
+                for o in piece * OUTPUTS..output.min((piece + 1) * OUTPUTS) {
+                    let w = weight.floats().row(o * input, &mut scratch);
+                    for row in 0..rows {
+                        // SAFETY: each output belongs to one piece.
+                        unsafe {
+                            shared.slice(row * output + o, 1)[0] = math::dot(&x[row * input..][..input], w)
+                        };
+                    }
                 }
-            }
-        });
+            },
+        );
     });
 }
 

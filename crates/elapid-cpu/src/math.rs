@@ -59,23 +59,44 @@ pub(crate) fn softplus_slope(x: f32) -> f32 {
 
 const LANES: usize = 16;
 
-/// Σ aᵢ in 16 interleaved partial sums: an order that does not depend on the instruction set.
+/// Σ f(aᵢ, bᵢ, …) in 16 interleaved partial sums: an order that does not depend on the instruction set.
 #[inline(always)]
 pub(crate) fn sum_map<const N: usize>(inputs: [&[f32]; N], f: impl Fn([f32; N]) -> f32) -> f32 {
     let len = inputs[0].len();
+    let inputs = inputs.map(|input| input[..len].as_chunks::<LANES>());
     let mut acc = [0.0f32; LANES];
-    let whole = len / LANES * LANES;
-    let inputs = inputs.map(|s| &s[..len]);
-    let mut i = 0;
-    while i < whole {
+    for i in 0..len / LANES {
+        let parts = inputs.map(|(parts, _)| &parts[i]);
         for (lane, a) in acc.iter_mut().enumerate() {
-            *a += f(std::array::from_fn(|n| inputs[n][i + lane]));
+            *a += f(parts.map(|part| part[lane]));
         }
-        i += LANES;
     }
-    for j in whole..len {
-        acc[j - whole] += f(std::array::from_fn(|n| inputs[n][j]));
+    for (i, a) in acc.iter_mut().enumerate().take(len % LANES) {
+        *a += f(inputs.map(|(_, rest)| rest[i]));
     }
+    sum_lanes(acc)
+}
+
+/// Replaces every number by its `f` and gives the sum, in the order of [`sum_map`].
+#[inline(always)]
+pub(crate) fn map_sum(values: &mut [f32], f: impl Fn(f32) -> f32) -> f32 {
+    let (parts, rest) = values.as_chunks_mut::<LANES>();
+    let mut acc = [0.0f32; LANES];
+    for part in parts {
+        for (a, x) in acc.iter_mut().zip(part) {
+            *x = f(*x);
+            *a += *x;
+        }
+    }
+    for (a, x) in acc.iter_mut().zip(rest) {
+        *x = f(*x);
+        *a += *x;
+    }
+    sum_lanes(acc)
+}
+
+#[inline(always)]
+fn sum_lanes(mut acc: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
         for lane in 0..width {
@@ -96,7 +117,8 @@ pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
 #[inline(always)]
 pub(crate) fn sum_of_squares(a: &[f32]) -> f64 {
     let mut acc = [0.0f64; LANES];
-    for part in a.chunks(LANES) {
+    let (parts, rest) = a.as_chunks::<LANES>();
+    for part in parts.iter().map(|part| &part[..]).chain([rest]) {
         for (acc, a) in acc.iter_mut().zip(part) {
             *acc += f64::from(*a) * f64::from(*a);
         }

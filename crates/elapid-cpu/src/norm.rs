@@ -10,13 +10,19 @@ use crate::tensor::Tensor;
 pub(crate) fn forward(backend: &CpuBackend, x: &Tensor, weight: &Tensor, eps: f32, out: DType) -> Tensor {
     let d = x.last();
     let weight = weight.f32();
-    backend.build(x.shape(), out, d, |row, out, scratch| {
-        let x = x.floats().row(row * d, scratch);
-        let r = scale(x, eps);
-        for ((o, x), w) in out.iter_mut().zip(x).zip(weight) {
-            *o = x * r * w;
-        }
-    })
+    backend.build(
+        x.shape(),
+        out,
+        d,
+        #[inline(always)]
+        |row, out, scratch| {
+            let x = x.floats().row(row * d, scratch);
+            let r = scale(x, eps);
+            for ((o, x), w) in out.iter_mut().zip(x).zip(weight) {
+                *o = x * r * w;
+            }
+        },
+    )
 }
 
 /// 1 / √(mean x² + eps).
@@ -40,21 +46,27 @@ pub(crate) fn adjoint(
     let pieces = rows.div_ceil(ROWS);
     let mut partial = backend.pool.zeros::<f32>(pieces * d);
     let partials = Shared::new(partial.as_mut_slice::<f32>(pieces * d));
-    let dx = backend.build(x.shape(), x.dtype(), 2 * d, |row, dx, scratch| {
-        let (x_scratch, dy_scratch) = scratch.split_at_mut(d);
-        let x = x.floats().row(row * d, x_scratch);
-        let dy = dy.floats().row(row * d, dy_scratch);
-        let r = scale(x, eps);
-        // SAFETY: the rows of one piece run one after the other, and each piece has its own part.
-        let d_weight = unsafe { partials.slice(row / ROWS * d, d) };
-        for ((g, x), dy) in d_weight.iter_mut().zip(x).zip(dy) {
-            *g += dy * x * r;
-        }
-        let slope = math::sum_map([dy, weight, x], |[dy, w, x]| dy * w * x) / d as f32 * r * r * r;
-        for (((dx, x), dy), w) in dx.iter_mut().zip(x).zip(dy).zip(weight) {
-            *dx = r * dy * w - x * slope;
-        }
-    });
+    let dx = backend.build(
+        x.shape(),
+        x.dtype(),
+        2 * d,
+        #[inline(always)]
+        |row, dx, scratch| {
+            let (x_scratch, dy_scratch) = scratch.split_at_mut(d);
+            let x = x.floats().row(row * d, x_scratch);
+            let dy = dy.floats().row(row * d, dy_scratch);
+            let r = scale(x, eps);
+            // SAFETY: the rows of one piece run one after the other, and each piece has its own part.
+            let d_weight = unsafe { partials.slice(row / ROWS * d, d) };
+            for ((g, x), dy) in d_weight.iter_mut().zip(x).zip(dy) {
+                *g += dy * x * r;
+            }
+            let slope = math::sum_map([dy, weight, x], |[dy, w, x]| dy * w * x) / d as f32 * r * r * r;
+            for (((dx, x), dy), w) in dx.iter_mut().zip(x).zip(dy).zip(weight) {
+                *dx = r * dy * w - x * slope;
+            }
+        },
+    );
     let Sink { buffer, slot } = d_weight;
     let grads = buffer.slot_mut(slot);
     for part in partial.as_slice::<f32>(pieces * d).chunks_exact(d) {

@@ -52,7 +52,12 @@ impl CpuBackend {
                 return self.rate(8 * 2, |loops| unsafe { x86::fma_avx2(loops) });
             }
         }
-        self.rate(4 * 2, |loops| self.isa.run(|| fma_portable(loops)))
+        self.rate(4 * 2, |loops| {
+            self.isa.run(
+                #[inline(always)]
+                || fma_portable(loops),
+            )
+        })
     }
 
     fn bf16_rate(&self) -> Option<f64> {
@@ -90,7 +95,10 @@ impl CpuBackend {
             let data = stretches.next().expect("a cycle does not end");
             self.workers.each(data.len().div_ceil(CHUNK), |piece| {
                 let part = &data[piece * CHUNK..data.len().min((piece + 1) * CHUNK)];
-                black_box(self.isa.run(|| sum_of_bits(part)));
+                black_box(self.isa.run(
+                    #[inline(always)]
+                    || sum_of_bits(part),
+                ));
             });
         });
         let (a, rest) = data.split_at_mut(len);
@@ -100,11 +108,14 @@ impl CpuBackend {
             let start = starts.next().expect("a cycle does not end");
             let (b, c) = (&b[start..], &c[start..]);
             self.workers.rows(&mut a[start..start + stretch], 1, CHUNK, |first, part| {
-                self.isa.run(|| {
-                    for ((a, b), c) in part.iter_mut().zip(&b[first..]).zip(&c[first..]) {
-                        *a = b + 3.0 * c;
-                    }
-                });
+                self.isa.run(
+                    #[inline(always)]
+                    || {
+                        for ((a, b), c) in part.iter_mut().zip(&b[first..]).zip(&c[first..]) {
+                            *a = b + 3.0 * c;
+                        }
+                    },
+                );
             });
         });
         black_box(&data);

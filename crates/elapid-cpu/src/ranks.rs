@@ -171,7 +171,10 @@ pub(crate) fn all_gather_row(
         comm.all_gather(bytes_mut(row));
     } else {
         let row = &mut whole.slice_mut::<bf16>()[range];
-        backend.isa.run(|| narrow(mine, &mut row[start..start + len]));
+        backend.isa.run(
+            #[inline(always)]
+            || narrow(mine, &mut row[start..start + len]),
+        );
         comm.all_gather(bytes_mut(row));
     }
 }

@@ -62,6 +62,7 @@ impl Tensor {
     }
 
     /// The numbers of an F32 or Bf16 tensor.
+    #[inline]
     pub(crate) fn floats(&self) -> Floats<'_> {
         match self.dtype {
             DType::F32 => Floats::F32(self.slice()),
@@ -198,6 +199,7 @@ impl Buffer {
             .as_mut_slice(len)
     }
 
+    #[inline]
     pub(crate) fn floats(&self) -> Floats<'_> {
         match self.dtype {
             DType::Bf16 => Floats::Bf16(self.slice()),

@@ -23,7 +23,10 @@ pub(crate) fn clip(backend: &CpuBackend, grads: &Buffer, loss: &Tensor, clipping
         let gaps = uncounted.iter().map(|range| (range.start, range.end));
         for (gap, after) in gaps.chain([(to, to)]) {
             let part = &grads[from..gap.clamp(from, to)];
-            sum[0] += backend.isa.run(|| math::sum_of_squares(part));
+            sum[0] += backend.isa.run(
+                #[inline(always)]
+                || math::sum_of_squares(part),
+            );
             from = after.clamp(from, to);
         }
     });
@@ -101,13 +104,16 @@ pub(crate) fn adamw(
         // SAFETY: the pieces are disjoint.
         let (params, m, v) =
             unsafe { (params.slice(from, to - from), m.slice(from, to - from), v.slice(from, to - from)) };
-        backend.isa.run(|| {
-            for (((p, m), v), g) in params.iter_mut().zip(m).zip(v).zip(&grads[from..to]) {
-                let g = g * factor;
-                *m = beta1 * *m + (1.0 - beta1) * g;
-                *v = beta2 * *v + (1.0 - beta2) * g * g;
-                *p = *p * keep - lr * (*m / bias1) / (v.sqrt() / bias2_root + eps);
-            }
-        });
+        backend.isa.run(
+            #[inline(always)]
+            || {
+                for (((p, m), v), g) in params.iter_mut().zip(m).zip(v).zip(&grads[from..to]) {
+                    let g = g * factor;
+                    *m = beta1 * *m + (1.0 - beta1) * g;
+                    *v = beta2 * *v + (1.0 - beta2) * g * g;
+                    *p = *p * keep - lr * (*m / bias1) / (v.sqrt() / bias2_root + eps);
+                }
+            },
+        );
     });
 }

@@ -217,7 +217,10 @@ fn reduce<'a, T: Number + 'a>(
     source: impl Fn(usize, usize, usize) -> &'a [T],
     write: impl FnMut(usize, &[f32]),
 ) {
-    Isa::best().run(|| reduce_inline(size, len, reduce, source, write));
+    Isa::best().run(
+        #[inline(always)]
+        || reduce_inline(size, len, reduce, source, write),
+    );
 }
 
 #[inline(always)]
