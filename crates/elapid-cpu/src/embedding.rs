@@ -3,6 +3,7 @@
 use elapid_tensor::{DType, Sink};
 
 use crate::CpuBackend;
+use crate::isa::vectorize;
 use crate::tensor::Tensor;
 
 pub(crate) fn forward(backend: &CpuBackend, table: &Tensor, ids: &Tensor, out: DType) -> Tensor {
@@ -10,16 +11,10 @@ pub(crate) fn forward(backend: &CpuBackend, table: &Tensor, ids: &Tensor, out: D
     let mut shape = ids.shape().to_vec();
     shape.push(d);
     let (ids, rows) = (ids.i32(), table.shape()[0]);
-    backend.build(
-        &shape,
-        out,
-        0,
-        #[inline(always)]
-        |at, out, _| match local_row(backend, rows, ids[at]) {
-            Some(row) => table.floats().load(row * d, out),
-            None => out.fill(0.0),
-        },
-    )
+    backend.build(&shape, out, 0, |at, out, _| match local_row(backend, rows, ids[at]) {
+        Some(row) => vectorize!(backend.isa, || table.floats().load(row * d, out)),
+        None => out.fill(0.0),
+    })
 }
 
 /// The row of token `id` among the `rows` of this rank; None where another tensor-parallel rank has it.

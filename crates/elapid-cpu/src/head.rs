@@ -4,6 +4,7 @@ use elapid_tensor::{DType, IGNORE_LABEL, Sink};
 
 use crate::CpuBackend;
 use crate::comm::bytes_mut;
+use crate::isa::vectorize;
 use crate::math;
 use crate::matmul::{Into, Mat, matmul};
 use crate::parallel::Shared;
@@ -76,19 +77,16 @@ fn blocks(
             for (i, row) in (from..).zip(chunk.chunks_exact_mut(width)) {
                 let (row, padding) = row.split_at_mut(valid);
                 padding.fill(0.0);
-                backend.isa.run(
-                    #[inline(always)]
-                    || {
-                        let part = Part::of(row, labels[i], place(labels[i]));
-                        if tp.size() == 1 {
-                            let loss = part.finish(part, row, labels[i], place(labels[i]), adjoint);
-                            // SAFETY: each position belongs to one piece.
-                            unsafe { shared_losses.slice(i, 1)[0] = loss };
-                        }
-                        // SAFETY: as above.
-                        unsafe { shared_parts.slice(i, 1)[0] = part };
-                    },
-                );
+                vectorize!(backend.isa, || {
+                    let part = Part::of(row, labels[i], place(labels[i]));
+                    if tp.size() == 1 {
+                        let loss = part.finish(part, row, labels[i], place(labels[i]), adjoint);
+                        // SAFETY: each position belongs to one piece.
+                        unsafe { shared_losses.slice(i, 1)[0] = loss };
+                    }
+                    // SAFETY: as above.
+                    unsafe { shared_parts.slice(i, 1)[0] = part };
+                });
             }
         });
         if tp.size() > 1 {
@@ -99,10 +97,13 @@ fn blocks(
                     let row = &mut row[..valid];
                     // SAFETY: each position belongs to one piece.
                     let loss = unsafe { &mut shared.slice(i, 1)[0] };
-                    *loss = backend.isa.run(
-                        #[inline(always)]
-                        || parts[i].finish(wholes[i], row, labels[i], place(labels[i]), adjoint),
-                    );
+                    *loss = vectorize!(backend.isa, || parts[i].finish(
+                        wholes[i],
+                        row,
+                        labels[i],
+                        place(labels[i]),
+                        adjoint
+                    ));
                 }
             });
         }

@@ -1,6 +1,6 @@
 //! Which instruction set the kernels use, decided at run time.
 //!
-//! Elementwise kernels are plain Rust that the compiler vectorises. [`Isa::run`] compiles the closure it is given
+//! Elementwise kernels are plain Rust that the compiler vectorises. [`vectorize!`] compiles the closure it is given
 //! once for each instruction set and calls the one chosen. They use no fused multiply-add, so their results are
 //! the same bits on every path; only matrix products differ.
 
@@ -48,35 +48,47 @@ impl Isa {
     pub fn best() -> Isa {
         *Self::available().last().expect("the portable path is always there")
     }
-
-    /// Runs `f` compiled for this path. Anyone can name a variant; only the one in a `CpuBackend` is known to run here.
-    ///
-    /// The closure must be `#[inline(always)]`, and so must be what it calls in a loop. It is called from three places, so
-    /// the compiler would keep all but the smallest as functions of their own, which have no more than the portable
-    /// instructions whatever path calls them.
-    #[inline(always)]
-    pub(crate) fn run<R>(self, f: impl FnOnce() -> R) -> R {
-        match self {
-            Isa::Portable => f(),
-            // SAFETY: `CpuBackend::new` lets no path in that `available` has not asked the CPU for: AVX2.
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => unsafe { avx2(f) },
-            // SAFETY: as above: these four features, which imply AVX2.
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 | Isa::Avx512Bf16 => unsafe { avx512(f) },
-        }
-    }
 }
 
+/// Runs a closure compiled for a path: `vectorize!(isa, || …)`.
+///
+/// Each path has a closure of its own, which is called in one place. So the compiler inlines it, whatever its size, into the function
+/// that has the instructions. (A closure that three paths share is inlined only while it is small, and is otherwise compiled once, for the
+/// portable path.) What the closure calls must be inlined too: mark it `#[inline(always)]`.
+macro_rules! vectorize {
+    ($isa:expr, || $body:expr) => {
+        match $isa {
+            $crate::isa::Isa::Portable => $body,
+            #[cfg(target_arch = "x86_64")]
+            $crate::isa::Isa::Avx2 => {
+                let f = || $body;
+                // SAFETY: `CpuBackend::new` lets no path in that `Isa::available` has not asked the CPU for: AVX2.
+                unsafe { $crate::isa::avx2(f) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            $crate::isa::Isa::Avx512 | $crate::isa::Isa::Avx512Bf16 => {
+                let f = || $body;
+                // SAFETY: as above: these four features, which imply AVX2.
+                unsafe { $crate::isa::avx512(f) }
+            }
+        }
+    };
+}
+pub(crate) use vectorize;
+
+/// # Safety
+/// The CPU must have AVX2.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-fn avx2<R>(f: impl FnOnce() -> R) -> R {
+pub(crate) fn avx2<R>(f: impl FnOnce() -> R) -> R {
     f()
 }
 
+/// # Safety
+/// The CPU must have these instructions.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
-fn avx512<R>(f: impl FnOnce() -> R) -> R {
+pub(crate) fn avx512<R>(f: impl FnOnce() -> R) -> R {
     f()
 }
 

@@ -20,6 +20,7 @@ mod ranks;
 mod tensor;
 mod update;
 
+use crate::isa::vectorize;
 use std::sync::{Arc, OnceLock};
 
 use elapid_tensor::{
@@ -144,7 +145,7 @@ impl CpuBackend {
     }
 
     /// A tensor made row by row: `f(row, output row, scratch of `scratch` numbers)`. Output rows are fp32 and hold
-    /// anything at first; they are rounded where `dtype` is bf16. `f` must be `#[inline(always)]`, as for [`Isa::run`].
+    /// anything at first; they are rounded where `dtype` is bf16.
     fn build(
         &self,
         shape: &[usize],
@@ -160,14 +161,9 @@ impl CpuBackend {
                 self.workers.rows(block.as_mut_slice::<f32>(len), width, ROWS, |first, rows| {
                     let mut spare = self.pool.take::<f32>(scratch);
                     let spare = spare.as_mut_slice(scratch);
-                    self.isa.run(
-                        #[inline(always)]
-                        || {
-                            for (row, out) in (first..).zip(rows.chunks_exact_mut(width)) {
-                                f(row, out, spare);
-                            }
-                        },
-                    );
+                    for (row, out) in (first..).zip(rows.chunks_exact_mut(width)) {
+                        f(row, out, spare);
+                    }
                 });
                 Tensor::new(block, shape, dtype)
             }
@@ -176,15 +172,10 @@ impl CpuBackend {
                 self.workers.rows(block.as_mut_slice::<bf16>(len), width, ROWS, |first, rows| {
                     let mut spare = self.pool.take::<f32>(scratch + width);
                     let (spare, wide) = spare.as_mut_slice::<f32>(scratch + width).split_at_mut(scratch);
-                    self.isa.run(
-                        #[inline(always)]
-                        || {
-                            for (row, out) in (first..).zip(rows.chunks_exact_mut(width)) {
-                                f(row, wide, spare);
-                                tensor::narrow(wide, out);
-                            }
-                        },
-                    );
+                    for (row, out) in (first..).zip(rows.chunks_exact_mut(width)) {
+                        f(row, wide, spare);
+                        vectorize!(self.isa, || tensor::narrow(wide, out));
+                    }
                 });
                 Tensor::new(block, shape, dtype)
             }
@@ -203,20 +194,14 @@ impl CpuBackend {
             DType::F32 => {
                 let mut block = self.pool.take::<f32>(len);
                 self.workers.rows(block.as_mut_slice::<f32>(len), 1, WIDTH, |first, part| {
-                    self.isa.run(
-                        #[inline(always)]
-                        || x.floats().load(first, part),
-                    );
+                    vectorize!(self.isa, || x.floats().load(first, part));
                 });
                 Tensor::new(block, x.shape(), dtype)
             }
             DType::Bf16 => {
                 let mut block = self.pool.take::<bf16>(len);
                 self.workers.rows(block.as_mut_slice::<bf16>(len), 1, WIDTH, |first, part| {
-                    self.isa.run(
-                        #[inline(always)]
-                        || x.floats().load_bf16(first, part),
-                    );
+                    vectorize!(self.isa, || x.floats().load_bf16(first, part));
                 });
                 Tensor::new(block, x.shape(), dtype)
             }
@@ -315,16 +300,10 @@ impl Backend for CpuBackend {
         let from = from.floats();
         match to.dtype() {
             DType::F32 => self.workers.rows(to.f32_mut(), 1, PIECE, |first, part| {
-                self.isa.run(
-                    #[inline(always)]
-                    || from.load(first, part),
-                );
+                vectorize!(self.isa, || from.load(first, part));
             }),
             _ => self.workers.rows(to.slice_mut::<bf16>(), 1, PIECE, |first, part| {
-                self.isa.run(
-                    #[inline(always)]
-                    || from.load_bf16(first, part),
-                );
+                vectorize!(self.isa, || from.load_bf16(first, part));
             }),
         }
     }
@@ -378,17 +357,13 @@ impl Backend for CpuBackend {
     fn add_bias(&self, x: &Tensor, bias: &Tensor) -> Tensor {
         let width = x.last();
         assert_eq!(bias.shape(), [width]);
-        self.build(
-            x.shape(),
-            x.dtype(),
-            width,
-            #[inline(always)]
-            |row, out, scratch| {
+        self.build(x.shape(), x.dtype(), width, |row, out, scratch| {
+            vectorize!(self.isa, || {
                 x.floats().load(row * width, out);
                 let bias = bias.floats().row(0, scratch);
                 out.iter_mut().zip(bias).for_each(|(o, b)| *o += b);
-            },
-        )
+            })
+        })
     }
 
     fn add_bias_adjoint(&self, dy: &Tensor, d_bias: Sink<'_, Self>) {
@@ -405,37 +380,27 @@ impl Backend for CpuBackend {
         }
         let width = shape[2..].iter().product::<usize>();
         // Rows of a sequence are the last axis here, whatever they are made of.
-        let rows = self.build(
-            &[shape[0] * len, width],
-            x.dtype(),
-            0,
-            #[inline(always)]
-            |row, out, _| {
-                let (b, l) = (row / len, row % len);
-                if l < old {
-                    x.floats().load((b * old + l) * width, out);
-                } else {
-                    out.fill(0.0);
-                }
-            },
-        );
+        let rows = self.build(&[shape[0] * len, width], x.dtype(), 0, |row, out, _| {
+            let (b, l) = (row / len, row % len);
+            if l < old {
+                vectorize!(self.isa, || x.floats().load((b * old + l) * width, out));
+            } else {
+                out.fill(0.0);
+            }
+        });
         rows.reshaped(&shape)
     }
 
     fn add(&self, a: &Tensor, b: &Tensor) -> Tensor {
         assert_eq!(a.shape(), b.shape());
         let width = a.last();
-        self.build(
-            a.shape(),
-            a.dtype(),
-            width,
-            #[inline(always)]
-            |row, out, scratch| {
+        self.build(a.shape(), a.dtype(), width, |row, out, scratch| {
+            vectorize!(self.isa, || {
                 a.floats().load(row * width, out);
                 let b = b.floats().row(row * width, scratch);
                 out.iter_mut().zip(b).for_each(|(o, b)| *o += b);
-            },
-        )
+            })
+        })
     }
 
     fn cast(&self, x: &Tensor, dtype: DType) -> Tensor {

@@ -3,6 +3,7 @@
 use elapid_tensor::{DType, Sink, Slot};
 
 use crate::CpuBackend;
+use crate::isa::vectorize;
 use crate::math;
 use crate::matmul::{Into, Mat, matmul};
 use crate::parallel::ROWS;
@@ -49,20 +50,17 @@ fn few_rows(backend: &CpuBackend, x: &[f32], weight: &Tensor, out: &mut [f32], r
     let shared = crate::parallel::Shared::new(out);
     backend.workers.each(output.div_ceil(OUTPUTS), |piece| {
         let mut scratch = vec![0.0; input];
-        backend.isa.run(
-            #[inline(always)]
-            || {
-                for o in piece * OUTPUTS..output.min((piece + 1) * OUTPUTS) {
-                    let w = weight.floats().row(o * input, &mut scratch);
-                    for row in 0..rows {
-                        // SAFETY: each output belongs to one piece.
-                        unsafe {
-                            shared.slice(row * output + o, 1)[0] = math::dot(&x[row * input..][..input], w)
-                        };
-                    }
+        vectorize!(backend.isa, || {
+            for o in piece * OUTPUTS..output.min((piece + 1) * OUTPUTS) {
+                let w = weight.floats().row(o * input, &mut scratch);
+                for row in 0..rows {
+                    // SAFETY: each output belongs to one piece.
+                    unsafe {
+                        shared.slice(row * output + o, 1)[0] = math::dot(&x[row * input..][..input], w)
+                    };
                 }
-            },
-        );
+            }
+        });
     });
 }
 

@@ -41,6 +41,7 @@ pub(crate) struct Block {
 
 impl Block {
     /// The first `len` numbers.
+    #[inline(always)]
     pub(crate) fn as_slice<T: Plain>(&self, len: usize) -> &[T] {
         assert!(lines_of::<T>(len) <= self.lines.len());
         // SAFETY: the lines are initialised bytes, long enough (checked) and aligned for any `Plain`.

@@ -3,6 +3,7 @@
 use elapid_tensor::{DType, Sink};
 
 use crate::CpuBackend;
+use crate::isa::vectorize;
 use crate::math;
 use crate::parallel::{ROWS, Shared};
 use crate::tensor::Tensor;
@@ -10,19 +11,15 @@ use crate::tensor::Tensor;
 pub(crate) fn forward(backend: &CpuBackend, x: &Tensor, weight: &Tensor, eps: f32, out: DType) -> Tensor {
     let d = x.last();
     let weight = weight.f32();
-    backend.build(
-        x.shape(),
-        out,
-        d,
-        #[inline(always)]
-        |row, out, scratch| {
+    backend.build(x.shape(), out, d, |row, out, scratch| {
+        vectorize!(backend.isa, || {
             let x = x.floats().row(row * d, scratch);
             let r = scale(x, eps);
             for ((o, x), w) in out.iter_mut().zip(x).zip(weight) {
                 *o = x * r * w;
             }
-        },
-    )
+        })
+    })
 }
 
 /// 1 / √(mean x² + eps).
@@ -46,12 +43,8 @@ pub(crate) fn adjoint(
     let pieces = rows.div_ceil(ROWS);
     let mut partial = backend.pool.zeros::<f32>(pieces * d);
     let partials = Shared::new(partial.as_mut_slice::<f32>(pieces * d));
-    let dx = backend.build(
-        x.shape(),
-        x.dtype(),
-        2 * d,
-        #[inline(always)]
-        |row, dx, scratch| {
+    let dx = backend.build(x.shape(), x.dtype(), 2 * d, |row, dx, scratch| {
+        vectorize!(backend.isa, || {
             let (x_scratch, dy_scratch) = scratch.split_at_mut(d);
             let x = x.floats().row(row * d, x_scratch);
             let dy = dy.floats().row(row * d, dy_scratch);
@@ -65,8 +58,8 @@ pub(crate) fn adjoint(
             for (((dx, x), dy), w) in dx.iter_mut().zip(x).zip(dy).zip(weight) {
                 *dx = r * dy * w - x * slope;
             }
-        },
-    );
+        })
+    });
     let Sink { buffer, slot } = d_weight;
     let grads = buffer.slot_mut(slot);
     for part in partial.as_slice::<f32>(pieces * d).chunks_exact(d) {

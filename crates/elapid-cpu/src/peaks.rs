@@ -4,6 +4,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use crate::CpuBackend;
+use crate::isa::vectorize;
 
 /// Rates of a machine, with the threads of one backend.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -52,12 +53,7 @@ impl CpuBackend {
                 return self.rate(8 * 2, |loops| unsafe { x86::fma_avx2(loops) });
             }
         }
-        self.rate(4 * 2, |loops| {
-            self.isa.run(
-                #[inline(always)]
-                || fma_portable(loops),
-            )
-        })
+        self.rate(4 * 2, |loops| vectorize!(self.isa, || fma_portable(loops)))
     }
 
     fn bf16_rate(&self) -> Option<f64> {
@@ -95,10 +91,7 @@ impl CpuBackend {
             let data = stretches.next().expect("a cycle does not end");
             self.workers.each(data.len().div_ceil(CHUNK), |piece| {
                 let part = &data[piece * CHUNK..data.len().min((piece + 1) * CHUNK)];
-                black_box(self.isa.run(
-                    #[inline(always)]
-                    || sum_of_bits(part),
-                ));
+                black_box(vectorize!(self.isa, || sum_of_bits(part)));
             });
         });
         let (a, rest) = data.split_at_mut(len);
@@ -108,14 +101,11 @@ impl CpuBackend {
             let start = starts.next().expect("a cycle does not end");
             let (b, c) = (&b[start..], &c[start..]);
             self.workers.rows(&mut a[start..start + stretch], 1, CHUNK, |first, part| {
-                self.isa.run(
-                    #[inline(always)]
-                    || {
-                        for ((a, b), c) in part.iter_mut().zip(&b[first..]).zip(&c[first..]) {
-                            *a = b + 3.0 * c;
-                        }
-                    },
-                );
+                vectorize!(self.isa, || {
+                    for ((a, b), c) in part.iter_mut().zip(&b[first..]).zip(&c[first..]) {
+                        *a = b + 3.0 * c;
+                    }
+                });
             });
         });
         black_box(&data);

@@ -5,6 +5,7 @@ use half::bf16;
 
 use crate::CpuBackend;
 use crate::comm::{Communicator, FloatsMut, Reduce, bytes_mut};
+use crate::isa::vectorize;
 use crate::memory::{Block, Plain};
 use crate::tensor::{Buffer, Tensor, narrow};
 
@@ -171,10 +172,7 @@ pub(crate) fn all_gather_row(
         comm.all_gather(bytes_mut(row));
     } else {
         let row = &mut whole.slice_mut::<bf16>()[range];
-        backend.isa.run(
-            #[inline(always)]
-            || narrow(mine, &mut row[start..start + len]),
-        );
+        vectorize!(backend.isa, || narrow(mine, &mut row[start..start + len]));
         comm.all_gather(bytes_mut(row));
     }
 }

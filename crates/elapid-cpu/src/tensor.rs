@@ -43,26 +43,30 @@ impl Tensor {
     }
 
     /// Extent of the last axis; 1 for a scalar.
+    #[inline(always)]
     pub(crate) fn last(&self) -> usize {
         self.shape.last().copied().unwrap_or(1)
     }
 
+    #[inline(always)]
     pub(crate) fn slice<T: Plain>(&self) -> &[T] {
         &self.block.as_slice(self.offset + self.len())[self.offset..]
     }
 
+    #[inline(always)]
     pub(crate) fn f32(&self) -> &[f32] {
         assert_eq!(self.dtype, DType::F32);
         self.slice()
     }
 
+    #[inline(always)]
     pub(crate) fn i32(&self) -> &[i32] {
         assert_eq!(self.dtype, DType::I32);
         self.slice()
     }
 
     /// The numbers of an F32 or Bf16 tensor.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn floats(&self) -> Floats<'_> {
         match self.dtype {
             DType::F32 => Floats::F32(self.slice()),
@@ -94,6 +98,7 @@ impl<'a> Floats<'a> {
     }
 
     /// The numbers from `first` on.
+    #[inline(always)]
     pub(crate) fn starting_at(self, first: usize) -> Self {
         match self {
             Floats::F32(values) => Floats::F32(&values[first..]),
@@ -187,6 +192,7 @@ impl Buffer {
         }
     }
 
+    #[inline(always)]
     pub(crate) fn slice<T: Plain>(&self) -> &[T] {
         self.block.as_slice(self.shape.len())
     }
@@ -199,7 +205,7 @@ impl Buffer {
             .as_mut_slice(len)
     }
 
-    #[inline]
+    #[inline(always)]
     pub(crate) fn floats(&self) -> Floats<'_> {
         match self.dtype {
             DType::Bf16 => Floats::Bf16(self.slice()),
@@ -207,6 +213,7 @@ impl Buffer {
         }
     }
 
+    #[inline(always)]
     pub(crate) fn f32(&self) -> &[f32] {
         assert_eq!(self.dtype, DType::F32);
         self.slice()

@@ -6,6 +6,7 @@ use elapid_tensor::{AdamW, Clipping, Decayed, FlatShape, Group, Row};
 
 use crate::CpuBackend;
 use crate::comm;
+use crate::isa::vectorize;
 use crate::math;
 use crate::tensor::{Buffer, Tensor};
 
@@ -23,10 +24,7 @@ pub(crate) fn clip(backend: &CpuBackend, grads: &Buffer, loss: &Tensor, clipping
         let gaps = uncounted.iter().map(|range| (range.start, range.end));
         for (gap, after) in gaps.chain([(to, to)]) {
             let part = &grads[from..gap.clamp(from, to)];
-            sum[0] += backend.isa.run(
-                #[inline(always)]
-                || math::sum_of_squares(part),
-            );
+            sum[0] += vectorize!(backend.isa, || math::sum_of_squares(part));
             from = after.clamp(from, to);
         }
     });
@@ -104,16 +102,13 @@ pub(crate) fn adamw(
         // SAFETY: the pieces are disjoint.
         let (params, m, v) =
             unsafe { (params.slice(from, to - from), m.slice(from, to - from), v.slice(from, to - from)) };
-        backend.isa.run(
-            #[inline(always)]
-            || {
-                for (((p, m), v), g) in params.iter_mut().zip(m).zip(v).zip(&grads[from..to]) {
-                    let g = g * factor;
-                    *m = beta1 * *m + (1.0 - beta1) * g;
-                    *v = beta2 * *v + (1.0 - beta2) * g * g;
-                    *p = *p * keep - lr * (*m / bias1) / (v.sqrt() / bias2_root + eps);
-                }
-            },
-        );
+        vectorize!(backend.isa, || {
+            for (((p, m), v), g) in params.iter_mut().zip(m).zip(v).zip(&grads[from..to]) {
+                let g = g * factor;
+                *m = beta1 * *m + (1.0 - beta1) * g;
+                *v = beta2 * *v + (1.0 - beta2) * g * g;
+                *p = *p * keep - lr * (*m / bias1) / (v.sqrt() / bias2_root + eps);
+            }
+        });
     });
 }

@@ -19,6 +19,7 @@ use half::bf16;
 pub use threads::threads;
 
 use crate::isa::Isa;
+use crate::isa::vectorize;
 pub use crate::memory::Plain;
 use crate::tensor::{narrow, widen};
 
@@ -217,10 +218,7 @@ fn reduce<'a, T: Number + 'a>(
     source: impl Fn(usize, usize, usize) -> &'a [T],
     write: impl FnMut(usize, &[f32]),
 ) {
-    Isa::best().run(
-        #[inline(always)]
-        || reduce_inline(size, len, reduce, source, write),
-    );
+    vectorize!(Isa::best(), || reduce_inline(size, len, reduce, source, write));
 }
 
 #[inline(always)]

@@ -11,11 +11,12 @@
 
 use elapid_tensor::{DType, Mamba2Grads, Mamba2Inputs, Mamba2Sinks, Mamba2Spec, Mamba2Weights, State};
 
-use super::scan::{self, Decays, Views};
+use super::scan::{self, Decays, Span, Views, weigh};
 use super::{Dims, Documents, Front, Params, conv, gate};
 use crate::CpuBackend;
-use crate::math;
-use crate::matmul::{Into, Mat, small};
+use crate::isa::vectorize;
+use crate::math::{self, LANES};
+use crate::matmul::{Into, Mat, Triangle, small, triangular};
 use crate::memory::Block;
 use crate::parallel::Shared;
 use crate::tensor::{Buffer, Tensor};
@@ -34,7 +35,7 @@ pub(crate) fn adjoint(
     let dims = Dims::new(spec, &inputs.projected);
     let params = Params::new(&dims, weights);
     let documents = Documents::new(&dims, inputs.documents.as_ref());
-    let front = conv::front(backend, &dims, inputs, &params, &documents, true);
+    let front = conv::front(backend, &dims, inputs, &params, &documents);
     let mut states = scan::local_states(backend, &dims, &front, &documents);
     let initial = inputs.initial.as_ref().map(|s| s.ssm.f32());
     scan::pass_states(backend, &dims, &front, &documents, initial, &mut states);
@@ -51,10 +52,9 @@ pub(crate) fn adjoint(
     pass.sum_groups(&mut out);
     let heads = pass.steps(inputs, &out, &d_projected);
 
-    let d_act = out.act.as_mut_slice::<f32>(dims.rows() * dims.c);
-    let pre = front.pre.as_ref().expect("asked for");
+    let d_act = out.act.as_slice::<f32>(dims.rows() * dims.c);
     let (d_conv, d_conv_state) =
-        conv::adjoint(backend, &dims, inputs, &params, &documents, pre, d_act, d_state, &d_projected);
+        conv::adjoint(backend, &dims, inputs, &params, &documents, d_act, d_state, &d_projected);
 
     let mut add = |slot, gradient: &[f32]| {
         grads.slot_mut(slot).iter_mut().zip(gradient).for_each(|(g, d)| *g += d);
@@ -119,27 +119,22 @@ impl Pass<'_> {
     /// Cotangents of the states that *leave* the chunks `[B, chunks, H, P, N]`, and that of the initial state.
     fn state_cotangents(&self, d_scan: &Block, d_last: Option<&[f32]>) -> (Block, Block) {
         let Pass { backend, dims, front, documents, .. } = *self;
-        let (p, n_state, heads, e) = (dims.spec.head_dim, dims.spec.state, dims.spec.heads, dims.e);
+        let (p, heads, e) = (dims.spec.head_dim, dims.spec.heads, dims.e);
         let d_scan = d_scan.as_slice::<f32>(dims.rows() * e);
-        let mut states = backend.pool.take::<f32>(self.states_len());
-        let shared = Shared::new(states.as_mut_slice::<f32>(self.states_len()));
         // What each chunk's outputs ask of the state that enters it: Σ_i e^{c_i} Y_i C_iᵀ.
-        backend.workers.each(dims.units(), |index| {
-            let unit = dims.unit(index);
-            let views = Views::new(dims, front, &unit);
-            let mut scratch = backend.pool.take::<f32>(unit.n * p);
-            let weighted = scratch.as_mut_slice::<f32>(unit.n * p);
-            for head in unit.heads.clone() {
-                let decays = Decays::new(dims, front, documents, &unit, head);
+        let mut states = scan::chunk_products(backend, dims, |unit, weighted, weights| {
+            let span = Span::new(documents, unit);
+            for (h, head) in unit.heads.clone().enumerate() {
+                let decays = Decays::new(dims, front, span, unit, head);
                 let at = (unit.b * dims.len + unit.row) * e + head * p;
-                backend
-                    .isa
-                    .run(|| weigh(weighted, p, |i| decays.entering(i), |i| &d_scan[at + i * e..][..p]));
-                // SAFETY: each (sequence, chunk, head) belongs to one unit.
-                let local = unsafe { shared.slice(dims.state_at(unit.b, unit.chunk, head), dims.state()) };
-                small(backend, Into::Set, local, n_state, Mat::new(&*weighted, unit.n, p).t(), views.c());
+                vectorize!(backend.isa, || {
+                    decays.entering(weights);
+                    weigh(weighted, unit.heads.len() * p, h, weights, |i| &d_scan[at + i * e..][..p]);
+                });
             }
+            Views::new(dims, front, unit).c()
         });
+        let shared = Shared::new(states.as_mut_slice::<f32>(self.states_len()));
         // The recurrence, backwards; in place, as in the forward direction.
         let count = dims.batch * heads * dims.state();
         let mut first = backend.pool.zeros::<f32>(count);
@@ -152,7 +147,7 @@ impl Pass<'_> {
                 let decay = scan::chunk_decay(dims, front, documents, b, chunk, head);
                 // SAFETY: each (sequence, head) is one piece.
                 let slot = unsafe { shared.slice(dims.state_at(b, chunk, head), dims.state()) };
-                backend.isa.run(|| {
+                vectorize!(backend.isa, || {
                     for (r, s) in running.iter_mut().zip(slot) {
                         let local = *s;
                         *s = *r;
@@ -188,22 +183,30 @@ impl Pass<'_> {
 
         backend.workers.each(dims.units(), |index| {
             let unit = dims.unit(index);
-            let n = unit.n;
+            let (n, width, n_state) = (unit.n, unit.heads.len() * dims.spec.head_dim, dims.spec.state);
             let views = Views::new(dims, front, &unit);
-            let mut block = backend.pool.take::<f32>(UnitScratch::len(dims, n));
-            let mut s = UnitScratch::new(dims, n, block.as_mut_slice(UnitScratch::len(dims, n)));
+            let (span, firsts) = (Span::new(self.documents, &unit), scan::firsts(self.documents, &unit));
+            let len = UnitScratch::len(dims, n, width);
+            let mut block = backend.pool.take::<f32>(len);
+            let mut s = UnitScratch::new(dims, n, width, block.as_mut_slice(len));
             // SAFETY: each (block, position) belongs to one unit.
             let d_bc = unsafe {
-                blocks.slice((unit.block * rows + unit.b * dims.len + unit.row) * width, n * width)
+                blocks
+                    .slice((unit.block * rows + unit.b * dims.len + unit.row) * 2 * n_state, n * 2 * n_state)
             };
             d_bc.fill(0.0);
             s.d_scores.fill(0.0);
-            small(backend, Into::Set, s.scores, n, views.c(), views.b().t());
-            for head in unit.heads.clone() {
-                let decays = Decays::new(dims, front, self.documents, &unit, head);
+            triangular(backend, Triangle::ResultLower, Into::Set, s.scores, n, views.c(), views.b().t());
+            let leaving = dims.state_at(unit.b, unit.chunk, unit.heads.start);
+            let leaving = Mat::new(&d_states[leaving..], width, n_state);
+            small(backend, Into::Set, s.from_end, width, views.b(), leaving.t());
+            for (h, head) in unit.heads.clone().enumerate() {
+                let decays = Decays::new(dims, front, span, &unit, head);
                 let at = dims.state_at(unit.b, unit.chunk, head);
                 let io = HeadIo {
                     head,
+                    h,
+                    firsts: &firsts,
                     dy: &d_scan[(unit.b * dims.len + unit.row) * dims.e + head * dims.spec.head_dim..],
                     state: &states[at..][..dims.state()],
                     d_state: &d_states[at..][..dims.state()],
@@ -220,15 +223,14 @@ impl Pass<'_> {
                 let dx = |i: usize| unsafe { act.slice(x_at + i * dims.c, dims.spec.head_dim) };
                 *d = head_adjoint(backend, dims, &views, &decays, &io, &mut s, d_bc, dt, da, dx);
             }
-            small(backend, Into::Add, d_bc, width, Mat::new(&*s.d_scores, n, n).t(), views.c());
-            small(
-                backend,
-                Into::Add,
-                &mut d_bc[dims.spec.state..],
-                width,
-                Mat::new(&*s.d_scores, n, n),
-                views.b(),
-            );
+            // B_j gets Σ_heads e^{c_n − c_j} Δt_j Ŝᵀ x_j; then both what the scores give.
+            let stride = 2 * n_state;
+            let weighted = Mat::new(&*s.from_end, n, width);
+            small(backend, Into::Add, d_bc, stride, weighted, leaving);
+            let d_scores = Mat::new(&*s.d_scores, n, n);
+            triangular(backend, Triangle::LeftUpper, Into::Add, d_bc, stride, d_scores.t(), views.c());
+            let d_c = &mut d_bc[n_state..];
+            triangular(backend, Triangle::LeftLower, Into::Add, d_c, stride, d_scores, views.b());
         });
         out
     }
@@ -241,7 +243,7 @@ impl Pass<'_> {
         let ScanGrads { act, blocks, .. } = out;
         let blocks = blocks.as_slice::<f32>(dims.spec.groups * dims.blocks * rows * width);
         backend.workers.rows(act.as_mut_slice::<f32>(rows * dims.c), dims.c, 16, |first, chunk| {
-            backend.isa.run(|| {
+            vectorize!(backend.isa, || {
                 for (row, act) in (first..).zip(chunk.chunks_exact_mut(dims.c)) {
                     for group in 0..dims.spec.groups {
                         for (from, channel) in [(0, dims.b_channel(group)), (n_state, dims.c_channel(group))]
@@ -273,70 +275,97 @@ impl Pass<'_> {
         let dt = front.dt.as_slice::<f32>(len);
         let d = out.d.as_slice::<f32>(dims.batch * dims.chunks * heads);
         let (low, high) = dims.spec.dt_limit;
-        let mut sums = vec![[0.0f64; 3]; heads];
-        backend.workers.rows(&mut sums, 1, 1, |head, sums| {
-            let [dt_bias, a_log, skip] = &mut sums[0];
-            for row in 0..dims.rows() {
-                let at = (row / dims.len * heads + head) * dims.len + row % dims.len;
-                let mut raw = [0.0];
-                conv::load_dt(dims, inputs, row, head, &mut raw);
-                let x = raw[0] + params.dt_bias[head];
-                let step = math::softplus(x);
-                let inside = low <= step && step <= high;
-                let d_step = ddt[at] + params.a[head] * da[at];
-                let d_raw = if inside { d_step * math::softplus_slope(x) } else { 0.0 };
-                // SAFETY: each head has its own column.
-                unsafe { d_projected.slice(row * dims.proj + dims.e + dims.c + head, 1)[0] = d_raw };
-                *dt_bias += f64::from(d_raw);
-                *a_log += f64::from(dt[at] * da[at]) * f64::from(params.a[head]);
-            }
-            *skip = d.iter().skip(head).step_by(heads).map(|&d| f64::from(d)).sum();
+        let pieces = dims.batch * dims.chunks;
+        let mut partial = vec![0.0f64; pieces * 2 * heads];
+        backend.workers.rows(&mut partial, 2 * heads, 1, |piece, sums| {
+            let (b, first) = (piece / dims.chunks, piece % dims.chunks * dims.q);
+            let (dt_bias, a_log) = sums.split_at_mut(heads);
+            let mut scratch = backend.pool.take::<f32>(heads);
+            let raw = scratch.as_mut_slice::<f32>(heads);
+            vectorize!(backend.isa, || {
+                for l in first..dims.len.min(first + dims.q) {
+                    let row = b * dims.len + l;
+                    conv::load_dt(dims, inputs, row, raw);
+                    // SAFETY: pieces cover disjoint rows.
+                    let to = unsafe { d_projected.slice(row * dims.proj + dims.e + dims.c, heads) };
+                    for ((d_raw, raw), bias) in to.iter_mut().zip(&*raw).zip(&params.dt_bias) {
+                        let x = raw + bias;
+                        let step = math::softplus(x);
+                        *d_raw = if (low <= step) & (step <= high) { math::sigmoid(x) } else { 0.0 };
+                    }
+                    for (h, d_raw) in to.iter_mut().enumerate() {
+                        let at = (b * heads + h) * dims.len + l;
+                        *d_raw *= ddt[at] + params.a[h] * da[at];
+                        dt_bias[h] += f64::from(*d_raw);
+                        a_log[h] += f64::from(dt[at] * da[at]) * f64::from(params.a[h]);
+                    }
+                }
+            });
         });
+        let sum = |from: usize, h: usize| {
+            let of_pieces = partial.iter().skip(from * heads + h).step_by(2 * heads);
+            of_pieces.sum::<f64>() as f32
+        };
         HeadGrads {
-            dt_bias: sums.iter().map(|s| s[0] as f32).collect(),
-            a_log: sums.iter().map(|s| s[1] as f32).collect(),
-            d: sums.iter().map(|s| s[2] as f32).collect(),
+            dt_bias: (0..heads).map(|h| sum(0, h)).collect(),
+            a_log: (0..heads).map(|h| sum(1, h)).collect(),
+            d: (0..heads)
+                .map(|h| d.iter().skip(h).step_by(heads).map(|&d| f64::from(d)).sum::<f64>() as f32)
+                .collect(),
         }
     }
 }
 
-/// Scratch of one unit, n positions.
+/// Scratch of one unit, n positions, `width` = heads·P.
 struct UnitScratch<'a> {
-    /// `[n, n]`, C·Bᵀ.
+    /// `[n, n]`, C·Bᵀ on and below the diagonal.
     scores: &'a mut [f32],
     /// `[n, n]`, its cotangent.
     d_scores: &'a mut [f32],
-    /// `[n, n]`, R.
+    /// `[n, n]`, Y·xᵀ on and below the diagonal, and then R.
     kernel: &'a mut [f32],
-    /// `[n, n]`, Y·xᵀ.
-    d_kernel: &'a mut [f32],
+    /// `[n, heads·P]`: Ŝ·B_j, and, once a head has read its own, e^{c_n − c_j} Δt_j x_j.
+    from_end: &'a mut [f32],
     /// `[n, P]`, u.
     u: &'a mut [f32],
-    /// `[n, P]`.
+    /// `[n, P]`, e^{c_i} Y_i.
     weighted: &'a mut [f32],
     /// `[n, N]`.
     from_state: &'a mut [f32],
+    /// `[n]`, e^{c_i}.
+    entering: &'a mut [f32],
+    /// `[n]`, e^{c_n − c_j}.
+    leaving: &'a mut [f32],
+    /// `[n]`: what flows through the exponentials of one row.
+    flow: &'a mut [f32],
 }
 
 impl<'a> UnitScratch<'a> {
-    fn len(dims: &Dims, n: usize) -> usize {
-        4 * n * n + 2 * n * dims.spec.head_dim + n * dims.spec.state
+    fn len(dims: &Dims, n: usize, width: usize) -> usize {
+        3 * n * n + n * width + 2 * n * dims.spec.head_dim + n * dims.spec.state + 3 * n
     }
 
-    fn new(dims: &Dims, n: usize, block: &'a mut [f32]) -> Self {
+    fn new(dims: &Dims, n: usize, width: usize, block: &'a mut [f32]) -> Self {
         let (scores, rest) = block.split_at_mut(n * n);
         let (d_scores, rest) = rest.split_at_mut(n * n);
         let (kernel, rest) = rest.split_at_mut(n * n);
-        let (d_kernel, rest) = rest.split_at_mut(n * n);
+        let (from_end, rest) = rest.split_at_mut(n * width);
         let (u, rest) = rest.split_at_mut(n * dims.spec.head_dim);
-        let (weighted, from_state) = rest.split_at_mut(n * dims.spec.head_dim);
-        Self { scores, d_scores, kernel, d_kernel, u, weighted, from_state }
+        let (weighted, rest) = rest.split_at_mut(n * dims.spec.head_dim);
+        let (from_state, rest) = rest.split_at_mut(n * dims.spec.state);
+        let (entering, rest) = rest.split_at_mut(n);
+        let (leaving, flow) = rest.split_at_mut(n);
+        Self { scores, d_scores, kernel, from_end, u, weighted, from_state, entering, leaving, flow }
     }
 }
 
 /// What belongs to one head of one unit.
 struct HeadIo<'a> {
     head: usize,
+    /// Its number inside the unit.
+    h: usize,
+    /// `[n]`: the first position of each position's document.
+    firsts: &'a [usize],
     /// Y `[n, P]`, rows E apart.
     dy: &'a [f32],
     /// S `[P, N]`.
@@ -347,19 +376,9 @@ struct HeadIo<'a> {
     skip: f32,
 }
 
-/// Row i of `dst` `[n, width]` = weight(i) · row(i).
-#[inline(always)]
-fn weigh<'r>(dst: &mut [f32], width: usize, weight: impl Fn(usize) -> f32, row: impl Fn(usize) -> &'r [f32]) {
-    for (i, dst) in dst.chunks_exact_mut(width).enumerate() {
-        let w = weight(i);
-        for (d, r) in dst.iter_mut().zip(row(i)) {
-            *d = w * r;
-        }
-    }
-}
-
 /// The adjoint of one head in one chunk. Writes the cotangents of Δt `[n]` and of Δt·A `[n]`, gives rows of dx through
-/// `dx`, adds to those of `[B|C]` `[n, 2·N]` and to `d_scores`; returns the gradient of D.
+/// `dx`, adds to those of C in `[B|C]` `[n, 2·N]` and to `d_scores`, leaves in `from_end` what those of B need; returns the
+/// gradient of D.
 #[inline(never)]
 fn head_adjoint<'x>(
     backend: &CpuBackend,
@@ -374,81 +393,78 @@ fn head_adjoint<'x>(
     dx: impl Fn(usize) -> &'x mut [f32],
 ) -> f32 {
     let (p, n_state, e, n) = (dims.spec.head_dim, dims.spec.state, dims.e, d_dt.len());
-    let (head, last) = (io.head, n - 1);
+    let (head, last, width) = (io.head, n - 1, s.from_end.len() / n);
     let dy = Mat::strided(io.dy, n, p, e);
     let dy_row = |i: usize| &io.dy[i * e..][..p];
-    let (state, d_state) = (Mat::new(io.state, p, n_state), Mat::new(io.d_state, p, n_state));
 
-    small(backend, Into::Set, s.d_kernel, n, dy, views.x(head).t());
+    triangular(backend, Triangle::ResultLower, Into::Set, s.kernel, n, dy, views.x(head).t());
     d_cum.fill(0.0);
-    backend.isa.run(|| {
+    vectorize!(backend.isa, || {
         for i in 0..n {
-            let first = decays.first(i);
+            let first = io.firsts[i];
+            let (from, to) = (first / LANES * LANES, n.min((i + 1).next_multiple_of(LANES)));
             let kernel = &mut s.kernel[i * n..][..n];
-            kernel[..first].fill(0.0);
-            kernel[i + 1..].fill(0.0);
-            let live = first..i + 1;
+            kernel[..from].fill(0.0);
+            kernel[to..].fill(0.0);
             let cum = decays.cum[i];
-            let flow = &mut s.d_kernel[i * n..][live.clone()];
-            for (((((flow, kernel), d_score), score), c), dt) in flow
-                .iter_mut()
-                .zip(&mut kernel[live.clone()])
-                .zip(&mut s.d_scores[i * n..][live.clone()])
-                .zip(&s.scores[i * n..][live.clone()])
-                .zip(&decays.cum[live.clone()])
-                .zip(&decays.dt[live])
-            {
-                let decay = math::exp(cum - c);
-                let weight = *flow * decay * dt;
-                *kernel = score * decay;
-                *d_score += weight;
-                *flow = weight * score;
+            let (first, diagonal) = ((first - from) as u32, (i - from) as u32);
+            let inputs =
+                s.scores[i * n..][from..to].iter().zip(&decays.cum[from..to]).zip(&decays.dt[from..to]);
+            let outputs =
+                kernel[from..to].iter_mut().zip(&mut s.d_scores[i * n..][from..to]).zip(&mut *s.flow);
+            for (j, (((kernel, d_score), flow), ((score, c), dt))) in outputs.zip(inputs).enumerate() {
+                let live = (first <= j as u32) & (j as u32 <= diagonal);
+                let decay = math::decay(cum - c);
+                let weight = *kernel * decay * dt;
+                *kernel = if live { score * decay } else { 0.0 };
+                *d_score += if live { weight } else { 0.0 };
+                *flow = if live & (j as u32 != diagonal) { weight * score } else { 0.0 };
             }
             // What flows through e^{c_i − c_j}, j < i.
-            let flow = &flow[..i - first];
-            for (d, f) in d_cum[first..i].iter_mut().zip(flow) {
-                *d -= f;
-            }
+            let flow = &s.flow[..to - from];
+            d_cum[from..to].iter_mut().zip(flow).for_each(|(d, f)| *d -= f);
             d_cum[i] += math::sum_map([flow], |[f]| f);
         }
     });
 
-    small(backend, Into::Set, s.u, p, Mat::new(&*s.kernel, n, n).t(), dy);
-    small(backend, Into::Set, s.weighted, p, views.b(), d_state.t());
+    let kernel = Mat::new(&*s.kernel, n, n).t();
+    triangular(backend, Triangle::LeftUpper, Into::Set, s.u, p, kernel, dy);
     let mut d_skip = 0.0;
-    backend.isa.run(|| {
+    vectorize!(backend.isa, || {
+        decays.entering(s.entering);
+        decays.leaving(s.leaving);
         let mut through_end = 0.0;
         for j in 0..n {
-            let (x, dy, leaving) = (views.x_row(head, j), dy_row(j), decays.leaving(j));
-            let (u, from_end) = (&mut s.u[j * p..][..p], &s.weighted[j * p..][..p]);
+            let (x, dy, leaving, dt) = (views.x_row(head, j), dy_row(j), s.leaving[j], decays.dt[j]);
+            let (u, from_end) = (&mut s.u[j * p..][..p], &mut s.from_end[j * width + io.h * p..][..p]);
             if j < last {
-                let flow = decays.dt[j] * leaving * math::dot(x, from_end);
+                let flow = dt * leaving * math::dot(x, from_end);
                 d_cum[j] -= flow;
                 through_end += flow;
             }
-            for (u, f) in u.iter_mut().zip(from_end) {
-                *u += leaving * f;
+            for ((u, from), x) in u.iter_mut().zip(&mut *from_end).zip(x) {
+                *u += leaving * *from;
+                *from = leaving * dt * x;
             }
             d_dt[j] = math::dot(x, u);
             d_skip += math::dot(x, dy);
             for ((dx, u), dy) in dx(j).iter_mut().zip(&*u).zip(dy) {
-                *dx = decays.dt[j] * u + io.skip * dy;
+                *dx = dt * u + io.skip * dy;
             }
         }
         d_cum[last] += through_end + decays.whole() * math::dot(io.state, io.d_state);
-        weigh(s.weighted, p, |i| decays.entering(i), dy_row);
+        weigh(s.weighted, p, 0, s.entering, dy_row);
     });
 
+    let state = Mat::new(io.state, p, n_state);
     small(backend, Into::Set, s.from_state, n_state, Mat::new(&*s.weighted, n, p), state);
-    backend.isa.run(|| {
+    vectorize!(backend.isa, || {
         for (i, dc) in s.from_state.chunks_exact(n_state).enumerate() {
             d_cum[i] += math::dot(dc, views.c_row(i));
             let to = &mut d_bc[i * 2 * n_state + n_state..][..n_state];
             to.iter_mut().zip(dc).for_each(|(t, d)| *t += d);
         }
-        weigh(s.weighted, p, |j| decays.leaving(j) * decays.dt[j], |j| views.x_row(head, j));
     });
-    small(backend, Into::Add, d_bc, 2 * n_state, Mat::new(&*s.weighted, n, p), d_state);
 
     // c_i = Σ_{l ≤ i} Δt_l A, so the cotangent of Δt_l·A is the sum of those of c_i from l on.
     for l in (0..last).rev() {

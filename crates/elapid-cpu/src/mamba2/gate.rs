@@ -4,6 +4,7 @@ use elapid_tensor::Mamba2Inputs;
 
 use super::{Dims, Params};
 use crate::CpuBackend;
+use crate::isa::vectorize;
 use crate::math;
 use crate::memory::Block;
 use crate::parallel::{ROWS, Shared};
@@ -23,11 +24,9 @@ fn over_ranks(
         backend.workers.rows(&mut sums, count, ROWS, |first, part| {
             let mut scratch = backend.pool.take::<f32>(2 * dims.e);
             let scratch = scratch.as_mut_slice::<f32>(2 * dims.e);
-            backend.isa.run(|| {
-                for (row, sums) in (first..).zip(part.chunks_exact_mut(count)) {
-                    local(row, sums, scratch);
-                }
-            });
+            for (row, sums) in (first..).zip(part.chunks_exact_mut(count)) {
+                local(row, sums, scratch);
+            }
         });
         backend.sum_over_neighbours(&mut sums, ranks);
         sums
@@ -56,23 +55,27 @@ pub(super) fn forward(
     let y = y.as_slice::<f32>(rows * e);
     let z = inputs.projected.floats();
     let squares = over_ranks(backend, dims, groups, |row, sums, scratch| {
-        let (v, scratch) = scratch.split_at_mut(e);
-        v.copy_from_slice(&y[row * e..][..e]);
-        gate(v, z.row(row * dims.proj, scratch));
-        sums.iter_mut().zip(v.chunks_exact(width)).for_each(|(sum, v)| *sum = math::dot(v, v));
+        vectorize!(backend.isa, || {
+            let (v, scratch) = scratch.split_at_mut(e);
+            v.copy_from_slice(&y[row * e..][..e]);
+            gate(v, z.row(row * dims.proj, scratch));
+            sums.iter_mut().zip(v.chunks_exact(width)).for_each(|(sum, v)| *sum = math::dot(v, v));
+        })
     });
     backend.build(&[dims.batch, dims.len, e], inputs.projected.dtype(), e, |row, out, scratch| {
-        out.copy_from_slice(&y[row * e..][..e]);
-        gate(out, z.row(row * dims.proj, scratch));
-        for (group, (v, w)) in
-            out.chunks_exact_mut(width).zip(params.norm_weight.chunks_exact(width)).enumerate()
-        {
-            let square = squares.as_ref().map_or_else(|| math::dot(v, v), |s| s[row * groups + group]);
-            let r = 1.0 / (square / channels + dims.spec.norm_eps).sqrt();
-            for (v, w) in v.iter_mut().zip(w) {
-                *v *= r * w;
+        vectorize!(backend.isa, || {
+            out.copy_from_slice(&y[row * e..][..e]);
+            gate(out, z.row(row * dims.proj, scratch));
+            for (group, (v, w)) in
+                out.chunks_exact_mut(width).zip(params.norm_weight.chunks_exact(width)).enumerate()
+            {
+                let square = squares.as_ref().map_or_else(|| math::dot(v, v), |s| s[row * groups + group]);
+                let r = 1.0 / (square / channels + dims.spec.norm_eps).sqrt();
+                for (v, w) in v.iter_mut().zip(w) {
+                    *v *= r * w;
+                }
             }
-        }
+        })
     })
 }
 
@@ -93,16 +96,18 @@ pub(super) fn adjoint(
     let channels = (width * dims.spec.norm_ranks) as f32;
     // Σ v² and Σ u·v of each group.
     let sums = over_ranks(backend, dims, 2 * groups, |row, sums, scratch| {
-        let (v, scratch) = scratch.split_at_mut(e);
-        v.copy_from_slice(&y[row * e..][..e]);
-        gate(v, inputs.projected.floats().row(row * dims.proj, scratch));
-        let dy = dy.floats().row(row * e, scratch);
-        for (group, sums) in sums.chunks_exact_mut(2).enumerate() {
-            let range = group * width..(group + 1) * width;
-            let (v, dy, w) = (&v[range.clone()], &dy[range.clone()], &params.norm_weight[range]);
-            sums[0] = math::dot(v, v);
-            sums[1] = math::sum_map([dy, w, v], |[dy, w, v]| dy * w * v);
-        }
+        vectorize!(backend.isa, || {
+            let (v, scratch) = scratch.split_at_mut(e);
+            v.copy_from_slice(&y[row * e..][..e]);
+            gate(v, inputs.projected.floats().row(row * dims.proj, scratch));
+            let dy = dy.floats().row(row * e, scratch);
+            for (group, sums) in sums.chunks_exact_mut(2).enumerate() {
+                let range = group * width..(group + 1) * width;
+                let (v, dy, w) = (&v[range.clone()], &dy[range.clone()], &params.norm_weight[range]);
+                sums[0] = math::dot(v, v);
+                sums[1] = math::sum_map([dy, w, v], |[dy, w, v]| dy * w * v);
+            }
+        })
     });
     let pieces = rows.div_ceil(ROWS);
     let mut d_scan = backend.pool.take::<f32>(rows * e);
@@ -114,7 +119,7 @@ pub(super) fn adjoint(
         let (v, u) = rest.split_at_mut(e);
         // SAFETY: each piece has its own part.
         let d_weight = unsafe { partials.slice(first / ROWS * e, e) };
-        backend.isa.run(|| {
+        vectorize!(backend.isa, || {
             for (i, d_scan) in d_rows.chunks_exact_mut(e).enumerate() {
                 let row = first + i;
                 let y = &y[row * e..][..e];

@@ -193,11 +193,13 @@ impl Documents {
     }
 
     /// Start of the document of position `l` of sequence `b`.
+    #[inline(always)]
     fn start(&self, b: usize, l: usize) -> isize {
         self.start[b * self.len + l]
     }
 
     /// May position `l` see position `s`, which is −(K−1)… for the initial conv state?
+    #[inline(always)]
     fn sees(&self, b: usize, l: usize, s: isize) -> bool {
         let start = self.start(b, l);
         start < 0 || s >= start
@@ -206,9 +208,7 @@ impl Documents {
 
 /// What both directions compute first.
 struct Front {
-    /// `[B·L, C]`, conv output before SiLU; only for the adjoint.
-    pre: Option<Block>,
-    /// `[B·L, C]`, after SiLU.
+    /// `[B·L, C]`, conv output after SiLU.
     act: Block,
     /// `[B, H, L]`, Δt.
     dt: Block,
@@ -229,7 +229,7 @@ pub(crate) fn forward(
         return step::step(backend, &dims, inputs, &params);
     }
     let documents = Documents::new(&dims, inputs.documents.as_ref());
-    let front = conv::front(backend, &dims, inputs, &params, &documents, false);
+    let front = conv::front(backend, &dims, inputs, &params, &documents);
     let mut states = scan::local_states(backend, &dims, &front, &documents);
     let initial = inputs.initial.as_ref().map(|s| s.ssm.f32());
     let last = scan::pass_states(backend, &dims, &front, &documents, initial, &mut states);

@@ -5,8 +5,9 @@
 
 use super::{Dims, Documents, Front, Params, Unit};
 use crate::CpuBackend;
-use crate::math;
-use crate::matmul::{Into, Mat, product, small};
+use crate::isa::vectorize;
+use crate::math::{self, LANES};
+use crate::matmul::{Into, Mat, Triangle, product, small, triangular};
 use crate::memory::Block;
 use crate::parallel::Shared;
 
@@ -16,59 +17,86 @@ pub(super) struct Decays<'a> {
     pub(super) dt: &'a [f32],
     /// `[n]`, cumulative sum of Δt·A.
     pub(super) cum: &'a [f32],
-    /// First position of the chunk, inside the sequence.
-    row: usize,
-    b: usize,
-    documents: &'a Documents,
+    span: Span,
+}
+
+/// How far the first and the last document of a chunk reach.
+#[derive(Clone, Copy)]
+pub(super) struct Span {
+    /// Positions that see the state which enters the chunk.
+    reach: usize,
+    /// First position of the last document.
+    tail: usize,
+}
+
+impl Span {
+    pub(super) fn new(documents: &Documents, unit: &Unit) -> Self {
+        let start = |i: usize| documents.start(unit.b, unit.row + i) - unit.row as isize;
+        Self {
+            reach: (0..unit.n).take_while(|&i| start(i) < 0).count(),
+            tail: start(unit.n - 1).max(0) as usize,
+        }
+    }
 }
 
 impl<'a> Decays<'a> {
-    pub(super) fn new(
-        dims: &Dims,
-        front: &'a Front,
-        documents: &'a Documents,
-        unit: &Unit,
-        head: usize,
-    ) -> Self {
+    pub(super) fn new(dims: &Dims, front: &'a Front, span: Span, unit: &Unit, head: usize) -> Self {
         let len = dims.spec.heads * dims.rows();
         let at = (unit.b * dims.spec.heads + head) * dims.len + unit.row;
         Self {
             dt: &front.dt.as_slice(len)[at..at + unit.n],
             cum: &front.cum.as_slice(len)[at..at + unit.n],
-            row: unit.row,
-            b: unit.b,
-            documents,
+            span,
         }
     }
 
-    fn last(&self) -> usize {
-        self.dt.len() - 1
+    /// Weights `[n]` of the state that enters the chunk.
+    #[inline(always)]
+    pub(super) fn entering(&self, to: &mut [f32]) {
+        let (live, rest) = to.split_at_mut(self.span.reach);
+        for (to, cum) in live.iter_mut().zip(self.cum) {
+            *to = math::decay(*cum);
+        }
+        rest.fill(0.0);
     }
 
-    /// First position of the chunk in the document of position `i`.
+    /// Decays `[n]` from each position to the end of the chunk; 0 where another document lies between.
     #[inline(always)]
-    pub(super) fn first(&self, i: usize) -> usize {
-        (self.documents.start(self.b, self.row + i) - self.row as isize).max(0) as usize
-    }
-
-    /// Weight at position `i` of the state that enters the chunk.
-    #[inline(always)]
-    pub(super) fn entering(&self, i: usize) -> f32 {
-        let reaches_back = self.documents.start(self.b, self.row + i) < self.row as isize;
-        if reaches_back { math::exp(self.cum[i]) } else { 0.0 }
-    }
-
-    /// Decay from position `j` to the end of the chunk; 0 where another document lies between.
-    #[inline(always)]
-    pub(super) fn leaving(&self, j: usize) -> f32 {
-        let last = self.last();
-        if j >= self.first(last) { math::exp(self.cum[last] - self.cum[j]) } else { 0.0 }
+    pub(super) fn leaving(&self, to: &mut [f32]) {
+        let (rest, live) = to.split_at_mut(self.span.tail);
+        rest.fill(0.0);
+        let end = self.cum[self.cum.len() - 1];
+        for (to, cum) in live.iter_mut().zip(&self.cum[self.span.tail..]) {
+            *to = math::decay(end - cum);
+        }
     }
 
     /// Decay over the whole chunk.
     #[inline(always)]
     pub(super) fn whole(&self) -> f32 {
-        self.entering(self.last())
+        if self.span.reach == self.cum.len() { math::decay(self.cum[self.cum.len() - 1]) } else { 0.0 }
+    }
+}
+
+/// `[n]`: the first position of each position's document, inside the chunk.
+pub(super) fn firsts(documents: &Documents, unit: &Unit) -> Vec<usize> {
+    (0..unit.n).map(|i| (documents.start(unit.b, unit.row + i) - unit.row as isize).max(0) as usize).collect()
+}
+
+/// Rows `[n, width]` of heads side by side: row i of head h = weights(h)[i] · rows(h, i).
+#[inline(always)]
+pub(super) fn weigh<'r>(
+    dst: &mut [f32],
+    width: usize,
+    head: usize,
+    weights: &[f32],
+    row: impl Fn(usize) -> &'r [f32],
+) {
+    for (i, (dst, w)) in dst.chunks_exact_mut(width).zip(weights).enumerate() {
+        let row = row(i);
+        for (d, r) in dst[head * row.len()..].iter_mut().zip(row) {
+            *d = w * r;
+        }
     }
 }
 
@@ -128,29 +156,42 @@ impl<'a> Views<'a> {
 
 /// `[B, chunks, H, P, N]`: what each chunk alone adds to the state by its end, Σ_j e^{c_n − c_j} Δt_j x_j B_jᵀ.
 pub(super) fn local_states(backend: &CpuBackend, dims: &Dims, front: &Front, documents: &Documents) -> Block {
-    let (p, n_state) = (dims.spec.head_dim, dims.spec.state);
+    chunk_products(backend, dims, |unit, weighted, weights| {
+        let views = Views::new(dims, front, unit);
+        let span = Span::new(documents, unit);
+        for (h, head) in unit.heads.clone().enumerate() {
+            let decays = Decays::new(dims, front, span, unit, head);
+            vectorize!(backend.isa, || {
+                decays.leaving(weights);
+                weights.iter_mut().zip(decays.dt).for_each(|(w, dt)| *w *= dt);
+                let width = unit.heads.len() * dims.spec.head_dim;
+                weigh(weighted, width, h, weights, |j| views.x_row(head, j));
+            });
+        }
+        views.b()
+    })
+}
+
+/// `[B, chunks, H, P, N]`: the sums over the positions of each chunk of an outer product: of the rows `[n, heads·P]` that
+/// `fill(unit, rows, scratch [n])` writes for the heads of a unit, and of those `[n, N]` of the matrix that it returns.
+pub(super) fn chunk_products<'a>(
+    backend: &CpuBackend,
+    dims: &Dims,
+    fill: impl Fn(&Unit, &mut [f32], &mut [f32]) -> Mat<'a> + Sync,
+) -> Block {
     let len = dims.batch * dims.chunks * dims.spec.heads * dims.state();
     let mut states = backend.pool.take::<f32>(len);
     let shared = Shared::new(states.as_mut_slice::<f32>(len));
     backend.workers.each(dims.units(), |index| {
         let unit = dims.unit(index);
-        let views = Views::new(dims, front, &unit);
-        let mut scratch = backend.pool.take::<f32>(unit.n * p);
-        let weighted = scratch.as_mut_slice::<f32>(unit.n * p);
-        for head in unit.heads.clone() {
-            let decays = Decays::new(dims, front, documents, &unit, head);
-            backend.isa.run(|| {
-                for (j, row) in weighted.chunks_exact_mut(p).enumerate() {
-                    let w = decays.leaving(j) * decays.dt[j];
-                    for (r, x) in row.iter_mut().zip(views.x_row(head, j)) {
-                        *r = w * x;
-                    }
-                }
-            });
-            // SAFETY: each (sequence, chunk, head) belongs to one unit.
-            let local = unsafe { shared.slice(dims.state_at(unit.b, unit.chunk, head), dims.state()) };
-            small(backend, Into::Set, local, n_state, Mat::new(&*weighted, unit.n, p).t(), views.b());
-        }
+        let (n, width) = (unit.n, unit.heads.len() * dims.spec.head_dim);
+        let mut scratch = backend.pool.take::<f32>(n * width + n);
+        let (weighted, weights) = scratch.as_mut_slice::<f32>(n * width + n).split_at_mut(n * width);
+        let rows = fill(&unit, weighted, weights);
+        let at = dims.state_at(unit.b, unit.chunk, unit.heads.start);
+        // SAFETY: each (sequence, chunk, head) belongs to one unit, and its heads' states lie side by side.
+        let states = unsafe { shared.slice(at, unit.heads.len() * dims.state()) };
+        small(backend, Into::Set, states, dims.spec.state, Mat::new(&*weighted, n, width).t(), rows);
     });
     states
 }
@@ -177,7 +218,7 @@ pub(super) fn pass_states(
             let decay = chunk_decay(dims, front, documents, b, chunk, head);
             // SAFETY: each (sequence, head) is one piece.
             let slot = unsafe { shared.slice(dims.state_at(b, chunk, head), state) };
-            backend.isa.run(|| {
+            vectorize!(backend.isa, || {
                 for (r, s) in running.iter_mut().zip(slot) {
                     let local = *s;
                     *s = *r;
@@ -200,7 +241,7 @@ pub(super) fn chunk_decay(
 ) -> f32 {
     let row = chunk * dims.q;
     let unit = Unit { b, chunk, row, n: dims.q.min(dims.len - row), group: 0, block: 0, heads: 0..0 };
-    Decays::new(dims, front, documents, &unit, head).whole()
+    Decays::new(dims, front, Span::new(documents, &unit), &unit, head).whole()
 }
 
 /// Scan output `[B·L, E]`, D skip included, from the states that enter the chunks.
@@ -218,45 +259,85 @@ pub(super) fn outputs(
     let shared = Shared::new(y.as_mut_slice::<f32>(dims.rows() * e));
     backend.workers.each(dims.units(), |index| {
         let unit = dims.unit(index);
-        let n = unit.n;
+        let (n, width) = (unit.n, unit.heads.len() * p);
         let views = Views::new(dims, front, &unit);
-        let mut scratch = backend.pool.take::<f32>(2 * n * n + n * p);
-        let (scores, rest) = scratch.as_mut_slice::<f32>(2 * n * n + n * p).split_at_mut(n * n);
-        let (weights, from_state) = rest.split_at_mut(n * n);
-        // C·Bᵀ is shared by the heads of the group.
-        small(backend, Into::Set, scores, n, views.c(), views.b().t());
-        for head in unit.heads.clone() {
-            let decays = Decays::new(dims, front, documents, &unit, head);
-            let state = Mat::new(&states[dims.state_at(unit.b, unit.chunk, head)..], p, n_state);
-            small(backend, Into::Set, from_state, p, views.c(), state.t());
+        let (span, ends) = (Span::new(documents, &unit), ends(documents, &unit));
+        let len = OutputScratch::len(n, width);
+        let mut scratch = backend.pool.take::<f32>(len);
+        let s = OutputScratch::new(n, width, scratch.as_mut_slice::<f32>(len));
+        // Both are shared by the heads of the group.
+        triangular(backend, Triangle::ResultUpper, Into::Set, s.scores, n, views.b(), views.c().t());
+        let entering = &states[dims.state_at(unit.b, unit.chunk, unit.heads.start)..];
+        small(backend, Into::Set, s.from_state, width, views.c(), Mat::new(entering, width, n_state).t());
+        for (h, head) in unit.heads.clone().enumerate() {
+            let decays = Decays::new(dims, front, span, &unit, head);
             let at = (unit.b * dims.len + unit.row) * e + head * p;
-            backend.isa.run(|| {
+            vectorize!(backend.isa, || {
+                decays.entering(s.entering);
                 for i in 0..n {
-                    let first = decays.first(i);
-                    let row = &mut weights[i * n..][..n];
-                    row[..first].fill(0.0);
-                    row[i + 1..].fill(0.0);
-                    let live = first..i + 1;
-                    let cum = decays.cum[i];
-                    for (((w, s), c), dt) in row[live.clone()]
-                        .iter_mut()
-                        .zip(&scores[i * n..][live.clone()])
-                        .zip(&decays.cum[live.clone()])
-                        .zip(&decays.dt[live])
-                    {
-                        *w = s * math::exp(cum - c) * dt;
-                    }
-                    let entering = decays.entering(i);
                     // SAFETY: each (position, head) belongs to one unit.
                     let out = unsafe { shared.slice(at + i * e, p) };
-                    for ((o, s), x) in out.iter_mut().zip(&from_state[i * p..]).zip(views.x_row(head, i)) {
-                        *o = entering * s + params.d[head] * x;
+                    let from_state = &s.from_state[i * width + h * p..][..p];
+                    let (entering, skip) = (s.entering[i], params.d[head]);
+                    for ((o, from), x) in out.iter_mut().zip(from_state).zip(views.x_row(head, i)) {
+                        *o = entering * from + skip * x;
+                    }
+                }
+                for (j, (row, &end)) in s.weights.chunks_exact_mut(n).zip(&ends).enumerate() {
+                    let (from, to) = (j / LANES * LANES, n.min(end.next_multiple_of(LANES)));
+                    row[..from].fill(0.0);
+                    row[to..].fill(0.0);
+                    let (cum, dt) = (decays.cum[j], decays.dt[j]);
+                    let (first, end) = ((j - from) as u32, (end - from) as u32);
+                    let scores = s.scores[j * n..][from..to].iter().zip(&decays.cum[from..to]);
+                    for (i, (w, (score, c))) in row[from..to].iter_mut().zip(scores).enumerate() {
+                        let live = (first <= i as u32) & ((i as u32) < end);
+                        let weight = score * math::decay(c - cum) * dt;
+                        *w = if live { weight } else { 0.0 };
                     }
                 }
             });
+            // Σ_j W_ij x_j.
+            let weights = Mat::new(&*s.weights, n, n).t();
+            let triangle = Triangle::LeftLower;
             // SAFETY: as above.
-            unsafe { product(backend, Into::Add, &shared, at, e, Mat::new(&*weights, n, n), views.x(head)) };
+            unsafe { product(backend, triangle, Into::Add, &shared, at, e, weights, views.x(head)) };
         }
     });
     y
+}
+
+/// `[n]`: the position that follows the last one of each position's document, inside the chunk.
+fn ends(documents: &Documents, unit: &Unit) -> Vec<usize> {
+    let firsts = firsts(documents, unit);
+    let mut ends = vec![unit.n; unit.n];
+    for j in (0..unit.n - 1).rev() {
+        ends[j] = if firsts[j + 1] > j { j + 1 } else { ends[j + 1] };
+    }
+    ends
+}
+
+/// Scratch of one unit, n positions, `width` = heads·P.
+struct OutputScratch<'a> {
+    /// `[n, n]`: B_j·C_i in row j; only i ≥ j is computed.
+    scores: &'a mut [f32],
+    /// `[n, n]`: W_ij in row j.
+    weights: &'a mut [f32],
+    /// `[n, heads·P]`: C_i·S.
+    from_state: &'a mut [f32],
+    /// `[n]`.
+    entering: &'a mut [f32],
+}
+
+impl<'a> OutputScratch<'a> {
+    fn len(n: usize, width: usize) -> usize {
+        2 * n * n + n * width + n
+    }
+
+    fn new(n: usize, width: usize, block: &'a mut [f32]) -> Self {
+        let (scores, rest) = block.split_at_mut(n * n);
+        let (weights, rest) = rest.split_at_mut(n * n);
+        let (from_state, entering) = rest.split_at_mut(n * width);
+        Self { scores, weights, from_state, entering }
+    }
 }

@@ -4,6 +4,7 @@ use elapid_tensor::{DType, Mamba2Inputs, Mamba2Output, State};
 
 use super::{Dims, Documents, Params, conv, gate};
 use crate::CpuBackend;
+use crate::isa::vectorize;
 use crate::math;
 use crate::parallel::Shared;
 use crate::tensor::Tensor;
@@ -17,7 +18,7 @@ pub(super) fn step(
 ) -> Mamba2Output<Tensor> {
     let (heads, p, n_state) = (dims.spec.heads, dims.spec.head_dim, dims.spec.state);
     let documents = Documents::new(dims, None);
-    let front = conv::front(backend, dims, inputs, params, &documents, false);
+    let front = conv::front(backend, dims, inputs, params, &documents);
     let act = front.act.as_slice::<f32>(dims.batch * dims.c);
     let (dt, cum) =
         (front.dt.as_slice::<f32>(dims.batch * heads), front.cum.as_slice::<f32>(dims.batch * heads));
@@ -31,14 +32,14 @@ pub(super) fn step(
     let shared_y = Shared::new(y.as_mut_slice::<f32>(dims.batch * dims.e));
     // A few heads a piece: one alone is too little to be worth handing over.
     backend.workers.rows(ssm.as_mut_slice::<f32>(count), dims.state(), 4, |first, states| {
-        backend.isa.run(|| {
+        vectorize!(backend.isa, || {
             for (index, state) in (first..).zip(states.chunks_exact_mut(dims.state())) {
                 let (b, head) = (index / heads, index % heads);
                 let group = head / (heads / dims.spec.groups);
                 let row = &act[b * dims.c..][..dims.c];
                 let (b_row, c_row) =
                     (&row[dims.b_channel(group)..][..n_state], &row[dims.c_channel(group)..][..n_state]);
-                let decay = math::exp(cum[index]);
+                let decay = math::decay(cum[index]);
                 // SAFETY: each (sequence, head) belongs to one piece.
                 let y = unsafe { shared_y.slice(index * p, p) };
                 for ((y, x), s) in y.iter_mut().zip(&row[head * p..]).zip(state.chunks_exact_mut(n_state)) {

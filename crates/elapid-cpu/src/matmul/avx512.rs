@@ -8,7 +8,7 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::{Into, Mat};
+use super::{Into, Mat, Triangle};
 use crate::CpuBackend;
 use crate::isa::Isa;
 use crate::tensor::Floats;
@@ -28,6 +28,7 @@ const DEPTH: usize = 128;
 /// The CPU must have the instructions of the backend's path; the places of `dst` must be valid and this thread's own.
 pub(super) unsafe fn product(
     backend: &CpuBackend,
+    triangle: Triangle,
     into: Into,
     dst: *mut f32,
     stride: usize,
@@ -38,9 +39,9 @@ pub(super) unsafe fn product(
     // SAFETY: the caller's promises; this path was chosen for a CPU that has these instructions.
     unsafe {
         if any_bf16 && backend.isa == Isa::Avx512Bf16 {
-            passes::<Pairs>(backend, into, dst, stride, lhs, rhs);
+            passes::<Pairs>(backend, triangle, into, dst, stride, lhs, rhs);
         } else {
-            passes::<Single>(backend, into, dst, stride, lhs, rhs);
+            passes::<Single>(backend, triangle, into, dst, stride, lhs, rhs);
         }
     }
 }
@@ -161,6 +162,7 @@ fn mask(lanes: usize) -> __mmask16 {
 /// As for [`product`].
 unsafe fn passes<U: Unit>(
     backend: &CpuBackend,
+    triangle: Triangle,
     into: Into,
     dst: *mut f32,
     stride: usize,
@@ -179,10 +181,24 @@ unsafe fn passes<U: Unit>(
         let units = k.div_ceil(U::NUMBERS);
         let (lhs, rhs) = (lhs.cols(first, k), rhs.rows(first, k));
         let into = if first == 0 { into } else { Into::Add };
+        // The units of a panel that may be other than zeros.
+        let live = |panel: usize| {
+            let inside = |row: usize| row.saturating_sub(first);
+            match triangle {
+                Triangle::LeftLower => 0..units.min(inside((panel + 1) * ROWS).div_ceil(U::NUMBERS)),
+                Triangle::LeftUpper => units.min(inside(panel * ROWS) / U::NUMBERS)..units,
+                _ => 0..units,
+            }
+        };
         for (panel, a) in a.chunks_mut(ROWS * units).take(panels).enumerate() {
-            let rows = lhs.rows(panel * ROWS, ROWS.min(m - panel * ROWS));
-            // SAFETY: the CPU has AVX-512; a panel is as long as its units.
-            unsafe { pack::<U, ROWS>(rows, a.as_mut_ptr()) };
+            let live = live(panel);
+            if !live.is_empty() {
+                let from = live.start * U::NUMBERS;
+                let rows = lhs.rows(panel * ROWS, ROWS.min(m - panel * ROWS));
+                let rows = rows.cols(from, k.min(live.end * U::NUMBERS) - from);
+                // SAFETY: the CPU has AVX-512; a panel is as long as its units.
+                unsafe { pack::<U, ROWS>(rows, a[live.start * ROWS..].as_mut_ptr()) };
+            }
         }
         for j in (0..n).step_by(COLS) {
             let cols = COLS.min(n - j);
@@ -190,10 +206,18 @@ unsafe fn passes<U: Unit>(
             unsafe { pack::<U, COLS>(rhs.cols(j, cols).t(), b.as_mut_ptr()) };
             for (panel, a) in a.chunks(ROWS * units).take(panels).enumerate() {
                 let i = panel * ROWS;
+                let live = live(panel);
+                match triangle {
+                    Triangle::ResultLower if j >= i + ROWS => continue,
+                    Triangle::ResultUpper if j + cols <= i => continue,
+                    // Zeros are set once and added never.
+                    _ if live.is_empty() && into == Into::Add => continue,
+                    _ => {}
+                }
                 let tile = Tile {
-                    units,
-                    a: a.as_ptr(),
-                    b: b.as_ptr(),
+                    units: live.len(),
+                    a: a[live.start * ROWS..].as_ptr(),
+                    b: b[live.start * COLS..].as_ptr(),
                     dst: dst.wrapping_add(i * stride + j),
                     stride,
                     rows: ROWS.min(m - i),
@@ -442,7 +466,7 @@ mod tests {
         }
     }
 
-    type Product = unsafe fn(&CpuBackend, Into, *mut f32, usize, Mat, Mat);
+    type Product = unsafe fn(&CpuBackend, Triangle, Into, *mut f32, usize, Mat, Mat);
 
     fn check(product: Product, backend: &CpuBackend, rounded: bool) {
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(5);
@@ -460,7 +484,9 @@ mod tests {
                 // What must not be touched, or only added to.
                 let mut dst = vec![if bit(4) { 0.5 } else { f32::NAN }; m * stride];
                 // SAFETY: the tests below ask the CPU; the destination is as large as it must be.
-                unsafe { product(backend, into, dst.as_mut_ptr(), stride, lhs.mat(), rhs.mat()) };
+                unsafe {
+                    product(backend, Triangle::None, into, dst.as_mut_ptr(), stride, lhs.mat(), rhs.mat())
+                };
                 for i in 0..m {
                     for j in 0..stride {
                         let got = dst[i * stride + j];
@@ -484,13 +510,66 @@ mod tests {
         }
     }
 
+    /// A triangle spares work and changes no number that is asked for.
+    fn check_triangles(product: Product, backend: &CpuBackend) {
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(6);
+        let (mut full, mut spared) = (Vec::new(), Vec::new());
+        for (n, width) in [(1, 3), (17, 70), (128, 64), (300, 5)] {
+            for case in 0..32 {
+                let bit = |bit: usize| case >> bit & 1 == 1;
+                let (left, lower) = (bit(0), bit(1));
+                let (k, cols) = if left { (n, width) } else { (width, n) };
+                let mut lhs = Operand::new(&mut rng, n, k, bit(2), bit(3));
+                let rhs = Operand::new(&mut rng, k, cols, bit(4), false);
+                let zero = |i: usize, j: usize| if lower { j > i } else { j < i };
+                if left {
+                    for (i, j) in
+                        (0..n).flat_map(|i| (0..n).map(move |j| (i, j))).filter(|&(i, j)| zero(i, j))
+                    {
+                        let at = if lhs.transposed { j * (n + GAP) + i } else { i * (n + GAP) + j };
+                        (lhs.wide[at], lhs.narrow[at]) = (0.0, half::bf16::ZERO);
+                    }
+                }
+                let triangle = match (left, lower) {
+                    (true, true) => Triangle::LeftLower,
+                    (true, false) => Triangle::LeftUpper,
+                    (false, true) => Triangle::ResultLower,
+                    (false, false) => Triangle::ResultUpper,
+                };
+                for into in [Into::Set, Into::Add] {
+                    for (dst, triangle) in [(&mut full, Triangle::None), (&mut spared, triangle)] {
+                        dst.clear();
+                        dst.resize(n * cols, if into == Into::Set { f32::NAN } else { 0.5 });
+                        // SAFETY: the test below asks the CPU; the destination is as large as it must be.
+                        unsafe {
+                            product(backend, triangle, into, dst.as_mut_ptr(), cols, lhs.mat(), rhs.mat());
+                        }
+                    }
+                    for (at, (full, spared)) in full.iter().zip(&spared).enumerate() {
+                        if left || !zero(at / cols, at % cols) {
+                            assert_eq!(full, spared, "{n} {width}, case {case}, at {at}");
+                        }
+                    }
+                    let unread = (0..n * cols).filter(|at| spared[*at].is_nan()).count();
+                    assert!(unread == 0 || !left);
+                    // A tile may reach over the diagonal, but most of a triangle is spared.
+                    assert!(left || into == Into::Add || n < 128 || 4 * unread > n * n);
+                }
+            }
+        }
+    }
+
     #[test]
     fn products_of_either_dtype_in_every_layout() {
         let backend = CpuBackend::new(&CpuOptions { poison: true, ..CpuOptions::default() }).unwrap();
-        check(super::super::portable, &backend, false);
+        // SAFETY: the promise of the caller, `check`, is the same.
+        let portable: Product = |b, _, i, d, s, l, r| unsafe { super::super::portable(b, i, d, s, l, r) };
+        check(portable, &backend, false);
         if Isa::available().contains(&Isa::Avx512) {
             check(passes::<Single>, &backend, false);
             check(passes::<SlowPairs>, &backend, true);
+            check_triangles(passes::<Single>, &backend);
+            check_triangles(passes::<SlowPairs>, &backend);
         }
         if Isa::available().contains(&Isa::Avx512Bf16) {
             check(passes::<Pairs>, &backend, true);

@@ -84,6 +84,21 @@ pub(crate) enum Into {
     Add,
 }
 
+/// What of a product of square extents is known to be zero, or is not asked for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Triangle {
+    /// Nothing.
+    None,
+    /// The left operand holds zeros above its diagonal.
+    LeftLower,
+    /// The left operand holds zeros below its diagonal.
+    LeftUpper,
+    /// Of the destination, what lies above the diagonal is never read: it holds anything.
+    ResultLower,
+    /// The same of what lies below the diagonal.
+    ResultUpper,
+}
+
 /// Largest tile of a destination. Tiles are what threads share out; their extents decide how often an operand is packed
 /// again.
 const TILE_ROWS: usize = 256;
@@ -105,7 +120,7 @@ pub(crate) fn matmul(backend: &CpuBackend, into: Into, dst: &mut [f32], stride: 
         let lhs = lhs.rows(i, tile_m.min(m - i));
         let rhs = rhs.cols(j, tile_n.min(n - j));
         // SAFETY: tiles of one destination are disjoint.
-        unsafe { product(backend, into, &shared, i * stride + j, stride, lhs, rhs) };
+        unsafe { product(backend, Triangle::None, into, &shared, i * stride + j, stride, lhs, rhs) };
     });
 }
 
@@ -116,8 +131,21 @@ fn even(len: usize, most: usize) -> usize {
 
 /// One product on the calling thread.
 pub(crate) fn small(backend: &CpuBackend, into: Into, dst: &mut [f32], stride: usize, lhs: Mat, rhs: Mat) {
+    triangular(backend, Triangle::None, into, dst, stride, lhs, rhs);
+}
+
+/// One product on the calling thread, of which a part is spared.
+pub(crate) fn triangular(
+    backend: &CpuBackend,
+    triangle: Triangle,
+    into: Into,
+    dst: &mut [f32],
+    stride: usize,
+    lhs: Mat,
+    rhs: Mat,
+) {
     // SAFETY: the borrow of `dst` is unique.
-    unsafe { product(backend, into, &Shared::new(dst), 0, stride, lhs, rhs) };
+    unsafe { product(backend, triangle, into, &Shared::new(dst), 0, stride, lhs, rhs) };
 }
 
 /// One product on the calling thread into the places `from + i·stride + j` of `dst`.
@@ -126,6 +154,7 @@ pub(crate) fn small(backend: &CpuBackend, into: Into, dst: &mut [f32], stride: u
 /// No other thread may touch those places meanwhile.
 pub(crate) unsafe fn product(
     backend: &CpuBackend,
+    triangle: Triangle,
     into: Into,
     dst: &Shared<'_, f32>,
     from: usize,
@@ -143,13 +172,15 @@ pub(crate) unsafe fn product(
         // SAFETY: the destination lies inside its slice (the line above), its places are the caller's, and the backend
         // runs no path that the CPU does not have.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Avx512Bf16 => unsafe { avx512::product(backend, into, dst, stride, lhs, rhs) },
+        Isa::Avx512 | Isa::Avx512Bf16 => unsafe {
+            avx512::product(backend, triangle, into, dst, stride, lhs, rhs);
+        },
         // SAFETY: as above.
         _ => unsafe { portable(backend, into, dst, stride, lhs, rhs) },
     }
 }
 
-/// [`product`] by `gemm`, which knows fp32: bf16 operands are widened, some of k at a time.
+/// [`product`] by `gemm`, which knows fp32: bf16 operands are widened, some of k at a time; all of it is computed.
 ///
 /// # Safety
 /// The places of `dst` must be valid and this thread's own.

@@ -78,8 +78,9 @@ pub(super) struct Play {
     /// Chunk length and chunks of a sequence.
     q: u128,
     chunks: u128,
-    /// Blocks of heads over all groups.
+    /// Blocks of heads over all groups, and the channels of one.
     blocks: u128,
+    width: u128,
 }
 
 const F32: u128 = 4;
@@ -118,6 +119,7 @@ impl Play {
             q: q as u128,
             chunks: demand.length.div_ceil(q) as u128,
             blocks: (spec.groups * (spec.heads / spec.groups).div_ceil(8)) as u128,
+            width: ((spec.heads / spec.groups).min(8) * spec.head_dim) as u128,
         }
     }
 
@@ -287,13 +289,13 @@ impl Play {
 
     /// The mixer: its output `[rows, E]`, and what it saves: the scan's output in fp32 and the final state.
     fn mamba2(&mut self, save: bool) -> (u128, Vec<u128>) {
-        let Self { rows, batch, threads, compute, e, c, p, n, k, q, .. } = *self;
-        let front = self.front(false);
+        let Self { rows, batch, threads, compute, e, c, n, k, q, width, .. } = *self;
+        let front = self.front();
         let states = self.states();
-        self.scratch(threads, q * p);
+        self.scratch(threads, q * width + q);
         let last = self.pool.take(batch * e * n * F32);
         let y = self.pool.take(rows * e * F32);
-        self.scratch(threads, 2 * q * q + q * p);
+        self.scratch(threads, 2 * q * q + q * width + q);
         self.pool.give(front.into_iter().chain([states]));
         let out = self.pool.take(rows * e * compute);
         let conv = self.pool.take(batch * (k - 1) * c * F32);
@@ -305,37 +307,37 @@ impl Play {
     }
 
     fn mamba2_adjoint(&mut self) -> u128 {
-        let Self { rows, batch, threads, e, c, h, proj, p, n, k, q, chunks, blocks, .. } = *self;
-        let front = self.front(true);
+        let Self { rows, batch, threads, e, c, h, proj, p, n, k, q, chunks, blocks, width, .. } = *self;
+        let front = self.front();
         let states = self.states();
-        self.scratch(threads, q * p);
+        self.scratch(threads, q * width + q);
         self.scratch(1, batch * e * n); // state after the last chunk
         let projected = self.pool.take(rows * proj * F32);
         let d_scan = self.pool.take(rows * e * F32);
         self.scratch(1, rows.div_ceil(16) * e); // partial sums of the gated norm's weight
         let d_states = self.states();
-        self.scratch(threads, q * p);
+        self.scratch(threads, q * width + q);
         let d_initial = self.pool.take(batch * e * n * F32);
         let act = self.pool.take(rows * c * F32);
         let per_block = self.pool.take(blocks * rows * 2 * n * F32);
         let steps = [(); 2].map(|()| self.pool.take(h * rows * F32));
-        self.scratch(threads, 4 * q * q + 2 * q * p + q * n);
+        self.scratch(threads, 3 * q * q + q * width + 2 * q * p + q * n + 3 * q);
         self.pool.give([d_scan, states, d_states]);
+        let d_conv = self.pool.take(batch * (k - 1) * c * F32);
         let partial = self.pool.take(batch * chunks * (k + 1) * c * F32);
-        self.scratch(threads, (q + k - 1) * c);
-        self.pool.give([partial]);
+        self.scratch(threads, (k - 1 + 2 * (q + k - 1)) * c.min(256));
+        self.pool.give([partial, d_conv]);
         let d_projected = self.round(projected, rows * proj);
         self.pool.give(front.into_iter().chain([d_initial, act, per_block]).chain(steps));
         d_projected
     }
 
-    /// Conv output (for the adjoint before SiLU too), Δt and its cumulative sum.
-    fn front(&mut self, before_silu: bool) -> Vec<u128> {
-        let Self { rows, threads, c, h, k, q, .. } = *self;
-        let conv = (0..1 + u128::from(before_silu)).map(|_| rows * c);
-        let blocks = conv.chain([h * rows, h * rows]).map(|len| self.pool.take(len * F32)).collect();
-        self.scratch(threads, (q + k - 1) * c + c);
-        blocks
+    /// Conv output, Δt and its cumulative sum.
+    fn front(&mut self) -> Vec<u128> {
+        let Self { rows, threads, c, h, k, .. } = *self;
+        let blocks = [rows * c, h * rows, h * rows].map(|len| self.pool.take(len * F32));
+        self.scratch(threads, (k + 1) * c + 3 * h);
+        blocks.to_vec()
     }
 
     /// `[B, chunks, H, P, N]`.
