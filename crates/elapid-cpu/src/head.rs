@@ -10,8 +10,8 @@ use crate::matmul::{Into, Mat, matmul};
 use crate::parallel::Shared;
 use crate::tensor::{Buffer, Tensor};
 
-/// Logits of one block hold at most this many numbers (32 MiB), but never less than 16 positions.
-const BLOCK: usize = 8 << 20;
+/// Logits of one block hold at most this many numbers (64 MiB), but never less than 16 positions.
+const BLOCK: usize = 16 << 20;
 
 pub(crate) fn forward(
     backend: &CpuBackend,

@@ -219,7 +219,8 @@ impl Play {
     /// What head_loss needs for a moment: the logits of a block of positions.
     fn head(&mut self) {
         let Self { rows, v, .. } = *self;
-        let block = ((8 << 20) / v).max(16).min(rows);
+        let most = ((16 << 20) / v).max(16); // `BLOCK` of the backend's `head`
+        let block = rows.div_ceil(rows.div_ceil(most));
         let logits = self.pool.take(block * v * F32);
         self.pool.give([logits]);
     }
