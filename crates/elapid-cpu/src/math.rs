@@ -44,16 +44,21 @@ pub(crate) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
-/// x · sigmoid(x) within 2.5 ε; −0 below −88.7, where it is less than 3e-37. −∞ gives NaN.
+/// x · sigmoid(x) within 3 ε; −0 below −88.7, where it is less than 3e-37. −∞ gives NaN.
 #[inline(always)]
 pub(crate) fn silu(x: f32) -> f32 {
-    x / (1.0 + exp(-x))
+    x * sigmoid(x)
 }
 
 /// Derivative of [`silu`], within 5 ε of itself and 5 ε more (it passes through 0). ±∞ give NaN.
 #[inline(always)]
 pub(crate) fn silu_slope(x: f32) -> f32 {
-    let s = sigmoid(x);
+    slope_at(x, sigmoid(x))
+}
+
+/// The same where s = sigmoid(x) is at hand.
+#[inline(always)]
+pub(crate) fn slope_at(x: f32, s: f32) -> f32 {
     s * (1.0 + x * (1.0 - s))
 }
 
@@ -204,7 +209,7 @@ mod tests {
         let (error, x) = worst(sigmoid, sigma, 1e-38, |_| true);
         assert!(error < 2.5, "{error} at {x:e}");
         let (error, x) = worst(silu, |x| x * sigma(x), 3e-37, |_| true);
-        assert!(error < 2.5, "{error} at {x:e}");
+        assert!(error < 3.0, "{error} at {x:e}");
         // The slope has a zero at −1.28, so that its error is measured against 1.
         let slope = |x: f64| sigma(x) * (1.0 + x * sigma(-x));
         let (error, x) = worst(silu_slope, slope, f64::from(f32::EPSILON), |_| true);

@@ -114,8 +114,9 @@ pub(super) fn adjoint(
     let mut partial = backend.pool.zeros::<f32>(pieces * e);
     let partials = Shared::new(partial.as_mut_slice::<f32>(pieces * e));
     backend.workers.rows(d_scan.as_mut_slice::<f32>(rows * e), e, ROWS, |first, d_rows| {
-        let mut scratch = backend.pool.take::<f32>(3 * e);
-        let (z, rest) = scratch.as_mut_slice::<f32>(3 * e).split_at_mut(e);
+        let mut scratch = backend.pool.take::<f32>(4 * e);
+        let (z, rest) = scratch.as_mut_slice::<f32>(4 * e).split_at_mut(e);
+        let (s, rest) = rest.split_at_mut(e);
         let (v, u) = rest.split_at_mut(e);
         // SAFETY: each piece has its own part.
         let d_weight = unsafe { partials.slice(first / ROWS * e, e) };
@@ -125,8 +126,10 @@ pub(super) fn adjoint(
                 let y = &y[row * e..][..e];
                 inputs.projected.floats().load(row * dims.proj, z);
                 dy.floats().load(row * e, u);
-                v.copy_from_slice(y);
-                gate(v, z);
+                for (((v, s), y), z) in v.iter_mut().zip(&mut *s).zip(y).zip(&*z) {
+                    *s = math::sigmoid(*z);
+                    *v = y * z * *s;
+                }
                 for group in 0..groups {
                     let (from, to) = (group * width, (group + 1) * width);
                     let (v, u) = (&mut v[from..to], &mut u[from..to]);
@@ -151,9 +154,10 @@ pub(super) fn adjoint(
                 // v is the cotangent of y·silu(z) now.
                 // SAFETY: pieces cover disjoint rows.
                 let dz = unsafe { d_projected.slice(row * dims.proj, e) };
-                for ((((ds, dz), v), y), z) in d_scan.iter_mut().zip(dz.iter_mut()).zip(&*v).zip(y).zip(&*z) {
-                    *ds = v * math::silu(*z);
-                    *dz = v * y * math::silu_slope(*z);
+                let gates = z.iter().zip(&*s);
+                for ((((ds, dz), v), y), (z, s)) in d_scan.iter_mut().zip(dz).zip(&*v).zip(y).zip(gates) {
+                    *ds = v * z * s;
+                    *dz = v * y * math::slope_at(*z, *s);
                 }
             }
         });
