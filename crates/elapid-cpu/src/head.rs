@@ -10,8 +10,8 @@ use crate::matmul::{Into, Mat, matmul};
 use crate::parallel::Shared;
 use crate::tensor::{Buffer, Tensor};
 
-/// Logits of one block hold at most this many numbers (32 MiB), but never less than 16 positions.
-const BLOCK: usize = 8 << 20;
+/// Logits of one block hold at most this many numbers (64 MiB), but never less than 16 positions.
+const BLOCK: usize = 16 << 20;
 
 pub(crate) fn forward(
     backend: &CpuBackend,
@@ -140,13 +140,13 @@ impl Part {
         }
         // Lanes, since a running maximum would be a chain of compares; a NaN goes to the sum below.
         let mut lanes = [f32::NEG_INFINITY; 16];
-        for part in row.chunks(16) {
+        let (parts, rest) = row.as_chunks::<16>();
+        for part in parts {
             lanes.iter_mut().zip(part).for_each(|(m, x)| *m = if *x > *m { *x } else { *m });
         }
-        let max = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
+        let max = lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
         let logit = place.map_or(0.0, |place| row[place]);
-        row.iter_mut().for_each(|x| *x = math::exp(*x - max));
-        Self { max, sum: math::sum_map([row], |[x]| x), logit }
+        Self { max, sum: math::map_sum(row, |x| math::exp(x - max)), logit }
     }
 
     /// The parts of all tensor-parallel ranks in one, position by position.

@@ -1,11 +1,12 @@
 //! `linear` and `logits`.
 
 use elapid_tensor::{DType, Sink, Slot};
+use half::bf16;
 
 use crate::CpuBackend;
 use crate::isa::vectorize;
 use crate::math;
-use crate::matmul::{Into, Mat, matmul};
+use crate::matmul::{Into, Mat, matmul, rounded};
 use crate::parallel::ROWS;
 use crate::tensor::Tensor;
 
@@ -13,8 +14,25 @@ use crate::tensor::Tensor;
 const FEW_ROWS: usize = 4;
 
 pub(crate) fn forward(backend: &CpuBackend, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
-    let y = product(backend, x, weight, bias);
-    backend.cast_to(&y, x.dtype())
+    let (input, output) = (x.last(), weight.shape()[0]);
+    let rows = x.len() / input;
+    if x.dtype() == DType::F32 || rows < FEW_ROWS {
+        return backend.cast_to(&product(backend, x, weight, bias), x.dtype());
+    }
+    assert_eq!(weight.shape(), [output, input]);
+    let bias = bias.map(|bias| backend.cast_to(bias, DType::F32));
+    let weight = Mat::new(weight.floats(), output, input).t();
+    let mut y = backend.pool.take::<bf16>(rows * output);
+    let (out, x_mat) = (y.as_mut_slice(rows * output), Mat::new(x.floats(), rows, input));
+    rounded(backend, out, x_mat, weight, bias.as_ref().map(Tensor::f32));
+    Tensor::new(y, &with_last(x, output), x.dtype())
+}
+
+/// The shape of `x` with another last axis.
+fn with_last(x: &Tensor, width: usize) -> Vec<usize> {
+    let mut shape = x.shape().to_vec();
+    *shape.last_mut().expect("not a scalar") = width;
+    shape
 }
 
 /// `x [.., I] · weight [O, I]ᵀ + bias` in fp32.
@@ -22,8 +40,6 @@ pub(crate) fn product(backend: &CpuBackend, x: &Tensor, weight: &Tensor, bias: O
     let (input, output) = (x.last(), weight.shape()[0]);
     assert_eq!(weight.shape(), [output, input]);
     let rows = x.len() / input;
-    let mut shape = x.shape().to_vec();
-    *shape.last_mut().expect("not a scalar") = output;
     let mut y = backend.pool.take::<f32>(rows * output);
     let out = y.as_mut_slice::<f32>(rows * output);
     if rows < FEW_ROWS {
@@ -40,7 +56,7 @@ pub(crate) fn product(backend: &CpuBackend, x: &Tensor, weight: &Tensor, bias: O
             }
         });
     }
-    Tensor::new(y, &shape, DType::F32)
+    Tensor::new(y, &with_last(x, output), DType::F32)
 }
 
 /// The product as one dot product an output, in pieces of outputs.
@@ -82,8 +98,14 @@ pub(crate) fn adjoint(
         let sums = backend.sum_rows(backend.cast_to(dy, DType::F32).f32(), output);
         buffer.slot_mut(slot).iter_mut().zip(&sums).for_each(|(g, s)| *g += s);
     }
-    let mut dx = backend.pool.take::<f32>(rows * input);
-    let out = dx.as_mut_slice::<f32>(rows * input);
-    matmul(backend, Into::Set, out, input, dy_mat, Mat::new(weight.floats(), output, input));
-    backend.cast_to(&Tensor::new(dx, x.shape(), DType::F32), x.dtype())
+    let weight = Mat::new(weight.floats(), output, input);
+    if x.dtype() == DType::F32 {
+        let mut dx = backend.pool.take::<f32>(rows * input);
+        matmul(backend, Into::Set, dx.as_mut_slice(rows * input), input, dy_mat, weight);
+        Tensor::new(dx, x.shape(), DType::F32)
+    } else {
+        let mut dx = backend.pool.take::<bf16>(rows * input);
+        rounded(backend, dx.as_mut_slice(rows * input), dy_mat, weight, None);
+        Tensor::new(dx, x.shape(), DType::Bf16)
+    }
 }

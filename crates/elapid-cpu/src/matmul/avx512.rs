@@ -190,20 +190,21 @@ unsafe fn passes<U: Unit>(
                 _ => 0..units,
             }
         };
-        for (panel, a) in a.chunks_mut(ROWS * units).take(panels).enumerate() {
-            let live = live(panel);
-            if !live.is_empty() {
-                let from = live.start * U::NUMBERS;
-                let rows = lhs.rows(panel * ROWS, ROWS.min(m - panel * ROWS));
-                let rows = rows.cols(from, k.min(live.end * U::NUMBERS) - from);
-                // SAFETY: the CPU has AVX-512; a panel is as long as its units.
-                unsafe { pack::<U, ROWS>(rows, a[live.start * ROWS..].as_mut_ptr()) };
+        // Two panels make a vector.
+        for panel in (0..panels).step_by(2) {
+            let (from, to) = (live(panel).start, live(panels.min(panel + 2) - 1).end);
+            if from < to {
+                let rows = lhs.rows(panel * ROWS, (2 * ROWS).min(m - panel * ROWS));
+                let rows = rows.cols(from * U::NUMBERS, k.min(to * U::NUMBERS) - from * U::NUMBERS);
+                let a = &mut a[(panel * units + from) * ROWS..];
+                // SAFETY: the CPU has AVX-512; panels are as long as their units.
+                unsafe { pack::<U, ROWS>(rows, a.as_mut_ptr(), ROWS * units) };
             }
         }
         for j in (0..n).step_by(COLS) {
             let cols = COLS.min(n - j);
             // SAFETY: as above.
-            unsafe { pack::<U, COLS>(rhs.cols(j, cols).t(), b.as_mut_ptr()) };
+            unsafe { pack::<U, COLS>(rhs.cols(j, cols).t(), b.as_mut_ptr(), 0) };
             for (panel, a) in a.chunks(ROWS * units).take(panels).enumerate() {
                 let i = panel * ROWS;
                 let live = live(panel);
@@ -237,17 +238,17 @@ unsafe fn passes<U: Unit>(
     }
 }
 
-/// Copies up to `WIDTH` rows of `mat` into a panel, `[units, WIDTH]`; rows that are missing become zeros, and so does
-/// the second number of a last unit that has but one.
+/// Copies the rows of `mat`, up to `WIDTH` or twice 8, into panels `[units, WIDTH]` that begin `apart` from each other; rows
+/// that are missing in a panel become zeros, and so does the second number of a last unit that has but one.
 ///
 /// # Safety
-/// The CPU must have AVX-512; `to` must hold the units.
-unsafe fn pack<U: Unit, const WIDTH: usize>(mat: Mat, to: *mut f32) {
+/// The CPU must have AVX-512; `to` must hold the units of as many panels as the rows need.
+unsafe fn pack<U: Unit, const WIDTH: usize>(mat: Mat, to: *mut f32, apart: usize) {
     // SAFETY: the caller's promise.
     unsafe {
         match mat.data {
-            Floats::F32(data) => pack_from::<f32, U, WIDTH>(data, mat, to),
-            Floats::Bf16(data) => pack_from::<bf16, U, WIDTH>(data, mat, to),
+            Floats::F32(data) => pack_from::<f32, U, WIDTH>(data, mat, to, apart),
+            Floats::Bf16(data) => pack_from::<bf16, U, WIDTH>(data, mat, to, apart),
         }
     }
 }
@@ -311,39 +312,67 @@ impl Number for bf16 {
 /// # Safety
 /// As for [`pack`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn pack_from<T: Number, U: Unit, const WIDTH: usize>(data: &[T], mat: Mat, to: *mut f32) {
+unsafe fn pack_from<T: Number, U: Unit, const WIDTH: usize>(
+    data: &[T],
+    mat: Mat,
+    to: *mut f32,
+    apart: usize,
+) {
+    const { assert!(WIDTH == LANES / 2 || WIDTH.is_multiple_of(LANES)) };
     let (rows, k, stride) = (mat.rows, mat.cols, mat.row_stride.max(mat.col_stride));
     let units = k.div_ceil(U::NUMBERS);
     let data = data.as_ptr();
+    // A vector fills a part of one panel, or of a panel of 8 rows all; then its other half goes to the next one, if any.
+    let width = WIDTH.max(LANES);
+    let half = WIDTH < LANES;
+    // What the next call will want lies this far away, where no hardware looks for it ahead of time: in other pages, mostly.
+    let next = width * mat.row_stride;
+    let put = |at: *mut f32, vector: __m512i| {
+        // SAFETY: inside the panels.
+        unsafe {
+            if half {
+                _mm256_storeu_si256(at.cast(), _mm512_castsi512_si256(vector));
+                if rows > WIDTH {
+                    _mm256_storeu_si256(at.add(apart).cast(), _mm512_extracti64x4_epi64::<1>(vector));
+                }
+            } else {
+                _mm512_storeu_epi32(at.cast(), vector);
+            }
+        }
+    };
     if mat.row_stride == 1 {
         // The numbers of one k lie side by side.
         for unit in 0..units {
-            for v in (0..WIDTH).step_by(LANES) {
+            for v in (0..width).step_by(LANES) {
                 let keep = mask(rows.saturating_sub(v));
                 let at = data.wrapping_add(unit * U::NUMBERS * stride + v);
+                for number in 0..U::NUMBERS {
+                    _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(number * stride + next).cast());
+                }
                 // SAFETY: the mask keeps to the rows of the matrix, `k` to its columns.
                 unsafe {
                     let vector = if U::NUMBERS == 1 {
                         T::wide(at, keep)
                     } else {
-                        let second = if 2 * unit + 1 < k { keep } else { 0 };
-                        let second = T::narrow(at.wrapping_add(stride), second);
-                        _mm512_or_si512(T::narrow(at, keep), _mm512_slli_epi32::<16>(second))
+                        let odd = if 2 * unit + 1 < k { keep } else { 0 };
+                        let odd = T::narrow(at.wrapping_add(stride), odd);
+                        _mm512_or_si512(T::narrow(at, keep), _mm512_slli_epi32::<16>(odd))
                     };
-                    _mm512_mask_storeu_epi32(to.add(unit * WIDTH + v).cast(), mask(WIDTH - v), vector);
+                    put(to.add(unit * WIDTH + v), vector);
                 }
             }
         }
         return;
     }
     // The numbers of one row lie side by side: sixteen by sixteen units are transposed.
-    for v in (0..WIDTH).step_by(LANES) {
+    for v in (0..width).step_by(LANES) {
         for from in (0..units).step_by(LANES) {
             let mut block = [_mm512_setzero_si512(); LANES];
-            for (i, row) in block.iter_mut().enumerate().take(WIDTH.min(LANES)) {
+            for (i, row) in block.iter_mut().enumerate() {
                 if v + i < rows {
                     let first = from * U::NUMBERS;
                     let at = data.wrapping_add((v + i) * stride + first);
+                    _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(next).cast());
                     // SAFETY: the masks keep to the columns of the matrix.
                     unsafe {
                         *row = if U::NUMBERS == 1 {
@@ -361,11 +390,8 @@ unsafe fn pack_from<T: Number, U: Unit, const WIDTH: usize>(data: &[T], mat: Mat
             transpose(&mut block);
             for (i, column) in block.iter().enumerate() {
                 if from + i < units {
-                    // SAFETY: inside the panel.
-                    unsafe {
-                        let at = to.add((from + i) * WIDTH + v).cast();
-                        _mm512_mask_storeu_epi32(at, mask(WIDTH - v), *column);
-                    }
+                    // SAFETY: inside the panels.
+                    unsafe { put(to.add((from + i) * WIDTH + v), *column) };
                 }
             }
         }

@@ -3,10 +3,12 @@
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 
+use half::bf16;
+
 use crate::CpuBackend;
-use crate::isa::Isa;
+use crate::isa::{Isa, vectorize};
 use crate::parallel::Shared;
-use crate::tensor::{Floats, widen};
+use crate::tensor::{Floats, narrow, widen};
 
 /// A view of a matrix, of which one axis or the other lies without gaps in memory.
 #[derive(Clone, Copy)]
@@ -112,15 +114,46 @@ pub(crate) fn matmul(backend: &CpuBackend, into: Into, dst: &mut [f32], stride: 
         return;
     }
     assert!((m - 1) * stride + n <= dst.len());
-    let (tile_m, tile_n) = (even(m, TILE_ROWS), even(n, TILE_COLS));
-    let (down, across) = (m.div_ceil(tile_m), n.div_ceil(tile_n));
     let shared = Shared::new(dst);
-    backend.workers.each(down * across, |piece| {
-        let (i, j) = (piece / across * tile_m, piece % across * tile_n);
-        let lhs = lhs.rows(i, tile_m.min(m - i));
-        let rhs = rhs.cols(j, tile_n.min(n - j));
+    tiles(backend, lhs, rhs, |i, j, lhs, rhs| {
         // SAFETY: tiles of one destination are disjoint.
         unsafe { product(backend, Triangle::None, into, &shared, i * stride + j, stride, lhs, rhs) };
+    });
+}
+
+/// `dst [rows, cols]` (row-major without gaps) = `lhs · rhs` as [`matmul`] sums it, with `bias` added to every row, rounded once.
+pub(crate) fn rounded(backend: &CpuBackend, dst: &mut [bf16], lhs: Mat, rhs: Mat, bias: Option<&[f32]>) {
+    let width = rhs.cols;
+    assert_eq!(dst.len(), lhs.rows * width);
+    let shared = Shared::new(dst);
+    tiles(backend, lhs, rhs, |i, j, lhs, rhs| {
+        let (m, n) = (lhs.rows, rhs.cols);
+        let mut sums = backend.pool.take::<f32>(m * n);
+        let sums = sums.as_mut_slice::<f32>(m * n);
+        small(backend, Into::Set, sums, n, lhs, rhs);
+        vectorize!(backend.isa, || {
+            for (row, sums) in (i..).zip(sums.chunks_exact_mut(n)) {
+                if let Some(bias) = bias {
+                    sums.iter_mut().zip(&bias[j..]).for_each(|(y, b)| *y += b);
+                }
+                // SAFETY: tiles of one destination are disjoint.
+                narrow(sums, unsafe { shared.slice(row * width + j, n) });
+            }
+        });
+    });
+}
+
+/// Calls `f(row, column, rows of lhs, columns of rhs)` for every tile of a product, on all workers.
+fn tiles(backend: &CpuBackend, lhs: Mat, rhs: Mat, f: impl Fn(usize, usize, Mat, Mat) + Sync) {
+    let (m, n) = (lhs.rows, rhs.cols);
+    if m == 0 || n == 0 {
+        return;
+    }
+    let (tile_m, tile_n) = (even(m, TILE_ROWS), even(n, TILE_COLS));
+    let (down, across) = (m.div_ceil(tile_m), n.div_ceil(tile_n));
+    backend.workers.each(down * across, |piece| {
+        let (i, j) = (piece / across * tile_m, piece % across * tile_n);
+        f(i, j, lhs.rows(i, tile_m.min(m - i)), rhs.cols(j, tile_n.min(n - j)));
     });
 }
 

@@ -69,7 +69,7 @@ pub struct Memory {
     pub copies: u64,
     /// What all layers keep between forward and backward.
     pub activations: u64,
-    /// What single ops need while they run, and blocks that wait for their next use.
+    /// What single ops and the export need while they run, and blocks that wait for their next use.
     pub transient: u64,
     /// The program itself and its threads.
     pub program: u64,
@@ -153,6 +153,13 @@ impl Memory {
             evaluation.inference();
             std::mem::swap(&mut evaluation.pool, &mut play.pool);
         }
+        // The export gathers the largest tensor on the first rank, while all else is still there.
+        let gathered = match demand.mesh.tp {
+            1 => 0,
+            _ => {
+                4 * Layout::new(demand.config).iter().map(|(_, slot, _)| slot.len()).max().unwrap_or(0) as u64
+            }
+        };
         let within = |bytes: u128| u64::try_from(bytes).unwrap_or(u64::MAX).min(1 << 60);
         Self {
             parameters: ranks * ((4 + before) * elements / shards + copy),
@@ -161,7 +168,7 @@ impl Memory {
             moments: ranks * (8 * elements / shards),
             copies: if demand.saves { writers * (12 * elements / shards) } else { 0 },
             activations: within(held * u128::from(ranks)),
-            transient: within((play.pool.peak - held) * u128::from(ranks)),
+            transient: within((play.pool.peak - held) * u128::from(ranks)).saturating_add(gathered),
             program: status("VmRSS").unwrap_or(16 << 20) + THREAD * demand.threads as u64 * ranks,
         }
     }

@@ -219,7 +219,8 @@ impl Play {
     /// What head_loss needs for a moment: the logits of a block of positions.
     fn head(&mut self) {
         let Self { rows, v, .. } = *self;
-        let block = ((8 << 20) / v).max(16).min(rows);
+        let most = ((16 << 20) / v).max(16); // `BLOCK` of the backend's `head`
+        let block = rows.div_ceil(rows.div_ceil(most));
         let logits = self.pool.take(block * v * F32);
         self.pool.give([logits]);
     }
@@ -262,12 +263,12 @@ impl Play {
             let block = d_out.take().unwrap_or_else(|| self.pool.take(span * d * compute));
             d_out = Some(self.gather(block, d * compute));
         }
-        let dy_mixer = self.linear_adjoint(e);
+        let dy_mixer = self.linear(e);
         self.pool.give(d_out.into_iter().chain([y]));
         let d_projected = self.mamba2_adjoint();
         let normed = saved.remove(0);
         self.pool.give(saved.into_iter().chain([dy_mixer]));
-        let d_normed = self.linear_adjoint(d);
+        let d_normed = self.linear(d);
         self.pool.give([d_projected, normed]);
         let d_normed = self.reduce(d_normed, d * compute);
         let dx_norm = self.pool.take(span * d * residual);
@@ -276,15 +277,16 @@ impl Play {
         dx
     }
 
-    /// The output `[rows, output]`: the product is fp32 and rounded afterwards.
+    /// The output `[rows, output]`, or of the adjoint the cotangent of the input. Where it is rounded, a tile of its fp32 sums is
+    /// held by each thread for a moment: `TILE_ROWS` by `TILE_COLS` of the backend's `matmul` at most.
     fn linear(&mut self, output: u128) -> u128 {
-        let y = self.pool.take(self.rows * output * F32);
-        self.round(y, self.rows * output)
-    }
-
-    fn linear_adjoint(&mut self, input: u128) -> u128 {
-        let dx = self.pool.take(self.rows * input * F32);
-        self.round(dx, self.rows * input)
+        let Self { rows, threads, compute, .. } = *self;
+        let y = self.pool.take(rows * output * compute);
+        if compute != F32 {
+            let even = |len: u128, most: u128| len.div_ceil(len.div_ceil(most));
+            self.scratch(threads, even(rows, 256) * even(output, 512));
+        }
+        y
     }
 
     /// The mixer: its output `[rows, E]`, and what it saves: the scan's output in fp32 and the final state.
