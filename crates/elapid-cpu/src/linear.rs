@@ -4,9 +4,7 @@ use elapid_tensor::{DType, Sink, Slot};
 use half::bf16;
 
 use crate::CpuBackend;
-use crate::isa::vectorize;
-use crate::math;
-use crate::matmul::{Into, Mat, matmul, rounded};
+use crate::matmul::{Into, Mat, dots, matmul, rounded};
 use crate::parallel::ROWS;
 use crate::tensor::Tensor;
 
@@ -65,18 +63,14 @@ fn few_rows(backend: &CpuBackend, x: &[f32], weight: &Tensor, out: &mut [f32], r
     let (output, input) = (weight.shape()[0], weight.shape()[1]);
     let shared = crate::parallel::Shared::new(out);
     backend.workers.each(output.div_ceil(OUTPUTS), |piece| {
-        let mut scratch = vec![0.0; input];
-        vectorize!(backend.isa, || {
-            for o in piece * OUTPUTS..output.min((piece + 1) * OUTPUTS) {
-                let w = weight.floats().row(o * input, &mut scratch);
-                for row in 0..rows {
-                    // SAFETY: each output belongs to one piece.
-                    unsafe {
-                        shared.slice(row * output + o, 1)[0] = math::dot(&x[row * input..][..input], w)
-                    };
-                }
-            }
-        });
+        let first = piece * OUTPUTS;
+        let outputs = OUTPUTS.min(output - first);
+        let weight = weight.floats().part(first * input, outputs * input);
+        for row in 0..rows {
+            // SAFETY: each output belongs to one piece.
+            let out = unsafe { shared.slice(row * output + first, outputs) };
+            dots(backend, &x[row * input..][..input], weight, out);
+        }
     });
 }
 

@@ -124,6 +124,7 @@ pub(crate) fn map_sum(values: &mut [f32], f: impl Fn(f32) -> f32) -> f32 {
     sum_of_sums(acc)
 }
 
+/// The sum of partial sums, by halves.
 #[inline(always)]
 fn sum_of_sums(mut acc: [f32; SUMS]) -> f32 {
     let mut width = SUMS / 2;
@@ -270,7 +271,7 @@ mod tests {
 
     #[test]
     fn dot_takes_every_length() {
-        for n in [0, 1, 15, 16, 17, 47] {
+        for n in [0, 1, 15, 63, 64, 65, 191] {
             let a: Vec<f32> = (0..n).map(|i| i as f32).collect();
             assert_eq!(dot(&a, &a), (0..n).map(|i| (i * i) as f32).sum::<f32>());
         }

@@ -106,6 +106,14 @@ impl<'a> Floats<'a> {
         }
     }
 
+    /// `len` numbers from `from` on.
+    pub(crate) fn part(self, from: usize, len: usize) -> Self {
+        match self {
+            Floats::F32(values) => Floats::F32(&values[from..from + len]),
+            Floats::Bf16(values) => Floats::Bf16(&values[from..from + len]),
+        }
+    }
+
     /// `scratch.len()` numbers from `from` on, in place where they are fp32 and through `scratch` where not.
     #[inline(always)]
     pub(crate) fn row<'s>(&self, from: usize, scratch: &'s mut [f32]) -> &'s [f32]

@@ -154,7 +154,8 @@ impl Params {
         let k = dims.spec.conv_kernel;
         let taps = load(&weights.conv_weight);
         assert_eq!(taps.len(), dims.c * k);
-        let conv_weight = (0..k * dims.c).map(|i| taps[i % dims.c * k + i / dims.c]).collect();
+        let mut conv_weight = Vec::with_capacity(taps.len());
+        (0..k).for_each(|tap| conv_weight.extend(taps[tap..].iter().step_by(k)));
         let conv_bias = weights.conv_bias.as_ref().map_or_else(|| vec![0.0; dims.c], load);
         let a = load(&weights.a_log).iter().map(|a| -a.exp()).collect();
         Self {

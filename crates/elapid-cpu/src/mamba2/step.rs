@@ -24,15 +24,17 @@ pub(super) fn step(
         (front.dt.as_slice::<f32>(dims.batch * heads), front.cum.as_slice::<f32>(dims.batch * heads));
 
     let count = dims.batch * heads * dims.state();
-    let mut ssm = backend.pool.zeros::<f32>(count);
-    if let Some(initial) = &inputs.initial {
-        ssm.as_mut_slice::<f32>(count).copy_from_slice(initial.ssm.f32());
-    }
+    let mut ssm = backend.pool.take::<f32>(count);
+    let initial = inputs.initial.as_ref().map(|initial| initial.ssm.f32());
     let mut y = backend.pool.take::<f32>(dims.batch * dims.e);
     let shared_y = Shared::new(y.as_mut_slice::<f32>(dims.batch * dims.e));
     // A few heads a piece: one alone is too little to be worth handing over.
     backend.workers.rows(ssm.as_mut_slice::<f32>(count), dims.state(), 4, |first, states| {
         vectorize!(backend.isa, || {
+            match initial {
+                Some(initial) => states.copy_from_slice(&initial[first * dims.state()..][..states.len()]),
+                None => states.fill(0.0),
+            }
             for (index, state) in (first..).zip(states.chunks_exact_mut(dims.state())) {
                 let (b, head) = (index / heads, index % heads);
                 let group = head / (heads / dims.spec.groups);
@@ -42,12 +44,13 @@ pub(super) fn step(
                 let decay = math::decay(cum[index]);
                 // SAFETY: each (sequence, head) belongs to one piece.
                 let y = unsafe { shared_y.slice(index * p, p) };
+                let (dt, skip) = (dt[index], params.d[head]);
                 for ((y, x), s) in y.iter_mut().zip(&row[head * p..]).zip(state.chunks_exact_mut(n_state)) {
-                    let weight = dt[index] * x;
+                    let weight = dt * x;
                     for (s, b) in s.iter_mut().zip(b_row) {
                         *s = decay * *s + weight * b;
                     }
-                    *y = math::dot(s, c_row) + params.d[head] * x;
+                    *y = math::dot(s, c_row) + skip * x;
                 }
             }
         });

@@ -156,6 +156,55 @@ fn mask(lanes: usize) -> __mmask16 {
     if lanes >= LANES { !0 } else { (1 << lanes) - 1 }
 }
 
+/// [`super::dots`], four rows at a time: so many lines are on their way from memory at once.
+///
+/// # Safety
+/// The CPU must have AVX-512; `weight` must hold a row for every place of `out`.
+pub(super) unsafe fn dots(x: &[f32], weight: Floats, out: &mut [f32]) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match weight {
+            Floats::F32(weight) => dots_of(x, weight, out),
+            Floats::Bf16(weight) => dots_of(x, weight, out),
+        }
+    }
+}
+
+/// # Safety
+/// As for [`dots`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn dots_of<T: Number>(x: &[f32], weight: &[T], out: &mut [f32]) {
+    const FEW: usize = 4;
+    let len = x.len();
+    for (block, out) in out.chunks_mut(FEW).enumerate() {
+        // Where fewer rows are left, the last is computed again and forgotten.
+        let row = |r: usize| weight.as_ptr().wrapping_add((block * FEW + r.min(out.len() - 1)) * len);
+        let rows = [row(0), row(1), row(2), row(3)];
+        let mut sums = [[_mm512_setzero_ps(); 2]; FEW];
+        for from in (0..len).step_by(2 * LANES) {
+            for row in rows {
+                // The same place of the next four rows.
+                _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(FEW * len + from).cast());
+            }
+            for half in 0..2 {
+                let at = from + half * LANES;
+                let mask = mask(len.saturating_sub(at));
+                // SAFETY: the mask keeps to the row.
+                unsafe {
+                    let x = _mm512_maskz_loadu_ps(mask, x.as_ptr().wrapping_add(at));
+                    for (sums, row) in sums.iter_mut().zip(rows) {
+                        let w = _mm512_castsi512_ps(T::wide(row.wrapping_add(at), mask));
+                        sums[half] = _mm512_fmadd_ps(x, w, sums[half]);
+                    }
+                }
+            }
+        }
+        for (out, [even, odd]) in out.iter_mut().zip(sums) {
+            *out = _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
+        }
+    }
+}
+
 /// One pass over the destination for each [`DEPTH`] of k.
 ///
 /// # Safety

@@ -7,6 +7,7 @@ use half::bf16;
 
 use crate::CpuBackend;
 use crate::isa::{Isa, vectorize};
+use crate::math;
 use crate::parallel::Shared;
 use crate::tensor::{Floats, narrow, widen};
 
@@ -181,6 +182,22 @@ pub(crate) fn triangular(
     unsafe { product(backend, triangle, into, &Shared::new(dst), 0, stride, lhs, rhs) };
 }
 
+/// `out[o]` = x · row o of `weight`, whose rows follow each other, on the calling thread: every number of `weight` is read once.
+pub(crate) fn dots(backend: &CpuBackend, x: &[f32], weight: Floats, out: &mut [f32]) {
+    assert_eq!(weight.len(), x.len() * out.len());
+    match backend.isa {
+        // SAFETY: the backend runs no path that the CPU does not have; the lengths agree (above).
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Avx512Bf16 => unsafe { avx512::dots(x, weight, out) },
+        isa => {
+            let mut scratch = vec![0.0; x.len()];
+            vectorize!(isa, || for (o, out) in out.iter_mut().enumerate() {
+                *out = math::dot(x, weight.row(o * x.len(), &mut scratch));
+            });
+        }
+    }
+}
+
 /// One product on the calling thread into the places `from + i·stride + j` of `dst`.
 ///
 /// # Safety
@@ -252,6 +269,40 @@ unsafe fn portable(backend: &CpuBackend, into: Into, dst: *mut f32, stride: usiz
                 false,
                 gemm::Parallelism::None,
             );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::*;
+    use crate::CpuOptions;
+
+    #[test]
+    fn dot_products_of_every_length_on_every_path() {
+        for isa in Isa::available() {
+            let backend = CpuBackend::new(&CpuOptions { isa: Some(isa), ..CpuOptions::default() }).unwrap();
+            for (len, outputs) in [(0, 3), (1, 1), (15, 4), (33, 5), (64, 9), (771, 2)] {
+                let number = |i: usize| (i * 37 % 101) as f32 / 50.0 - 1.0;
+                let x: Vec<f32> = (0..len).map(number).collect();
+                let wide: Vec<f32> = (7..7 + len * outputs).map(number).collect();
+                let narrow: Vec<bf16> = wide.iter().map(|&w| bf16::from_f32(w)).collect();
+                for weight in [Floats::F32(&wide), Floats::Bf16(&narrow)] {
+                    let mut out = vec![f32::NAN; outputs];
+                    dots(&backend, &x, weight, &mut out);
+                    for (o, out) in out.iter().enumerate() {
+                        let row = o * len..(o + 1) * len;
+                        let terms = x.iter().zip(row).map(|(x, at)| {
+                            let w = if let Floats::F32(w) = weight { w[at] } else { narrow[at].to_f32() };
+                            f64::from(*x) * f64::from(w)
+                        });
+                        let want: f64 = terms.sum();
+                        assert!((f64::from(*out) - want).abs() < 1e-4, "{isa:?} {len} {o}: {out} for {want}");
+                    }
+                }
+            }
         }
     }
 }
