@@ -1,4 +1,6 @@
-//! Collectives of ranks that are threads, and the ops over them.
+//! Collectives, and the ops over them.
+
+mod sockets;
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -12,14 +14,15 @@ use half::bf16;
 
 type Comm = Arc<dyn Communicator>;
 
-/// Calls `f` on every rank at once; what it gives, by rank.
-fn on_ranks<T: Send>(size: usize, f: impl Fn(Comm) -> T + Sync) -> Vec<T> {
+/// Calls `f` on every rank at once, as threads that share memory, and as threads that sockets connect.
+fn on_ranks(size: usize, f: impl Fn(Comm) + Sync) {
     let ranks: Vec<_> = (0..size).collect();
-    let comms = threads(&ranks, Duration::from_secs(60), &Abort::default());
-    std::thread::scope(|scope| {
-        let running: Vec<_> = comms.into_iter().map(|comm| scope.spawn(|| f(comm))).collect();
-        running.into_iter().map(|thread| thread.join().unwrap()).collect()
-    })
+    let shared = threads(&ranks, Duration::from_secs(60), &Abort::default());
+    let connected = sockets::worlds(size, Duration::from_secs(60));
+    let connected = connected.into_iter().map(|world| world.unwrap().all()).collect();
+    for comms in [shared, connected] {
+        std::thread::scope(|scope| comms.into_iter().for_each(|comm| drop(scope.spawn(|| f(comm)))));
+    }
 }
 
 /// Numbers whose sums depend on the order of the terms.

@@ -266,10 +266,15 @@ impl XlaBackend {
     pub(crate) fn keep(&self, value: Value<'_>) -> XlaTensor {
         let place = Place { computation: self.graph.lock().current, node: value.node };
         let tensor = XlaTensor::new(value.shape(), Source::Node(place));
+        self.note(&tensor, place);
+        tensor
+    }
+
+    /// Remembers a tensor made at `place`, to be computed with what is asked for next.
+    fn note(&self, tensor: &XlaTensor, place: Place) {
         if self.executor.is_some() && place.computation == 0 {
             self.live().push(Arc::downgrade(&tensor.0));
         }
-        tensor
     }
 
     /// Adds a gradient, rounded to nothing and shaped as its slot.
@@ -356,7 +361,11 @@ impl Backend for XlaBackend {
     }
 
     fn view(&self, buffer: &XlaBuffer, slot: &Slot) -> XlaTensor {
-        buffer.view(self, slot)
+        let view = buffer.view(self, slot);
+        if let Source::Part { of, .. } = view.0.source {
+            self.note(&view, of);
+        }
+        view
     }
 
     fn cast_buffer(&self, from: &XlaBuffer, to: &mut XlaBuffer) {

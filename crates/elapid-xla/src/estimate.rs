@@ -17,6 +17,9 @@ pub struct Estimate {
     /// The same where nothing is fused and every value is stored: an upper bound for a compiler that keeps to the order of
     /// the text.
     pub temporaries_at_most: u64,
+    /// The same where no memory is used twice, which no order needs more than; but what is called stands once for each call,
+    /// and a loop's body, whose turns follow each other, once in all.
+    pub temporaries_in_any_order: u64,
     /// What there is to do.
     pub work: Work,
 }
@@ -38,9 +41,10 @@ pub struct Work {
 /// What one computation needs.
 #[derive(Clone, Copy, Debug, Default)]
 struct Costs {
-    /// Bytes of intermediate values, fused and not.
+    /// Bytes of intermediate values, fused and not, and of all together.
     fused: u64,
     most: u64,
+    all: u64,
     work: Work,
 }
 
@@ -89,8 +93,9 @@ pub fn estimate(module: &HloModuleProto) -> Estimate {
         } else {
             HashSet::new()
         };
-        let [fused, most] = [true, false].map(|fuse| temporaries(computation, &costs, &aliased, fuse));
-        costs.insert(computation.id, Costs { fused, most, work: work(computation, &costs, &turns) });
+        let (fused, _) = temporaries(computation, &costs, &aliased, true);
+        let (most, all) = temporaries(computation, &costs, &aliased, false);
+        costs.insert(computation.id, Costs { fused, most, all, work: work(computation, &costs, &turns) });
     }
     let shape = module.host_program_shape.clone().unwrap_or_default();
     let aliased = aliased_outputs(module);
@@ -100,13 +105,14 @@ pub fn estimate(module: &HloModuleProto) -> Estimate {
     };
     let outputs =
         results.iter().enumerate().filter(|(i, _)| !aliased.contains(i)).map(|(_, s)| bytes(s)).sum();
-    let Costs { fused: temporaries, most: temporaries_at_most, work } =
+    let Costs { fused: temporaries, most: temporaries_at_most, all: temporaries_in_any_order, work } =
         costs.get(&module.entry_computation_id).copied().unwrap_or_default();
     Estimate {
         arguments: shape.parameters.iter().map(bytes).sum(),
         outputs,
         temporaries,
         temporaries_at_most,
+        temporaries_in_any_order,
         work,
     }
 }
@@ -149,13 +155,13 @@ fn is_elementwise(opcode: &str) -> bool {
     !moves.contains(&opcode)
 }
 
-/// Peak of live intermediate bytes of a computation; what comes from outside is not counted.
+/// Peak of live intermediate bytes of a computation, and their sum; what comes from outside is not counted.
 fn temporaries(
     computation: &HloComputationProto,
     costs: &HashMap<i64, Costs>,
     aliased: &HashSet<usize>,
     fuse: bool,
-) -> u64 {
+) -> (u64, u64) {
     let all = &computation.instructions;
     let position: HashMap<i64, usize> = all.iter().enumerate().map(|(at, i)| (i.id, at)).collect();
     let mut stored = vec![!fuse; all.len()]; // read by more than elementwise work and reductions
@@ -208,20 +214,18 @@ fn temporaries(
         }
     }
     let (mut live, mut peak) = (0, 0);
+    let mut sum = size.iter().sum();
     let mut dying: Vec<Vec<usize>> = vec![Vec::new(); all.len() + 1];
     last.iter().enumerate().for_each(|(buffer, &at)| dying[at].push(buffer));
     for (at, i) in all.iter().enumerate() {
         live += born[at].iter().map(|&b| size[b]).sum::<u64>();
-        let inside = i
-            .called_computation_ids
-            .iter()
-            .filter_map(|id| costs.get(id))
-            .map(|c| if fuse { c.fused } else { c.most })
-            .max();
+        let called = i.called_computation_ids.iter().filter_map(|id| costs.get(id));
+        sum += called.clone().map(|c| c.all).sum::<u64>();
+        let inside = called.map(|c| if fuse { c.fused } else { c.most }).max();
         peak = peak.max(live + inside.unwrap_or(0));
         live -= dying[at].iter().map(|&b| size[b]).sum::<u64>();
     }
-    peak
+    (peak, sum)
 }
 
 const PARTITIONS: u64 = 128;

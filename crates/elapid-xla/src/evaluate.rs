@@ -17,7 +17,8 @@ pub trait Executor: Send + Sync {
 
 impl XlaBackend {
     /// The values of a tensor. All tensors that are still in somebody's hands are computed with it, so that a graph
-    /// is compiled once and not once a tensor.
+    /// is compiled once and not once a tensor. Those that are cut from inputs wait until one of their kind is asked for:
+    /// whoever computes with them is to cut them.
     ///
     /// # Panics
     /// Without an executor, or when it fails.
@@ -30,14 +31,15 @@ impl XlaBackend {
         }
         let executor = self.executor.as_ref().expect("a backend that only records has no values");
         let mut wanted: Vec<Arc<Recorded>> = Vec::new();
-        {
-            let mut live = self.live();
-            for recorded in live.drain(..).filter_map(|weak: Weak<Recorded>| weak.upgrade()) {
-                if recorded.known.get().is_none() && recorded.shape.elements() > 0 {
-                    wanted.push(recorded);
-                }
+        let cut = self.is_cut_from_input(&tensor.0);
+        self.live().retain(|weak: &Weak<Recorded>| {
+            let Some(recorded) = weak.upgrade() else { return false };
+            let waits = !cut && self.is_cut_from_input(&recorded);
+            if !waits && recorded.known.get().is_none() && recorded.shape.elements() > 0 {
+                wanted.push(recorded);
             }
-        }
+            waits
+        });
         if !wanted.iter().any(|w| Arc::ptr_eq(w, &tensor.0)) {
             wanted.push(tensor.0.clone());
         }
@@ -60,6 +62,10 @@ impl XlaBackend {
             let _ = recorded.known.set((Arc::new(values), place));
         }
         tensor.0.known.get().expect("just computed").0.clone()
+    }
+
+    fn is_cut_from_input(&self, recorded: &Recorded) -> bool {
+        matches!(recorded.source, Source::Part { of, .. } if self.leaf_at(of).is_some())
     }
 
     /// The values of a tensor that is an input.

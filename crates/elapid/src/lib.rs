@@ -9,6 +9,7 @@ pub mod data;
 mod disk;
 pub mod doctor;
 pub mod error;
+mod forward;
 pub mod generate;
 pub mod inspect;
 mod memory;

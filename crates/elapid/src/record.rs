@@ -2,13 +2,17 @@
 
 use std::ops::Range;
 
-use elapid_tensor::{AdamW, Backend, Checkpointing, DType, Group, State, Tape, Var};
-use elapid_xla::{Module, Options, Result, Shape, Type, XlaBackend, XlaBuffer, XlaTensor, lint};
+use elapid_tensor::{AdamW, Backend, Checkpointing, DType, State, Tape, Var};
+use elapid_xla::{Module, Options, Result, Shape, Type, XlaBackend, XlaBuffer, XlaTensor, estimate, lint};
 
 use crate::Error;
 use crate::config::ModelConfig;
+use crate::config::run::check;
 use crate::model::Mamba2ForCausalLM;
 use crate::train::{Batch, Trainer};
+
+/// More than this after unrolling, and the compiler gives up.
+pub(crate) const MAX_INSTRUCTIONS: u64 = 5_000_000;
 
 /// Whether a module is one that its compiler takes.
 ///
@@ -162,24 +166,41 @@ impl Recording<'_> {
         }
     }
 
-    /// Inputs for the layers' states, of a rank's heads.
-    fn states(&self, backend: &XlaBackend, model: &Mamba2ForCausalLM<XlaBackend>) -> States {
+    /// Inputs for the layers' states, of a rank's heads: `{name}.conv` and `{name}.ssm`.
+    fn states(&self, backend: &XlaBackend, model: &Mamba2ForCausalLM<XlaBackend>, name: &str) -> States {
         let (spec, batch) = (model.layout().spec, self.batch);
         let conv = [batch, spec.conv_kernel - 1, spec.conv_channels()];
         let ssm = [batch, spec.heads, spec.head_dim, spec.state];
         let layers = self.config.num_hidden_layers;
-        let declare = |name: &str, shape: &[usize]| {
+        let declare = |part: &str, shape: &[usize]| {
             let shape = Shape::new(Type::F32, &[layers, shape.iter().product()]);
-            let stack = backend.declare(shape, name);
-            let number = backend.input_number(&stack, name);
+            let name = format!("{name}.{part}");
+            let stack = backend.declare(shape, &name);
+            let number = backend.input_number(&stack, &name);
             (stack, number)
         };
         // A convolution of width 1 carries nothing.
-        let conv_stack = (spec.conv_kernel > 1).then(|| declare("states.conv", &conv));
-        let (ssm_stack, ssm_number) = declare("states.ssm", &ssm);
+        let conv_stack = (spec.conv_kernel > 1).then(|| declare("conv", &conv));
+        let (ssm_stack, ssm_number) = declare("ssm", &ssm);
         let (conv_stack, conv_number) = conv_stack.unzip();
         let numbers = (conv_number.flatten(), ssm_number);
         States { layers, conv, ssm, stacks: (conv_stack, ssm_stack), numbers }
+    }
+
+    /// [`Self::states`], zeros in the rows of the batch where the input `continued` `[B]` is 0.
+    fn continued_states(
+        &self,
+        backend: &XlaBackend,
+        model: &Mamba2ForCausalLM<XlaBackend>,
+        name: &str,
+    ) -> States {
+        let mut stacks = self.states(backend, model, name);
+        let continued = backend.declare(Shape::new(Type::S32, &[self.batch]), "continued");
+        let (conv, ssm) = &mut stacks.stacks;
+        for stack in conv.iter_mut().chain([ssm]) {
+            *stack = backend.keep_rows(stack, &continued);
+        }
+        stacks
     }
 
     /// Forward and adjoints of one batch: adds to `grads` and to `loss`, the sum of token losses. Where states are
@@ -190,12 +211,7 @@ impl Recording<'_> {
         let (mut trainer, loss) = self.trainer(&backend);
         let grads = Outputs::inputs(&backend, "grads", trainer.grads());
         let stacks = self.carried.then(|| {
-            let mut stacks = self.states(&backend, trainer.model());
-            let continued = backend.declare(Shape::new(Type::S32, &[self.batch]), "continued");
-            let (conv, ssm) = &mut stacks.stacks;
-            for stack in conv.iter_mut().chain([ssm]) {
-                *stack = backend.keep_rows(stack, &continued);
-            }
+            let stacks = self.continued_states(&backend, trainer.model(), "states");
             trainer.set_states(stacks.rows(&backend));
             stacks
         });
@@ -228,6 +244,33 @@ impl Recording<'_> {
         let forward = (0..groups - 1).map(|group| self.group(&ranges, group, false));
         let backward = (0..groups).rev().map(|group| self.group(&ranges, group, true));
         forward.chain(backward).collect()
+    }
+
+    /// [`Self::micro_steps`] of as many groups as `--layer-groups` says; None: as few as keep to [`MAX_INSTRUCTIONS`].
+    ///
+    /// # Errors
+    /// The model has not so many layers, or carries states.
+    pub(crate) fn micro_steps_of(&self, groups: Option<usize>) -> std::result::Result<Vec<Module>, Error> {
+        let layers = self.config.num_hidden_layers;
+        if let Some(groups) = groups {
+            let good = (1..=layers.max(1)).contains(&groups);
+            check("--layer-groups", groups as f64, good, &format!("the model has {layers} layers"))?;
+            if groups > 1 && self.carried {
+                return Err(Error::new(format!("--layer-groups {groups} with --carry-state"))
+                    .with_hint("states are carried through the whole model: leave one of the two out"));
+            }
+            return Ok(self.micro_steps(groups));
+        }
+        let fits = |module: &Module| estimate(&module.proto).work.instructions <= MAX_INSTRUCTIONS;
+        let most = if self.carried { 1 } else { layers };
+        let mut modules = self.micro_steps(1);
+        // Twice as many groups halve what is too large.
+        let mut groups = 2;
+        while groups <= most && !modules.iter().all(fits) {
+            modules = self.micro_steps(groups);
+            groups *= 2;
+        }
+        Ok(modules)
     }
 
     /// One module of [`Self::micro_steps`].
@@ -331,14 +374,20 @@ impl Recording<'_> {
         outputs.module(&backend, "update")
     }
 
-    /// `loss_sum` of one batch, over all data-parallel ranks.
+    /// `loss_sum` of the batch of each data-parallel rank. Where states are carried, they start from `eval.conv` and
+    /// `eval.ssm` and move on, as those of a micro-step do.
     pub fn eval(&self) -> Module {
         let backend = XlaBackend::new(self.options, None);
         let model = self.model(&backend);
-        let batch = self.batch(&backend);
-        let loss = batch.loss(&mut Tape::inference(&backend), &model, None, Checkpointing::None);
+        let stacks = self.carried.then(|| self.continued_states(&backend, &model, "eval"));
+        let mut states = stacks.as_ref().map(|stacks| stacks.rows(&backend));
+        let (tape, batch) = (&mut Tape::inference(&backend), self.batch(&backend));
+        let loss = batch.loss(tape, &model, states.as_mut(), Checkpointing::None);
         let mut outputs = Outputs::default();
-        outputs.output("loss_sum", backend.all_reduce(&loss, Group::Dp));
+        if let (Some(stacks), Some(states)) = (stacks, states) {
+            stacks.give(&backend, &mut outputs, states);
+        }
+        outputs.output("loss_sum", loss);
         outputs.module(&backend, "eval")
     }
 
@@ -349,7 +398,7 @@ impl Recording<'_> {
         // A single position is not cut up.
         let model = self.model(&backend).with_sequence_parallel(false);
         let batch = self.batch;
-        let stacks = self.states(&backend, &model);
+        let stacks = self.states(&backend, &model, "states");
         let mut states = stacks.rows(&backend);
         let ids = backend.declare(Shape::new(Type::S32, &[batch, 1]), "ids");
         let logits = model.device_logits(&backend, &ids, Some(&mut states));

@@ -132,3 +132,32 @@ fn a_large_model_on_many_ranks() {
     }
     assert!(manifest["held"].as_u64().unwrap() < 8 << 30);
 }
+
+/// Where a step does not fit, what would is said; where nothing would, that.
+#[test]
+fn a_step_that_is_too_large() {
+    let room = Room::new();
+    let compile = |flags: &str| {
+        let line = format!("compile --target trn1 --seq-len 2048 --output-dir modules {flags}");
+        let output = room.run(&line);
+        assert!(output.status.success(), "{}", stderr(&output));
+        stderr(&output)
+    };
+    let model = "--model mamba2-130m --batch 16";
+    let said = compile(&format!("{model} --layer-groups 1"));
+    assert!(said.contains("warning: micro_step needs about"), "{said}");
+    let hint = said.lines().find(|line| line.starts_with("hint: it would fit with ")).unwrap();
+    let flags = hint.trim_start_matches("hint: it would fit with ").split(", or with ");
+    let flags: Vec<&str> = flags.map(|form| form.split(" (").next().unwrap()).collect();
+    assert_eq!(flags, ["--activation-checkpointing block", "--layer-groups 2"], "{said}");
+    for form in flags {
+        let said = compile(&format!("{model} --layer-groups 1 {form}"));
+        assert!(!said.contains("GiB of device memory"), "{form}: {said}");
+    }
+    let said = compile("--model Mamba7B");
+    assert!(
+        said.contains("hint: no way to write the layers makes it fit") && said.contains("--tp"),
+        "{said}"
+    );
+    assert!(!said.contains("it would fit"), "{said}");
+}

@@ -2,81 +2,16 @@
 //! `ELAPID_PJRT_CPU` names. Both come to what the CPU backend comes to.
 #![cfg(target_os = "linux")]
 
+mod devices;
 mod run;
 
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use run::{checkpoints, command, place, wait_for};
+use devices::{Device, curve, same_curve};
+use run::{checkpoints, place, wait_for};
 use serde_json::Value;
-
-/// A kind of device: flags and variables that lead there.
-struct Device {
-    flags: String,
-    variables: Vec<(&'static str, String)>,
-}
-
-impl Device {
-    fn simulated(dir: &Path) -> Self {
-        let variables = elapid_sim::install(&dir.join("sdk"));
-        Self { flags: "--device neuron --target trn1 --compile-cache neff".into(), variables }
-    }
-
-    /// None, with a line that says so, where no plugin is named.
-    fn xla() -> Option<Self> {
-        let Ok(plugin) = std::env::var("ELAPID_PJRT_CPU") else {
-            eprintln!("skipped: ELAPID_PJRT_CPU names no plugin");
-            return None;
-        };
-        Some(Self { flags: format!("--device pjrt --plugin {plugin}"), variables: Vec::new() })
-    }
-
-    fn command(&self, dir: &Path, flags: &str) -> Command {
-        let mut command = command(dir, &format!("{} {flags}", self.flags));
-        command.envs(self.variables.iter().map(|(name, value)| (name, value)));
-        command
-    }
-
-    /// Runs to the end; gives stderr.
-    fn succeeds(&self, dir: &Path, flags: &str) -> String {
-        let output = self.command(dir, flags).output().unwrap();
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(output.status.success(), "{flags}: {said}");
-        said
-    }
-
-    /// Runs into an error; gives stderr.
-    fn fails(&self, dir: &Path, flags: &str) -> String {
-        let output = self.command(dir, flags).output().unwrap();
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(1), "{flags}: {said}");
-        assert!(said.contains("error: ") && said.contains("hint: ") && !said.contains("panicked"), "{said}");
-        said
-    }
-}
-
-/// Loss, gradient norm and evaluation of every step.
-fn curve(run: &Path) -> Vec<[f64; 3]> {
-    let text = fs::read_to_string(run.join("metrics.jsonl")).unwrap_or_default();
-    let figures = |line: &str| {
-        let line: Value = serde_json::from_str(line).unwrap();
-        ["loss", "grad_norm", "eval_loss"].map(|name| line[name].as_f64().unwrap_or(0.0))
-    };
-    text.lines().map(figures).collect()
-}
-
-#[track_caller]
-fn same_curve(run: &Path, expected: &Path) {
-    let (got, want) = (curve(run), curve(expected));
-    assert_eq!(got.len(), want.len(), "{}", run.display());
-    for (step, (got, want)) in got.iter().zip(&want).enumerate() {
-        for (got, want) in got.iter().zip(want) {
-            let error = (got - want).abs() / want.abs().max(1e-3);
-            assert!(error < 1e-4, "step {}: {got} instead of {want}", step + 1);
-        }
-    }
-}
 
 const STEPS: &str = "--max-steps 8 --batch 3 --grad-accum-usteps 2 --eval-fraction 0.1 --eval-freq 4";
 
@@ -147,6 +82,54 @@ fn the_pjrt_driver_trains_on_xla() {
     trains(dir.path(), &device);
 }
 
+/// Evaluation and continuations of one model on the CPU and on a device.
+fn answers(dir: &Path, device: &Device) {
+    run::dataset(&dir.join("documents"), 3, 37, true);
+    run::succeed(dir, "--max-steps 4 --batch 2 --output-dir cpu");
+    let json = |flags: &str, on: &str| -> Value {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_elapid"));
+        command.current_dir(dir).args(format!("{flags} --model cpu/hf --json {on}").split_whitespace());
+        command.envs(device.variables.iter().map(|(name, value)| (name, value)));
+        let output = command.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{flags} {on}: {said}");
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    // The last batch is smaller; documents are kept apart.
+    for (flags, limit) in [
+        ("eval --data-dir data --batch 3", 1e-5),
+        ("eval --data-dir documents --batch 5 --eval-fraction 0.3", 1e-5),
+        ("eval --data-dir data --batch 100 --dtype bfloat16", 1e-2),
+    ] {
+        let (want, got) = (json(flags, ""), json(flags, &device.flags));
+        assert_eq!(want["tokens"], got["tokens"]);
+        let [want, got] = [want, got].map(|result| result["loss"].as_f64().unwrap());
+        assert!((got - want).abs() < limit * want, "{flags}: {got} instead of {want}");
+    }
+    let several = "generate --ignore-eos --prompt-ids 1,2,3 --prompt-ids 5 --prompt-ids 9,8,7,6,5";
+    for flags in [
+        &format!("{several} --temperature 0 --max-new-tokens 12"),
+        &format!("{several} --temperature 1 --top-k 20 --seed 3 --max-new-tokens 7"),
+        "generate --prompt-ids 3,1,4,1,5,9,2,6 --max-new-tokens 9 --ignore-eos",
+        "generate --prompt-ids 3 --max-new-tokens 0",
+    ] {
+        assert_eq!(json(flags, &device.flags), json(flags, ""), "{flags}");
+    }
+}
+
+#[test]
+fn the_neuron_driver_evaluates_and_generates() {
+    let dir = place();
+    answers(dir.path(), &Device::simulated(dir.path()));
+}
+
+#[test]
+fn the_pjrt_driver_evaluates_and_generates() {
+    let dir = place();
+    let Some(device) = Device::xla() else { return };
+    answers(dir.path(), &device);
+}
+
 #[test]
 fn modules_are_compiled_without_a_device() {
     let dir = place();
@@ -167,23 +150,20 @@ fn modules_are_compiled_without_a_device() {
 fn selftest_checks_ops_on_a_device() {
     let dir = place();
     let device = Device::simulated(dir.path());
-    let selftest = |ops: &str, more: &[(&str, &str)]| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_elapid"));
-        command
-            .current_dir(dir.path())
-            .args(["selftest", "--json", "--ops", ops])
-            .args(device.flags.split(' '));
-        command.envs(device.variables.iter().map(|(name, value)| (name, value))).envs(more.iter().copied());
-        command.output().unwrap()
-    };
-    let output = selftest("linear,adamw", &[]);
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let ops = "--ops linear,adamw,clip";
+    let output = device.selftest(dir.path(), ops, &[]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    for line in ["checking linear", "linear        108 comparisons ok  (", "checking clip", "modules, "] {
+        assert!(said.contains(line), "{said}");
+    }
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(report["ok"], true);
-    assert_eq!(report["checks"].as_array().unwrap().len(), 2);
+    assert_eq!(report["checks"].as_array().unwrap().len(), 3);
+    assert!(report["modules"].as_u64().unwrap() > 60 && report["time_s"].as_f64().unwrap() > 0.0, "{report}");
 
     // One op that the device cannot run is one line, and the others are checked all the same.
-    let output = selftest("linear,adamw", &[("ELAPID_SIM_MEMORY", "3000")]);
+    let output = device.selftest(dir.path(), ops, &[("ELAPID_SIM_MEMORY", "3000")]);
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(
         !output.status.success() && said.contains("it does not run") && !said.contains("panicked"),
@@ -191,6 +171,38 @@ fn selftest_checks_ops_on_a_device() {
     );
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert!(report["checks"][0]["worst"].as_str().unwrap().contains("status 4"), "{report}");
+
+    let output = device.selftest(dir.path(), "--ops linear,adam", &[]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains("no op adam") && said.contains("adamw"), "{said}");
+}
+
+/// All ops, forward and adjoint, through XLA's own plugin and its optimising compiler.
+#[test]
+fn selftest_of_all_ops_on_xla() {
+    let dir = place();
+    let Some(device) = Device::xla() else { return };
+    let output = device.selftest(dir.path(), "", &[]);
+    println!("{}", String::from_utf8_lossy(&output.stderr));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(output.status.success() && report["ok"] == true, "{report}");
+    let checks = report["checks"].as_array().unwrap();
+    let checked: Vec<_> = checks.iter().map(|check| check["kernel"].as_str().unwrap()).collect();
+    let all = [
+        "flat buffer",
+        "add",
+        "cast",
+        "add_bias",
+        "linear",
+        "resize",
+        "rms_norm",
+        "embedding",
+        "head_loss",
+        "clip",
+        "adamw",
+        "mamba2",
+    ];
+    assert_eq!(checked, all);
 }
 
 #[test]
@@ -203,12 +215,95 @@ fn what_a_device_cannot_do_is_refused() {
         ("--plugin cuda", "--device pjrt"),
         ("--target trn1", "--device neuron"),
         ("--compile-only", "--device neuron"),
-        ("--device neuron --target trn1 --carry-state", "--carry-state"),
-        ("--device neuron --target trn1 --log-norms", "--log-norms"),
         ("--device neuron --target trn1 --dp 2", "2 ranks"),
     ] {
         let said = run::fail(dir.path(), &format!("{steps} {flags}"));
         assert!(said.contains(expected), "{flags}: {said}");
         assert!(!dir.path().join("run").exists());
     }
+    for (line, expected) in [
+        ("eval --model hf --data-dir data --device pjrt", "--plugin"),
+        ("eval --model hf --data-dir data --device neuron --target trn1 --carry-state", "--carry-state"),
+        ("generate --model hf --prompt-ids 1 --plugin cuda", "--device pjrt"),
+        ("generate --model hf --prompt-ids 1 --device pjrt --plugin /nowhere.so", "/nowhere.so"),
+    ] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_elapid"));
+        let output = command.current_dir(dir.path()).args(line.split(' ')).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{line}: {said}");
+        assert!(
+            said.contains("error: ") && said.contains("hint: ") && said.contains(expected),
+            "{line}: {said}"
+        );
+    }
+}
+
+/// What `compile` leaves in the cache is what a run with the same flags looks for.
+#[test]
+fn compile_fills_the_cache_of_a_run() {
+    let dir = place();
+    let mut device = Device::simulated(dir.path());
+    let log = dir.path().join("compilations");
+    device.variables.push(("ELAPID_SIM_COMPILATIONS", log.display().to_string()));
+    let compile = |flags: &str| {
+        let fixed =
+            "compile --target trn1 --model model.json --seq-len 16 --output-dir modules --compile-cache neff";
+        let mut command = Command::new(env!("CARGO_BIN_EXE_elapid"));
+        command.current_dir(dir.path()).args(fixed.split(' ')).args(flags.split(' '));
+        command.envs(device.variables.iter().map(|(name, value)| (name, value)));
+        command
+    };
+    let compilations = || fs::read_to_string(&log).unwrap_or_default().lines().count();
+    let mut modules = 0;
+    for (flags, made) in [
+        ("--batch 3", 4),
+        // The update is another one, the rest is there.
+        ("--batch 3 --weight-decay 0.2 --max-grad-norm 0.5", 1),
+        ("--batch 2 --dtype bfloat16 --activation-checkpointing block --layer-loop while", 4),
+    ] {
+        for made in [made, 0] {
+            modules += made;
+            let output = compile(flags).output().unwrap();
+            let said = String::from_utf8_lossy(&output.stdout).into_owned();
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            for name in ["micro_step", "update", "eval", "decode"] {
+                let line =
+                    said.lines().find(|line| line.starts_with(name) && line.contains(" compiled (")).unwrap();
+                let neff = dir.path().join(line.split_once(": ").unwrap().1);
+                assert!(fs::read(neff).unwrap().starts_with(b"SIMULATED"));
+            }
+            assert_eq!(compilations(), modules, "{flags}");
+        }
+        let run = format!("{flags} --max-steps 1 --eval-fraction 0.1 --output-dir run-{modules}");
+        device.succeeds(dir.path(), &run);
+        assert_eq!(compilations(), modules, "the run has found all of its modules: {flags}");
+    }
+    device.succeeds(dir.path(), "--batch 1 --max-steps 1 --output-dir other");
+    assert!(compilations() > modules, "another batch is another module");
+
+    // What the compiler refuses: every module is tried, its words have our ops, and its log stays.
+    assert!(compile("--batch 3").output().unwrap().status.success());
+    let text = fs::read_to_string(dir.path().join("modules/micro_step.txt")).unwrap();
+    let named = |line: &str| {
+        line.trim()
+            .strip_prefix('%')?
+            .split_once(' ')
+            .filter(|(_, rest)| rest.contains(" multiply("))
+            .map(|(name, _)| name.to_owned())
+    };
+    let refused = &text.lines().find_map(named).expect("something is multiplied");
+    let output = compile("--batch 5").env("ELAPID_SIM_REFUSES", refused).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("neuronx-cc refuses micro_step, eval, decode\nhint: "), "{said}");
+    assert!(said.contains(&format!("Unsupported instruction {refused} (")), "{said}");
+    let log = said.split("its whole log is in ").nth(1).unwrap().lines().next().unwrap();
+    assert!(fs::read_to_string(dir.path().join(log)).unwrap().contains("INFO: reading"));
+    assert!(dir.path().join("modules/manifest.json").is_file());
+
+    // A cache that is asked for, and no compiler.
+    let output = compile("--batch 7").env("PATH", "/usr/bin:/bin").output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("neuronx-cc is not on the path") && said.contains("hint: "), "{said}");
 }

@@ -18,7 +18,7 @@ fn recipe(name: &str) -> String {
 impl Room {
     /// Runs a recipe with launchers, and a program, that only write down their command lines.
     fn launch(&self, name: &str, args: &[&str], env: &[(&str, &str)]) -> Output {
-        for launcher in ["srun", "mpirun", "elapid"] {
+        for launcher in ["scontrol", "srun", "mpirun", "elapid"] {
             self.write(launcher, "#!/bin/sh\nbasename \"$0\" > said; printf '%s\\n' \"$@\" >> said\n");
             let program = std::fs::Permissions::from_mode(0o755);
             std::fs::set_permissions(self.path(launcher), program).unwrap();
@@ -87,6 +87,24 @@ fn slurm() {
 }
 
 #[test]
+fn slurm_on_trainium() {
+    let room = Room::new();
+    let name = "tp_zero1_mamba2_7B_trn1.sbatch";
+    let args = ["my data", "my run", "--max-steps", "2000"];
+    for (tasks, dp) in [("32", 4), ("512", 64)] {
+        let output = room.launch(name, &args, &[("SLURM_NTASKS", tasks), ("SLURM_JOB_NODELIST", "n[1-4]")]);
+        let (before, settings) = room.launched(&output);
+        assert_eq!(before, ["srun", "elapid"]);
+        assert_eq!(global_batch(&settings, dp), 1024);
+        assert_eq!((number(&settings, "tp"), number(&settings, "max-steps")), (8, 2000));
+        assert_eq!(settings["device"].as_str(), Some("neuron"));
+        assert_eq!(settings["compile-cache"].as_str(), Some("my run/neuron-cache"));
+    }
+    let output = room.launch(name, &args, &[("SLURM_NTASKS", "12")]);
+    assert!(!output.status.success() && stderr(&output).contains("12 tasks are no multiple of 8"));
+}
+
+#[test]
 fn mpirun() {
     let room = Room::new();
     room.write("hosts", "# two machines\nalpha slots=4\nbeta slots = 12 max_slots=16 # the larger one\n");
@@ -105,6 +123,40 @@ fn mpirun() {
     );
     let output = room.launch("mpirun.sh", &["hosts"], &[]);
     assert!(!output.status.success() && stderr(&output).contains("usage: "));
+}
+
+#[test]
+fn trainium() {
+    let room = Room::new();
+    let args = ["4", "data", "run", "--lr", "1e-3"];
+    // Each process writes down who it is.
+    let said = "#!/bin/sh\necho $RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR >> ranks\n\
+                [ $LOCAL_RANK = 0 ] && printf '%s\\n' elapid \"$@\" > said; exit 0\n";
+    for (env, first, dp) in [
+        (&[("TP", "2")][..], "0 0 4 4 127.0.0.1", 2),
+        (&[("NODES", "2"), ("NODE", "1"), ("MASTER_ADDR", "one")], "4 0 8 4 one", 8),
+    ] {
+        room.write("program", said);
+        let may_run = std::fs::Permissions::from_mode(0o755);
+        std::fs::set_permissions(room.path("program"), may_run).unwrap();
+        let program = room.path("program").display().to_string();
+        let output = room.launch("trainium.sh", &args, &[env, &[("ELAPID", &program)]].concat());
+        let (_, settings) = room.launched(&output);
+        assert_eq!(global_batch(&settings, dp), 64);
+        assert_eq!((settings["device"].as_str(), settings["lr"].as_float()), (Some("neuron"), Some(1e-3)));
+        let ranks = room.read("ranks");
+        let mut ranks: Vec<_> = ranks.lines().collect();
+        ranks.sort_unstable();
+        assert_eq!((ranks.len(), ranks[0]), (4, first));
+        std::fs::remove_file(room.path("ranks")).unwrap();
+    }
+    for (env, expected) in [
+        (&[("TP", "3")][..], "4 cores are no multiple of TP 3"),
+        (&[("NODES", "2")], "MASTER_ADDR does not name"),
+    ] {
+        let output = room.launch("trainium.sh", &args, env);
+        assert!(!output.status.success() && stderr(&output).contains(expected), "{}", stderr(&output));
+    }
 }
 
 #[test]

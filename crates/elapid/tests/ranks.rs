@@ -4,6 +4,8 @@
 
 mod common;
 
+use std::process::Stdio;
+
 use common::{Room, failed_in_order, stderr};
 use serde_json::Value;
 
@@ -199,13 +201,39 @@ fn what_ranks_cannot_do_is_refused() {
     assert_eq!(said.matches("error:").count(), 1, "{said}");
 }
 
+/// Ranks as processes without MPI come to the bits of ranks as threads.
+#[test]
+fn processes_that_sockets_connect_are_as_threads() {
+    let room = Room::with_data();
+    let flags = "--max-steps 3 --tp 2 --dp 2 --use-zero-1 --sequence-parallel-enabled --eval-fraction 0.1";
+    room.ok(&format!("{FOUR} {flags} --output-dir threads"));
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
+    let line = format!("{FOUR} {flags} --output-dir processes");
+    let line: Vec<_> = line.split_whitespace().collect();
+    let start = |rank: usize| {
+        let (mut command, rank) = (room.command(&line), rank.to_string());
+        command.envs([("RANK", &*rank), ("LOCAL_RANK", &rank), ("WORLD_SIZE", "4"), ("MASTER_PORT", &port)]);
+        command.env("MASTER_ADDR", "localhost").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let children: Vec<_> = (0..4).map(start).collect();
+    for (rank, child) in children.into_iter().enumerate() {
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+        assert_eq!(stderr(&output).contains("step 3/3"), rank == 0);
+    }
+    assert_eq!(room.losses("processes"), room.losses("threads"));
+    assert_eq!(room.norms("processes"), room.norms("threads"));
+    let model = |run: &str| std::fs::read(room.path(&format!("{run}/hf/model.safetensors"))).unwrap();
+    assert!(model("processes") == model("threads"));
+}
+
 #[test]
 fn launchers_that_cannot_help_are_named() {
     let room = Room::with_data();
     let line: Vec<_> = FOUR.split_whitespace().chain(["--max-steps", "2"]).collect();
     let output =
         room.command(&line).env("RANK", "0").env("WORLD_SIZE", "2").env("LOCAL_RANK", "0").output().unwrap();
-    assert!(failed_in_order(&output).contains("mpirun or srun"));
+    assert!(failed_in_order(&output).contains("MASTER_ADDR"));
     if cfg!(not(feature = "mpi")) {
         let output = room.command(&line).env("SLURM_PROCID", "0").output().unwrap();
         assert!(failed_in_order(&output).contains("--features mpi"));

@@ -9,7 +9,9 @@
 
 #[cfg(feature = "mpi")]
 pub mod mpi;
+pub mod sockets;
 mod threads;
+mod trade;
 
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
@@ -153,6 +155,12 @@ impl Abort {
     pub fn failure(&self) -> Option<&CommFailure> {
         self.0.get()
     }
+}
+
+/// The bytes of numbers.
+fn bytes<T: Plain>(data: &[T]) -> &[u8] {
+    // SAFETY: as below.
+    unsafe { std::slice::from_raw_parts(data.as_ptr().cast(), size_of_val(data)) }
 }
 
 /// The bytes of numbers, for collectives that only move them.

@@ -1,17 +1,17 @@
 //! Ranks that are processes, over MPI.
 //!
-//! Sums are made here, in rank order: each rank is sent its piece by all others. Gathers go from rank to rank as well, so
-//! that it is known who is waited for; broadcasts and barriers are MPI's own. Nothing blocks inside MPI: every wait is a
+//! Sums and gathers go from rank to rank ([`Trade`]), so that it is known who is waited for; broadcasts and barriers are
+//! MPI's own. Nothing blocks inside MPI: every wait is a
 //! loop of `MPI_Test` that knows the time. A failure ends the whole run from here (`MPI_Abort`), since MPI may still be writing into memory that unwinding would give back.
 
 use std::ffi::c_int;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use half::bf16;
 use mpi::ffi;
 
-use super::{CommFailure, Communicator, FloatsMut, Number, Reduce, Single, bytes_mut, piece, reduce};
+use super::trade::{self, Trade};
+use super::{CommFailure, Communicator, FloatsMut, Reduce, Single};
 
 /// Called with what ends the run, to say it, before the run is ended.
 pub type Farewell = fn(&CommFailure);
@@ -213,61 +213,6 @@ impl MpiGroup {
         }
     }
 
-    /// Sends `data[piece of rank]` to every other rank and gets what they have for this one, one after the other.
-    fn exchange<T: Number>(&self, what: &str, data: &[T]) -> Vec<T> {
-        let mine = piece(data.len(), self.size, self.rank).len();
-        let mut incoming = vec![data[0]; mine * (self.size - 1)];
-        let first = incoming.as_mut_ptr();
-        let out = |peer| {
-            let theirs = &data[piece(data.len(), self.size, peer)];
-            (theirs.as_ptr().cast(), size_of_val(theirs))
-        };
-        let into = |peer| {
-            let slot = if peer < self.rank { peer } else { peer - 1 };
-            (first.wrapping_add(slot * mine).cast(), mine * size_of::<T>())
-        };
-        // SAFETY: `data` is only read; `incoming` has `mine` numbers for each peer and is not touched meanwhile.
-        unsafe { self.trade(what, out, into) };
-        incoming
-    }
-
-    /// Sends every other rank the bytes that `out` gives for it and gets those of `into` from it: as many as that rank sends
-    /// to this one.
-    ///
-    /// # Safety
-    /// The memory lives and nobody else uses it until this returns; what comes in overlaps with nothing.
-    unsafe fn trade(
-        &self,
-        what: &str,
-        out: impl Fn(usize) -> (*const u8, usize),
-        into: impl Fn(usize) -> (*mut u8, usize),
-    ) {
-        let mut transfers = Vec::new();
-        for peer in (0..self.size).filter(|peer| *peer != self.rank) {
-            let (to, len) = into(peer);
-            for at in (0..len).step_by(self.longest) {
-                let count = self.longest.min(len - at) as c_int;
-                self.start(what, peer, &mut transfers, |comm, peer, request| {
-                    // SAFETY: the caller's promise, and `wait` below sees the transfer done.
-                    unsafe {
-                        ffi::MPI_Irecv(to.add(at).cast(), count, ffi::RSMPI_UINT8_T, peer, 0, comm, request)
-                    }
-                });
-            }
-            let (from, len) = out(peer);
-            for at in (0..len).step_by(self.longest) {
-                let count = self.longest.min(len - at) as c_int;
-                self.start(what, peer, &mut transfers, |comm, peer, request| {
-                    // SAFETY: as above.
-                    unsafe {
-                        ffi::MPI_Isend(from.add(at).cast(), count, ffi::RSMPI_UINT8_T, peer, 0, comm, request)
-                    }
-                });
-            }
-        }
-        self.wait(what, transfers);
-    }
-
     fn start(
         &self,
         what: &str,
@@ -290,46 +235,28 @@ impl MpiGroup {
         self.check(what, code);
         self.wait(what, vec![Transfer { request, with: None }]);
     }
+}
 
-    /// Reduces the piece of this rank.
-    fn reduce_mine<T: Number>(&self, what: &str, data: &mut [T], how: Reduce) {
-        if data.is_empty() {
-            return;
+impl Trade for MpiGroup {
+    fn trade(&self, what: &'static str, out: &[&[u8]], into: Vec<&mut [u8]>) {
+        let mut transfers = Vec::new();
+        for (peer, (into, out)) in into.into_iter().zip(out).enumerate() {
+            for message in into.chunks_mut(self.longest) {
+                self.start(what, peer, &mut transfers, |comm, peer, request| {
+                    let (to, count) = (message.as_mut_ptr().cast(), message.len() as c_int);
+                    // SAFETY: the memory is borrowed until this returns, and `wait` below sees the transfer done.
+                    unsafe { ffi::MPI_Irecv(to, count, ffi::RSMPI_UINT8_T, peer, 0, comm, request) }
+                });
+            }
+            for message in out.chunks(self.longest) {
+                self.start(what, peer, &mut transfers, |comm, peer, request| {
+                    let (from, count) = (message.as_ptr().cast(), message.len() as c_int);
+                    // SAFETY: as above.
+                    unsafe { ffi::MPI_Isend(from, count, ffi::RSMPI_UINT8_T, peer, 0, comm, request) }
+                });
+            }
         }
-        let incoming = self.exchange(what, data);
-        let mine = piece(data.len(), self.size, self.rank);
-        let n = mine.len();
-        let own = data[mine.clone()].to_vec();
-        let source = |rank: usize, place: usize, count: usize| match rank.cmp(&self.rank) {
-            std::cmp::Ordering::Equal => &own[place..place + count],
-            std::cmp::Ordering::Less => &incoming[rank * n + place..][..count],
-            std::cmp::Ordering::Greater => &incoming[(rank - 1) * n + place..][..count],
-        };
-        let out = &mut data[mine];
-        reduce(self.size, n, how, source, |place, sum| T::narrow(sum, &mut out[place..place + sum.len()]));
-    }
-
-    fn all_reduce_of<T: Number>(&self, data: &mut [T], how: Reduce) {
-        self.reduce_mine("all_reduce", data, how);
-        // Equal pieces, as a gather needs them: the last ones are padded.
-        let each = data.len().div_ceil(self.size);
-        if each * self.size == data.len() {
-            return self.gather("all_reduce", bytes_mut(data));
-        }
-        let mut padded = data.to_vec();
-        padded.resize(each * self.size, data[0]);
-        self.gather("all_reduce", bytes_mut(&mut padded));
-        data.copy_from_slice(&padded[..data.len()]);
-    }
-
-    /// From rank to rank, so that one that does not come is known by name.
-    fn gather(&self, what: &str, data: &mut [u8]) {
-        let each = data.len() / self.size;
-        let first = data.as_mut_ptr();
-        let piece = |rank: usize| (first.wrapping_add(rank * each), each);
-        let own = piece(self.rank);
-        // SAFETY: a piece for each rank, of which this rank's is only read and each of the others written by one transfer.
-        unsafe { self.trade(what, |_| (own.0.cast_const(), each), piece) };
+        self.wait(what, transfers);
     }
 }
 
@@ -343,23 +270,15 @@ impl Communicator for MpiGroup {
     }
 
     fn all_reduce(&self, data: FloatsMut<'_>, how: Reduce) {
-        match data {
-            FloatsMut::F32(data) => self.all_reduce_of::<f32>(data, how),
-            FloatsMut::Bf16(data) => self.all_reduce_of::<bf16>(data, how),
-        }
+        trade::all_reduce(self, data, how);
     }
 
     fn reduce_scatter(&self, data: FloatsMut<'_>) {
-        assert!(data.len().is_multiple_of(self.size), "equal pieces");
-        match data {
-            FloatsMut::F32(data) => self.reduce_mine::<f32>("reduce_scatter", data, Reduce::Sum),
-            FloatsMut::Bf16(data) => self.reduce_mine::<bf16>("reduce_scatter", data, Reduce::Sum),
-        }
+        trade::reduce_scatter(self, data);
     }
 
     fn all_gather(&self, data: &mut [u8]) {
-        assert!(data.len().is_multiple_of(self.size), "equal pieces");
-        self.gather("all_gather", data);
+        trade::all_gather(self, data);
     }
 
     fn broadcast(&self, data: &mut [u8], root: usize) {

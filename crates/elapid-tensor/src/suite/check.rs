@@ -197,7 +197,9 @@ pub(super) fn write_all<B: Backend>(backend: &B, buffer: &mut B::Buffer, shape: 
 }
 
 pub(super) fn read_all<B: Backend>(backend: &B, buffer: &B::Buffer, shape: FlatShape) -> Vec<f32> {
-    rows(shape).flat_map(|slot| backend.values(&backend.view(buffer, &slot))).collect()
+    // All views first: a backend that computes on demand computes together what somebody holds.
+    let views: Vec<B::Tensor> = rows(shape).map(|slot| backend.view(buffer, &slot)).collect();
+    views.iter().flat_map(|view| backend.values(view)).collect()
 }
 
 fn norm(x: &[f64]) -> f64 {

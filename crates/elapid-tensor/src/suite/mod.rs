@@ -21,7 +21,7 @@ mod ops;
 mod update;
 
 pub use bits::bits;
-pub use mixer::mamba2;
+pub use mixer::{mamba2, mamba2_core};
 pub use ops::{add_and_cast, add_bias, embedding, head_loss, linear, resize, rms_norm};
 pub use update::{adamw, clip, flat_buffers};
 

@@ -67,7 +67,15 @@ pub trait Driver: Send {
     /// One line on what it is.
     fn describe(&self) -> String;
 
-    /// Compiles a module, unless that was done before, and loads it.
+    /// Makes ready for [`Self::load`] what takes long and needs no other rank. Gives what is the same on all ranks that may
+    /// load the module together.
+    ///
+    /// # Errors
+    /// The compiler refuses it.
+    fn prepare(&mut self, module: &Module) -> Result<String, Fault>;
+
+    /// Compiles a module, unless that was done before, and loads it. All ranks load the same modules in the same order,
+    /// and may wait for each other without an end.
     ///
     /// # Errors
     /// The compiler refuses it, or the device has no room for it.

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::median;
 use crate::Error;
 use crate::error::say;
-use crate::parallel::{Launch, Mesh, Rank, launch, world_size};
+use crate::parallel::{Launch, Mesh, Rank, engine, launch, world_size};
 
 /// Measured in turn, each up to the largest that was asked for.
 const SIZES: [usize; 6] = [4 << 10, 64 << 10, 1 << 20, 16 << 20, 64 << 20, 256 << 20];
@@ -28,7 +28,7 @@ pub fn comm(ranks: Option<usize>, largest: usize) -> Result<Value, Error> {
         return Err(Error::new("one rank has nobody to speak with").with_hint("give --dp 2 or more"));
     }
     let start = Launch { mesh, threads: Some(mesh.size()), timeout: Duration::from_secs(600) };
-    let engine = if world.is_some() { "mpi" } else { "threads" };
+    let engine = engine()?;
     Ok(launch(&start, |rank| measure(rank, engine, largest))?.swap_remove(0))
 }
 

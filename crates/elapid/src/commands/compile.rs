@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
-use elapid_tensor::AdamW;
-use elapid_xla::driver::neuron;
-use elapid_xla::{Module, Options, Port, Type, estimate};
+use elapid_tensor::{AdamW, Checkpointing};
+use elapid_xla::driver::{Kind, neuron};
+use elapid_xla::{Estimate, Module, Options, Port, Type, estimate};
 use serde_json::{Value, json};
 
 use super::print_line;
@@ -18,11 +19,8 @@ use crate::config::run::{
 use crate::error::say;
 use crate::model::shard::check_ranks;
 use crate::parallel::Mesh;
-use crate::record::{Recording, keeps_rules};
+use crate::record::{MAX_INSTRUCTIONS, Recording, keeps_rules};
 use crate::train::memory::bytes;
-
-/// More than this after unrolling, and the compiler gives up.
-const MAX_INSTRUCTIONS: u64 = 5_000_000;
 
 /// Flags of `elapid compile`.
 #[derive(clap::Args)]
@@ -36,6 +34,9 @@ pub(super) struct CompileArgs {
     /// Folder for the modules; made if it is not there
     #[arg(long, value_name = "DIR")]
     output_dir: PathBuf,
+    /// Folder of what the compiler makes of them, where it is installed [default: elapid/neff in the user's cache]
+    #[arg(long, value_name = "DIR")]
+    compile_cache: Option<PathBuf>,
     /// Preset name, or a config.json, or a folder that holds one
     #[arg(long, value_name = "PRESET|PATH", required_unless_present = "init_from")]
     model: Option<String>,
@@ -131,30 +132,6 @@ impl CompileArgs {
         Ok(())
     }
 
-    /// The micro-step, in as many modules as it takes.
-    fn micro_steps(&self, recording: &Recording<'_>) -> Result<Vec<Module>, Error> {
-        let layers = recording.config.num_hidden_layers;
-        if let Some(groups) = self.layer_groups {
-            let good = (1..=layers.max(1)).contains(&groups);
-            check("--layer-groups", groups as f64, good, &format!("the model has {layers} layers"))?;
-            if groups > 1 && self.carry_state {
-                return Err(Error::new(format!("--layer-groups {groups} with --carry-state"))
-                    .with_hint("states are carried through the whole model: leave one of the two out"));
-            }
-            return Ok(recording.micro_steps(groups));
-        }
-        let fits = |module: &Module| estimate(&module.proto).work.instructions <= MAX_INSTRUCTIONS;
-        let most = if self.carry_state { 1 } else { layers };
-        let mut modules = recording.micro_steps(1);
-        // Twice as many groups halve what is too large.
-        let mut groups = 2;
-        while groups <= most && !modules.iter().all(fits) {
-            modules = recording.micro_steps(groups);
-            groups *= 2;
-        }
-        Ok(modules)
-    }
-
     fn recording<'c>(&self, config: &'c ModelConfig) -> Recording<'c> {
         Recording {
             config,
@@ -204,7 +181,7 @@ pub(super) fn run(args: &CompileArgs) -> Result<(), Error> {
         fs::remove_file(&manifest).map_err(|cause| Error::io("replace", &manifest, &cause))?;
     }
     let recording = args.recording(&config);
-    let mut modules = args.micro_steps(&recording)?;
+    let mut modules = recording.micro_steps_of(args.layer_groups)?;
     let steps: Vec<String> = modules.iter().map(|module| module.proto.name.clone()).collect();
     modules.extend([recording.update(), recording.eval()]);
     // What training holds on the device from step to step, whatever runs; decoding is for itself.
@@ -216,8 +193,7 @@ pub(super) fn run(args: &CompileArgs) -> Result<(), Error> {
         let name = module.proto.name.clone();
         keeps_rules(module)?;
         let needs = estimate(&module.proto);
-        let own = if name == "decode" { needs.arguments } else { held };
-        let memory = own + needs.outputs + needs.temporaries_at_most;
+        let memory = memory(&needs, if name == "decode" { needs.arguments } else { held });
         warn(target, &name, memory, needs.work.instructions);
         let contents = module.to_bytes();
         let file = format!("{name}.hlo.pb");
@@ -242,6 +218,7 @@ pub(super) fn run(args: &CompileArgs) -> Result<(), Error> {
             "estimate": {
                 "arguments": needs.arguments, "outputs": needs.outputs, "temporaries": needs.temporaries,
                 "temporaries_at_most": needs.temporaries_at_most,
+                "temporaries_in_any_order": needs.temporaries_in_any_order,
                 "memory": memory, "memory_of_target": target.memory(),
                 "device_instructions": needs.work.instructions, "most_device_instructions": MAX_INSTRUCTIONS,
                 "flops": needs.work.flops,
@@ -253,7 +230,89 @@ pub(super) fn run(args: &CompileArgs) -> Result<(), Error> {
     }
     let text = manifest_text(args, &model, &config, held, &steps, entries)?;
     put(&manifest, text.as_bytes())?;
+    advise(args, &recording, steps.len().div_ceil(2), target);
+    // A cache that somebody names is to be filled, and without the compiler that is an error.
+    if args.compile_cache.is_some() || on_path(neuron::COMPILER) {
+        return fill_cache(args, &modules);
+    }
     print_line(&how_to_go_on(args, &commands))
+}
+
+/// Has the compiler make what `train --device neuron` looks for. A module that it refuses does not keep it from the others.
+fn fill_cache(args: &CompileArgs, modules: &[Module]) -> Result<(), Error> {
+    let cache = args.compile_cache.clone().unwrap_or_else(neuron::default_cache);
+    let compiler = neuron::Compiler::new(args.target.into(), &cache, |line| say(line))?;
+    let mut refused = Vec::new();
+    for module in modules {
+        let (name, begun) = (&module.proto.name, Instant::now());
+        match compiler.compiled(module) {
+            Ok(neff) => {
+                let time = begun.elapsed().as_secs_f64();
+                print_line(&format!("{name:<12} compiled ({time:.1} s): {}", neff.display()))?;
+            }
+            Err(fault) if fault.kind == Kind::Compile => {
+                say(format_args!("{fault}\n{}", fault.hint));
+                refused.push(name.as_str());
+            }
+            Err(fault) => return Err(fault.into()),
+        }
+    }
+    if !refused.is_empty() {
+        let (names, compiler) = (refused.join(", "), neuron::COMPILER);
+        return Err(Error::new(format!("{compiler} refuses {names}")).with_hint("its words are shown above"));
+    }
+    print_line(&format!(
+        "They are in {}, where `elapid train --device neuron` looks; for an instance without the compiler, copy that folder.",
+        cache.display()
+    ))
+}
+
+/// Bytes of a rank's device while a module runs that needs so much, beside `held`.
+fn memory(needs: &Estimate, held: u64) -> u64 {
+    held + needs.outputs + needs.temporaries_at_most
+}
+
+/// The most that any of these modules needs while a device holds the inputs of all.
+fn peak(modules: &[Module]) -> u64 {
+    let held = held(modules);
+    modules.iter().map(|module| memory(&estimate(&module.proto), held)).max().unwrap_or(0)
+}
+
+/// Where a step in modules of `groups` groups of layers does not fit into a core, says what would.
+fn advise(args: &CompileArgs, recording: &Recording<'_>, groups: usize, target: neuron::Target) {
+    let with = |checkpointing, groups| {
+        let mut modules = Recording { checkpointing, ..*recording }.micro_steps(groups);
+        modules.extend([recording.update(), recording.eval()]);
+        peak(&modules)
+    };
+    let mut fits = Vec::new();
+    if with(recording.checkpointing, groups) <= target.memory() {
+        return;
+    }
+    let mut consider = |flags: String, needs: u64| {
+        let good = needs <= target.memory();
+        if good {
+            fits.push(format!("{flags} ({})", bytes(needs)));
+        }
+        good
+    };
+    if recording.checkpointing == Checkpointing::None {
+        let flags = "--activation-checkpointing block".to_owned();
+        consider(flags, with(Checkpointing::Block, groups));
+    }
+    let most = if args.carry_state { 1 } else { recording.config.num_hidden_layers };
+    let mut more = 2 * groups;
+    while more <= most && !consider(format!("--layer-groups {more}"), with(recording.checkpointing, more)) {
+        more *= 2;
+    }
+    let advice = if fits.is_empty() {
+        "no way to write the layers makes it fit: share the model out to more ranks (--tp; --dp with --use-zero-1), or make \
+         --batch or --seq-len smaller"
+            .to_owned()
+    } else {
+        format!("it would fit with {}", fits.join(", or with "))
+    };
+    say(format_args!("hint: {advice}"));
 }
 
 /// Bytes of all inputs of these modules together, each name once: what a rank keeps on its device.
@@ -347,16 +406,13 @@ fn on_path(program: &str) -> bool {
 }
 
 fn how_to_go_on(args: &CompileArgs, commands: &[String]) -> String {
-    let dir = args.output_dir.display();
-    let place = if on_path("neuronx-cc") {
-        format!("Next, in {dir}:")
-    } else {
-        format!(
-            "neuronx-cc is not on this machine's path. Copy {dir} to an x86-64 Linux machine with the AWS Neuron SDK (no \
-             device is needed, but tens of GB of memory) and run there, in that folder:"
-        )
-    };
-    format!("{place}\n  {}", commands.join("\n  "))
+    format!(
+        "neuronx-cc is not on this machine's path. Run this command again on an x86-64 Linux machine with the AWS Neuron SDK \
+         (no device is needed, but tens of GB of memory): there it also compiles them, for `elapid train --device neuron`. \
+         Without elapid, copy {} there and run in that folder:\n  {}",
+        args.output_dir.display(),
+        commands.join("\n  ")
+    )
 }
 
 /// Writes a file aside and renames it into place.

@@ -6,10 +6,11 @@ use serde_json::json;
 
 use super::print_line;
 use crate::Error;
-use crate::config::run::Dtype;
+use crate::config::run::{Device, DeviceArgs, Dtype};
 use crate::data::Dataset;
+use crate::forward::Forward;
 use crate::model::Mamba2ForCausalLM;
-use crate::train::{cpu, evaluate, last_blocks};
+use crate::train::{cpu, evaluate, evaluate_by, last_blocks};
 
 /// Flags of `elapid eval`.
 #[derive(clap::Args)]
@@ -35,6 +36,11 @@ pub(super) struct EvalArgs {
     /// Compute dtype
     #[arg(long, value_enum, default_value = "float32")]
     dtype: Dtype,
+    /// Where to compute
+    #[arg(long, value_enum, default_value = "cpu")]
+    device: Device,
+    #[command(flatten)]
+    on: DeviceArgs,
     /// Worker threads [default: one a core]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -51,6 +57,10 @@ fn fraction(text: &str) -> Result<f64, String> {
 }
 
 pub(super) fn run(args: &EvalArgs) -> Result<(), Error> {
+    if args.device != Device::Cpu && args.carry_state {
+        return Err(Error::new("--carry-state is for the CPU so far").with_hint("leave --device out"));
+    }
+    let device = Forward::open(args.device, &args.on)?;
     let mut data = Dataset::open_blocks(&args.data_dir, args.seq_len)?;
     if data.is_mixture() {
         return Err(Error::new(format!("--data-dir {} has weights", args.data_dir.display()))
@@ -63,8 +73,14 @@ pub(super) fn run(args: &EvalArgs) -> Result<(), Error> {
     let backend = cpu(args.threads)?;
     let model = Mamba2ForCausalLM::from_pretrained(&backend, &args.model, args.dtype.compute())?;
     data.check_vocab(model.config().vocab_size)?;
-    let batch = args.batch as usize;
-    let result = evaluate(&backend, &model, &data, blocks, batch, args.carry_state)?;
+    let batch = (args.batch as usize).min(blocks.len());
+    let result = match device {
+        None => evaluate(&backend, &model, &data, blocks, batch, args.carry_state)?,
+        Some(device) => {
+            let losses = device.losses(&backend, &model, batch, data.seq_len(), data.knows_documents())?;
+            evaluate_by(&data, blocks, batch, false, losses)?
+        }
+    };
     if args.json {
         let object = json!({
             "loss": result.loss,

@@ -7,9 +7,10 @@ use serde_json::json;
 
 use super::print_line;
 use crate::Error;
-use crate::config::run::Dtype;
+use crate::config::run::{Device, DeviceArgs, Dtype};
 use crate::data::Tokenizer;
-use crate::generate::{Sampling, generate};
+use crate::forward::Forward;
+use crate::generate::{Sampling, generate, generate_by};
 use crate::model::Mamba2ForCausalLM;
 use crate::train::cpu;
 
@@ -50,6 +51,11 @@ pub(super) struct GenerateArgs {
     /// Compute dtype
     #[arg(long, value_enum, default_value = "float32")]
     dtype: Dtype,
+    /// Where to compute
+    #[arg(long, value_enum, default_value = "cpu")]
+    device: Device,
+    #[command(flatten)]
+    on: DeviceArgs,
     /// Worker threads [default: one a core]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -68,6 +74,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), Error> {
             Error::new(format!("--top-p is {}", args.top_p)).with_hint("it is more than 0, at most 1")
         );
     }
+    let device = Forward::open(args.device, &args.on)?;
     let texts = texts(args)?;
     let tokenizer = tokenizer(&args.model, args.prompt_ids.is_empty())?;
     let backend = cpu(args.threads)?;
@@ -97,19 +104,20 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), Error> {
     if watched {
         show(&live.prompt);
     }
-    let found = generate(
-        &backend,
-        &model,
-        &prompts,
-        args.max_new_tokens,
-        sampling,
-        |id| ends.contains(&id),
-        |_, id| {
-            if watched {
-                show(live.push(id));
-            }
-        },
-    );
+    let is_end = |id| ends.contains(&id);
+    let on_token = |_, id| {
+        if watched {
+            show(live.push(id));
+        }
+    };
+    let most = args.max_new_tokens;
+    let found = match device {
+        None => generate(&backend, &model, &prompts, most, sampling, is_end, on_token),
+        Some(device) => {
+            let decode = device.decoder(&backend, &model, prompts.len())?;
+            generate_by(decode, &prompts, most, sampling, is_end, on_token)?
+        }
+    };
     if args.json {
         let results = prompts.iter().zip(&found).map(|(prompt, ids)| {
             json!({ "prompt_ids": prompt, "ids": ids, "text": tokenizer.as_ref().map(|t| t.decode(ids)) })

@@ -112,9 +112,9 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 /// Says what is wrong; `code` is the exit code unless a signal asked for it.
 fn fail(error: &Error, code: ExitCode) -> ExitCode {
-    parallel::let_the_first_speak();
+    let who = parallel::let_the_first_speak(error);
     let what = if error.signal().is_some() { "stopped" } else { "error" };
-    say(format_args!("{what}: {error}"));
+    say(format_args!("{what}: {who}{error}"));
     if let Some(hint) = error.hint() {
         say(format_args!("hint: {hint}"));
     }

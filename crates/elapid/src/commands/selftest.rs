@@ -1,11 +1,15 @@
 //! `elapid selftest`.
 
+use std::io::IsTerminal;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::time::Duration;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use elapid_tensor::suite::{self, Report};
 use elapid_xla::driver::{Driver, OnDevice, widen_limits};
-use elapid_xla::{Options, XlaBackend};
+use elapid_xla::{Executor, Literal, Module, Options, XlaBackend};
+use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use super::show::show;
@@ -26,6 +30,9 @@ pub(super) struct SelftestArgs {
     /// Check these only, separated by commas
     #[arg(long, value_name = "OP,…", value_delimiter = ',')]
     ops: Vec<String>,
+    /// Check the mixer in all combinations of sizes and features, five times as many: takes minutes of a fast compiler
+    #[arg(long)]
+    all_cases: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -45,48 +52,75 @@ const OPS: [(&str, Op); 11] = [
     ("head_loss", suite::head_loss),
     ("clip", suite::clip),
     ("adamw", suite::adamw),
-    ("mamba2", suite::mamba2),
+    ("mamba2", suite::mamba2_core),
 ];
+
+impl SelftestArgs {
+    /// The ops that are asked for.
+    ///
+    /// # Errors
+    /// There is no op of that name.
+    fn ops(&self) -> Result<Vec<(&'static str, Op)>, Error> {
+        if let Some(other) = self.ops.iter().find(|op| !OPS.iter().any(|(name, _)| name == op)) {
+            let names = OPS.map(|(name, _)| name).join(", ");
+            return Err(
+                Error::new(format!("there is no op {other}")).with_hint(format!("the ops are {names}"))
+            );
+        }
+        let wanted = |name: &str| self.ops.is_empty() || self.ops.iter().any(|op| op == name);
+        let all_of = |(name, op): (&'static str, Op)| match name {
+            "mamba2" if self.all_cases => (name, suite::mamba2 as Op),
+            _ => (name, op),
+        };
+        Ok(OPS.into_iter().filter(|(name, _)| wanted(name)).map(all_of).collect())
+    }
+}
 
 pub(super) fn run(args: &SelftestArgs) -> Result<(), Error> {
     args.on.check(args.device)?;
-    let names = || OPS.map(|(name, _)| name).join(", ");
-    if let Some(other) = args.ops.iter().find(|op| !OPS.iter().any(|(name, _)| name == op)) {
-        return Err(
-            Error::new(format!("there is no op {other}")).with_hint(format!("the ops are {}", names()))
-        );
-    }
-    let Some(driver) = open_device(args.device, &args.on, Duration::from_secs(600))? else {
+    let ops = args.ops()?;
+    let Some(driver) = open_device(args.device, &args.on)? else {
         return Err(Error::new("--device cpu is checked by another command").with_hint("use `elapid doctor`"));
     };
     let what = driver.describe();
     let mut device = Some(driver);
+    let progress = Progress::new(ops.len());
     let (mut checks, mut red) = (Vec::new(), Vec::new());
-    for (name, op) in
-        OPS.into_iter().filter(|(name, _)| args.ops.is_empty() || args.ops.iter().any(|op| op == name))
-    {
-        say(format_args!("checking {name} against its f64 definition"));
-        match check(&mut device, op) {
+    let started = Instant::now();
+    for (name, op) in ops {
+        progress.begin(name);
+        let (begun, before) = (Instant::now(), progress.modules());
+        let verdict = match check(&mut device, &progress, op) {
             Ok(mut reports) => {
                 widen_limits(&mut reports);
-                let rows = suite::findings(&reports)
-                    .iter()
-                    .map(|finding| row("device", finding))
-                    .collect::<Vec<_>>();
-                if rows.iter().any(|row| row["ok"] != true) {
+                checks.extend(suite::findings(&reports).iter().map(|finding| row("device", finding)));
+                let failed = reports.iter().filter(|report| !report.passes()).count();
+                if failed > 0 {
                     red.push(name.to_owned());
+                    format!("{failed} of {} comparisons FAILED", reports.len())
+                } else {
+                    format!("{} comparisons ok", reports.len())
                 }
-                checks.extend(rows);
             }
             Err(why) => {
-                say(format_args!("  {name}: {why}"));
                 red.push(format!("{name} (it does not run)"));
                 checks.push(json!({ "path": "device", "kernel": name, "ok": false, "worst": why }));
+                why
             }
-        }
+        };
+        let (modules, time) = (progress.modules() - before, begun.elapsed().as_secs_f64());
+        progress.end(&format!("  {name:<12}  {verdict}  ({modules} modules, {time:.1} s)"));
     }
+    progress.finish();
     let ok = red.is_empty();
-    show(&json!({ "device": what, "checks": Value::Array(checks), "ok": ok }), args.json)?;
+    let summary = json!({
+        "device": what,
+        "checks": Value::Array(checks),
+        "modules": progress.modules(),
+        "time_s": started.elapsed().as_secs_f64(),
+        "ok": ok,
+    });
+    show(&summary, args.json)?;
     if ok {
         return Ok(());
     }
@@ -94,10 +128,78 @@ pub(super) fn run(args: &SelftestArgs) -> Result<(), Error> {
         .with_hint("do not train on it; please report this with the versions of driver and compiler"))
 }
 
+/// What a person sees meanwhile: a bar on a terminal, a line an op elsewhere.
+#[derive(Clone)]
+struct Progress {
+    bar: Option<ProgressBar>,
+    /// How many have been compiled and run.
+    modules: Arc<AtomicUsize>,
+}
+
+impl Progress {
+    fn new(ops: usize) -> Self {
+        let style = ProgressStyle::with_template("{pos}/{len} ops {bar:24} {msg}  {elapsed}")
+            .expect("the template is constant");
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::new(ops as u64).with_style(style.progress_chars("━╸ "));
+            bar.enable_steady_tick(Duration::from_millis(500));
+            bar
+        });
+        Self { bar, modules: Arc::default() }
+    }
+
+    fn modules(&self) -> usize {
+        self.modules.load(Ordering::Relaxed)
+    }
+
+    fn begin(&self, op: &'static str) {
+        match &self.bar {
+            Some(bar) => bar.set_message(op),
+            None => say(format_args!("checking {op} against its f64 definition")),
+        }
+    }
+
+    fn count(&self) {
+        let modules = self.modules.fetch_add(1, Ordering::Relaxed) + 1;
+        if let Some(bar) = &self.bar {
+            let message = bar.message();
+            let op = message.split(',').next().unwrap_or_default();
+            bar.set_message(format!("{op}, module {modules}"));
+        }
+    }
+
+    fn end(&self, line: &str) {
+        match &self.bar {
+            Some(bar) => {
+                bar.suspend(|| say(line));
+                bar.inc(1);
+            }
+            None => say(line),
+        }
+    }
+
+    fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// A device whose modules are counted.
+struct Counted(OnDevice, Progress);
+
+impl Executor for Counted {
+    fn run(&self, module: &Module, inputs: &[Literal]) -> Result<Vec<Literal>, String> {
+        self.1.count();
+        self.0.run(module, inputs)
+    }
+}
+
 /// What an op comes to on the device, which is handed back afterwards; or why it does not run.
-fn check(device: &mut Option<Box<dyn Driver>>, op: Op) -> Result<Vec<Report>, String> {
+fn check(device: &mut Option<Box<dyn Driver>>, progress: &Progress, op: Op) -> Result<Vec<Report>, String> {
     let shared = OnDevice::new(device.take().expect("every check hands it back"));
-    let backend = XlaBackend::new(Options::default(), Some(Box::new(shared.clone())));
+    let counted = Counted(shared.clone(), progress.clone());
+    let backend = XlaBackend::new(Options::default(), Some(Box::new(counted)));
     // A module that the device refuses unwinds: ops give no error. That is said in one line, not as a panic.
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(|_| {}));

@@ -242,6 +242,13 @@ pub struct TrainArgs {
     /// How modules for a device write layers
     #[arg(long, value_enum, default_value = "call")]
     pub layer_loop: LayerLoop,
+    /// Cut the micro-step of a device into modules of so many groups of layers, forward and backward [default: as few as
+    /// keep to the instructions of a module]
+    #[arg(long, value_name = "N")]
+    pub layer_groups: Option<usize>,
+    /// Modules for a device write what is updated beside what was there instead of in its place
+    #[arg(long)]
+    pub not_in_place: bool,
     /// Worker threads [default: one a core]
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
@@ -329,7 +336,7 @@ impl TrainArgs {
         at_least_one("--comm-timeout", self.comm_timeout)?;
         let mesh = Mesh::new(self.tp, self.dp, parallel::world_size()?)?;
         check_ranks(&config, self.tp)?;
-        self.check_device(mesh)?;
+        self.check_device()?;
         let samples = [self.batch as u64, self.grad_accum_usteps as u64, mesh.dp as u64]
             .into_iter()
             .try_fold(self.max_steps, |product, factor| product.checked_mul(factor));
@@ -435,7 +442,7 @@ impl TrainArgs {
 
 impl TrainArgs {
     /// Whether the device can do what is asked for.
-    fn check_device(&self, mesh: Mesh) -> Result<(), Error> {
+    fn check_device(&self) -> Result<(), Error> {
         self.on.check(self.device)?;
         if self.compile_only && self.device != Device::Neuron {
             return Err(Error::new("--compile-only without --device neuron")
@@ -444,17 +451,14 @@ impl TrainArgs {
         if self.device == Device::Cpu {
             return Ok(());
         }
-        for (flag, given) in [("--carry-state", self.carry_state), ("--log-norms", self.log_norms)] {
-            if given {
-                return Err(Error::new(format!("{flag} is there on the CPU only"))
-                    .with_hint("leave it out, or train with --device cpu"));
-            }
+        match parallel::place()?.filter(|_| self.device == Device::Pjrt) {
+            None => Ok(()),
+            Some(place) => Err(Error::new(format!(
+                "a launcher has started {} processes with --device pjrt",
+                place.ranks
+            ))
+            .with_hint("all ranks are threads of one process: call elapid itself, with --tp and --dp")),
         }
-        if mesh.size() > 1 {
-            return Err(Error::new(format!("{} ranks on a device", mesh.size()))
-                .with_hint("modules are for one rank so far: give neither --tp nor --dp, or --device cpu"));
-        }
-        Ok(())
     }
 }
 

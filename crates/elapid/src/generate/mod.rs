@@ -4,6 +4,7 @@ use elapid_tensor::Backend;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use crate::Error;
 use crate::data::Sample;
 use crate::model::Mamba2ForCausalLM;
 use crate::train::Batch;
@@ -84,36 +85,93 @@ pub fn generate<B: Backend>(
     max_new_tokens: usize,
     sampling: Sampling,
     is_end: impl Fn(u32) -> bool,
-    mut on_token: impl FnMut(usize, u32),
+    on_token: impl FnMut(usize, u32),
 ) -> Vec<Vec<u32>> {
-    assert!(prompts.iter().all(|prompt| !prompt.is_empty()));
     let samples: Vec<Sample> = prompts.iter().map(|prompt| Sample::new(prompt)).collect();
     let Batch { size, length, ids, documents, .. } = Batch::new(&samples);
     let mut unread = backend.tensor_i32(&ids, &[size, length]);
     let mut documents = documents.map(|documents| backend.tensor_i32(&documents, &[size, length]));
     let mut states = Vec::new();
-    let mut samplers: Vec<_> = prompts.iter().map(|_| Sampler::new(sampling)).collect();
-    let mut found = vec![Vec::new(); size];
-    // A row that has ended is fed on, lest the batch change its shape, but nothing more is drawn from it.
-    let mut ended = vec![false; size];
-    for _ in 0..max_new_tokens {
+    let mut drawing = Drawing::new(prompts, max_new_tokens, sampling, is_end, on_token);
+    while !drawing.is_done() {
         let logits = model.next_logits(backend, &unread, documents.as_ref(), &mut states);
-        for (row, logits) in logits.chunks_exact(logits.len() / size).enumerate() {
-            if !ended[row] {
-                let id = samplers[row].next(logits);
-                found[row].push(id);
-                on_token(row, id);
-                ended[row] = is_end(id);
-            }
-        }
-        if !ended.contains(&false) {
-            break;
-        }
-        let last: Vec<i32> = found.iter().map(|ids| ids[ids.len() - 1] as i32).collect();
+        logits
+            .chunks_exact(logits.len() / size)
+            .enumerate()
+            .for_each(|(row, logits)| drawing.draw(row, logits));
+        let last: Vec<i32> = drawing.found.iter().map(|ids| ids[ids.len() - 1] as i32).collect();
         unread = backend.tensor_i32(&last, &[size, 1]);
         documents = None;
     }
-    found
+    drawing.found
+}
+
+/// [`generate`] by a function that reads one more token of each prompt or continuation and gives the logits `[B, V]` that
+/// follow. Rows begin together and each goes on by itself, so nothing is padded.
+///
+/// # Errors
+/// Those of `decode`.
+///
+/// # Panics
+/// Without prompts, or on an empty one.
+pub fn generate_by(
+    mut decode: impl FnMut(&[u32]) -> Result<Vec<f32>, Error>,
+    prompts: &[Vec<u32>],
+    max_new_tokens: usize,
+    sampling: Sampling,
+    is_end: impl Fn(u32) -> bool,
+    on_token: impl FnMut(usize, u32),
+) -> Result<Vec<Vec<u32>>, Error> {
+    let mut drawing = Drawing::new(prompts, max_new_tokens, sampling, is_end, on_token);
+    let mut position = 0;
+    while !drawing.is_done() {
+        let rows = prompts.iter().zip(&drawing.found);
+        // A row that has ended is fed on with its last token.
+        let next: Vec<u32> =
+            rows.map(|(prompt, found)| *prompt.get(position).or(found.last()).unwrap_or(&0)).collect();
+        let logits = decode(&next)?;
+        position += 1;
+        for (row, logits) in logits.chunks_exact(logits.len() / prompts.len()).enumerate() {
+            if position >= prompts[row].len() {
+                drawing.draw(row, logits);
+            }
+        }
+    }
+    Ok(drawing.found)
+}
+
+/// What has been drawn after each prompt.
+struct Drawing<E, T> {
+    samplers: Vec<Sampler>,
+    found: Vec<Vec<u32>>,
+    /// A row that has ended is fed on, lest the batch change its shape, but nothing more is drawn from it.
+    ended: Vec<bool>,
+    most: usize,
+    is_end: E,
+    on_token: T,
+}
+
+impl<E: Fn(u32) -> bool, T: FnMut(usize, u32)> Drawing<E, T> {
+    fn new(prompts: &[Vec<u32>], most: usize, sampling: Sampling, is_end: E, on_token: T) -> Self {
+        assert!(!prompts.is_empty() && prompts.iter().all(|prompt| !prompt.is_empty()));
+        let samplers = prompts.iter().map(|_| Sampler::new(sampling)).collect();
+        let (found, ended) = (vec![Vec::new(); prompts.len()], vec![most == 0; prompts.len()]);
+        Self { samplers, found, ended, most, is_end, on_token }
+    }
+
+    fn is_done(&self) -> bool {
+        !self.ended.contains(&false)
+    }
+
+    fn draw(&mut self, row: usize, logits: &[f32]) {
+        if self.ended[row] {
+            return;
+        }
+        let id = self.samplers[row].next(logits);
+        self.found[row].push(id);
+        (self.on_token)(row, id);
+        self.ended[row] = (self.is_end)(id) || self.found[row].len() == self.most;
+    }
 }
 
 #[cfg(test)]

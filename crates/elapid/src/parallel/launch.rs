@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use elapid_cpu::comm::{Abort, CommFailure, Communicator, Groups, Single, bytes_mut, threads};
 use elapid_cpu::{CpuBackend, CpuOptions};
+use elapid_xla::driver::neuron::Place;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::Mesh;
+use super::{Mesh, processes};
 use crate::Error;
 use crate::error;
 
@@ -28,13 +29,13 @@ pub struct Launch {
 /// One rank of a run, as it sees itself and the others.
 #[derive(Debug)]
 pub struct Rank {
-    mesh: Mesh,
+    pub(super) mesh: Mesh,
     /// All ranks.
-    world: Arc<dyn Communicator>,
-    groups: Groups,
+    pub(super) world: Arc<dyn Communicator>,
+    pub(super) groups: Groups,
     /// Worker threads.
-    threads: Option<usize>,
-    ranks_here: usize,
+    pub(super) threads: Option<usize>,
+    pub(super) ranks_here: usize,
 }
 
 impl Rank {
@@ -78,6 +79,12 @@ impl Rank {
     /// How many ranks share this process's memory.
     pub fn ranks_here(&self) -> usize {
         self.ranks_here
+    }
+
+    /// How many processes with as many ranks each share this machine, where the launcher says so.
+    pub fn on_host(&self) -> usize {
+        let place = processes::place().ok().flatten();
+        place.and_then(|place| place.local_ranks).unwrap_or(1)
     }
 
     /// This rank's place among those that share the samples.
@@ -182,7 +189,7 @@ fn sum(comm: &dyn Communicator, numbers: &mut [f64]) {
     }
 }
 
-/// Programs that start ranks, by the variable of the rank that they set.
+/// Variables of launchers that say too little to do without MPI, and who sets them.
 const STARTERS: [(&str, &str); 4] = [
     ("OMPI_COMM_WORLD_RANK", "mpirun"),
     ("PMI_RANK", "mpirun"),
@@ -196,29 +203,20 @@ const STARTERS: [(&str, &str); 4] = [
 /// A launcher that this build cannot work with.
 pub fn world_size() -> Result<Option<usize>, Error> {
     let started_by = STARTERS.iter().find(|(variable, _)| std::env::var_os(variable).is_some());
-    if let Some((variable, starter)) = started_by {
-        return mpi_world_size(variable, starter);
+    #[cfg(feature = "mpi")]
+    if started_by.is_some() {
+        return Ok(Some(mpi::world()?.size()));
     }
-    if ["RANK", "WORLD_SIZE", "LOCAL_RANK"].iter().all(|name| std::env::var_os(name).is_some()) {
-        return Err(Error::new(
-            "RANK, WORLD_SIZE and LOCAL_RANK are set, as torchrun does, which cannot start elapid",
-        )
-        .with_hint(
-            "on one machine call elapid itself with --tp and --dp; on several start it with mpirun or srun",
-        ));
+    let place = Place::find(|name| std::env::var(name).ok())?;
+    error::set_quiet(place.as_ref().is_some_and(|place| place.rank > 0));
+    match (place, started_by) {
+        (Some(place), _) => Ok(Some(place.ranks)),
+        (None, None) => Ok(None),
+        (None, Some((variable, starter))) => Err(Error::new(format!(
+            "{variable} is set, as {starter} does, but not how many ranks there are and which of its host this is"
+        ))
+        .with_hint("start elapid by torchrun's variables (docs/distributed.md), or build it with `cargo build --release --features mpi`")),
     }
-    Ok(None)
-}
-
-#[cfg(feature = "mpi")]
-fn mpi_world_size(_: &str, _: &str) -> Result<Option<usize>, Error> {
-    Ok(Some(mpi::world()?.size()))
-}
-
-#[cfg(not(feature = "mpi"))]
-fn mpi_world_size(variable: &str, starter: &str) -> Result<Option<usize>, Error> {
-    Err(Error::new(format!("{variable} is set, as {starter} does, but this elapid was built without MPI"))
-        .with_hint("build it with `cargo build --release --features mpi` (docs/distributed.md), or call it without a launcher"))
 }
 
 fn json<T: Serialize>(value: &T) -> Vec<u8> {
@@ -242,6 +240,9 @@ pub fn launch<T: Send>(
     #[cfg(feature = "mpi")]
     if let Some(world) = mpi::started() {
         return mpi::launch(world, launch, f);
+    }
+    if let Some(place) = processes::place()? {
+        return processes::launch(place, launch, f);
     }
     if mesh.size() == 1 {
         return f(&Rank::single(launch.threads)).map(|value| vec![value]);
@@ -307,8 +308,8 @@ fn outcome<T>(ends: Vec<End<T>>, abort: &Abort) -> Result<Vec<T>, Error> {
     Err(comm_error(first))
 }
 
-/// A failed collective as an error for people.
-fn comm_error(failure: &CommFailure) -> Error {
+/// A failed collective, or a rank that has told why it ends, as an error for people.
+pub(super) fn comm_error(failure: &CommFailure) -> Error {
     Error::new(failure.message.clone()).with_hint(
         "is that rank still alive, and is its machine not overloaded? --comm-timeout says how long to wait",
     )
@@ -338,11 +339,25 @@ pub fn finish() {
 }
 
 /// Before a process that is not the first rank ends with an error: the first one may be about to say the same, and a
-/// launcher ends all ranks when one ends.
-pub fn let_the_first_speak() {
-    if error::quiet() {
-        std::thread::sleep(Duration::from_secs(3));
+/// launcher ends all ranks when one ends. Gives what stands before this one's own.
+pub fn let_the_first_speak(error: &Error) -> String {
+    #[cfg(feature = "mpi")]
+    if mpi::started().is_some() {
+        if error::quiet() {
+            std::thread::sleep(Duration::from_secs(3));
+        }
+        return String::new();
     }
+    processes::let_the_first_speak(error)
+}
+
+/// What connects the ranks, in a word.
+pub fn engine() -> Result<&'static str, Error> {
+    #[cfg(feature = "mpi")]
+    if mpi::started().is_some() {
+        return Ok("mpi");
+    }
+    Ok(if processes::place()?.is_some() { "sockets" } else { "threads" })
 }
 
 /// This process as a rank among those that mpirun or srun has started.
@@ -395,7 +410,7 @@ mod mpi {
         let rank = Rank { mesh, world: world.all(timeout), groups, threads, ranks_here: 1 };
         match f(&rank) {
             Err(error) if !rank.is_first() && error.signal().is_none() => {
-                let_the_first_speak();
+                let_the_first_speak(&error);
                 error::set_quiet(false);
                 say(format_args!("error: rank {number}: {error}"));
                 say(format_args!("hint: {}", error.hint().unwrap_or_default()));

@@ -2,6 +2,8 @@
 
 mod launch;
 mod mesh;
+mod processes;
 
-pub use launch::{Launch, Rank, finish, launch, let_the_first_speak, world_size};
+pub use launch::{Launch, Rank, engine, finish, launch, let_the_first_speak, world_size};
 pub use mesh::{Arrangement, MAX_RANKS, Mesh};
+pub(crate) use processes::place;

@@ -56,10 +56,24 @@ pub fn evaluate<B: Backend>(
     batch: usize,
     carry_state: bool,
 ) -> Result<Evaluation, Error> {
+    evaluate_by(data, blocks, batch, carry_state, on_backend(backend, model, carry_state))
+}
+
+/// [`evaluate`], of the model whose sum of token losses in a batch `loss` gives.
+///
+/// # Errors
+/// As [`evaluate`], and those of `loss`.
+pub fn evaluate_by(
+    data: &Dataset,
+    blocks: Range<usize>,
+    batch: usize,
+    carry_state: bool,
+    loss: impl FnMut(&Batch) -> Result<f64, Error>,
+) -> Result<Evaluation, Error> {
     let style = ProgressStyle::with_template("evaluating {pos}/{len} blocks {bar:24}  ETA {eta}")
         .expect("the template is constant");
     let bar = ProgressBar::new(blocks.len() as u64).with_style(style.progress_chars("━╸ "));
-    let (alone, loss) = (Rank::single(None), on_backend(backend, model, carry_state));
+    let alone = Rank::single(None);
     let result = quietly(&alone, data, blocks, batch, carry_state, loss, |done| bar.inc(done));
     bar.finish_and_clear();
     result
@@ -73,6 +87,9 @@ fn on_backend<B: Backend>(
 ) -> impl FnMut(&Batch) -> Result<f64, Error> {
     let mut states = carry_state.then(Vec::new);
     move |batch| {
+        if batch.size == 0 {
+            return Ok(0.0);
+        }
         let loss = batch.loss(&mut Tape::inference(backend), model, states.as_mut(), Checkpointing::None);
         Ok(f64::from(backend.values(&loss)[0]))
     }
@@ -80,8 +97,9 @@ fn on_backend<B: Backend>(
 
 /// [`evaluate`] without a bar; `loss` gives the sum of a batch's token losses, and `progress` is told of blocks as they
 /// are done. The ranks that share the samples share the batches, and all get what a rank alone would, to the bit: the
-/// losses of batches are summed in the order of the batches. Where states are carried each rank reads everything, since
-/// what a row reads would depend on their number.
+/// losses of batches are summed in the order of the batches. They ask for `loss` equally often, of an empty batch where
+/// there are no more. Where states are carried each rank reads everything, since what a row reads would depend on their
+/// number.
 fn quietly(
     rank: &Rank,
     data: &Dataset,
@@ -98,7 +116,11 @@ fn quietly(
     let (first, ranks) = if carry_state { (0, 1) } else { (rank.dp_rank(), rank.mesh().dp) };
     let mut sums = vec![0.0; batches];
     let mut tokens = 0;
-    for step in (first..batches).step_by(ranks) {
+    for step in (first..batches.next_multiple_of(ranks)).step_by(ranks) {
+        if step >= batches {
+            loss(&Batch::default())?;
+            continue;
+        }
         let mut places = sampler.places(step as u64, 0);
         places.iter_mut().for_each(|place| place.index += blocks.start);
         if !carry_state {

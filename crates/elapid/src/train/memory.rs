@@ -173,6 +173,20 @@ impl Memory {
         }
     }
 
+    /// That of so many processes like this one.
+    pub(super) fn of_processes(self, count: usize) -> Self {
+        let times = |bytes: u64| bytes.saturating_mul(count as u64);
+        Self {
+            parameters: times(self.parameters),
+            gradients: times(self.gradients),
+            moments: times(self.moments),
+            copies: times(self.copies),
+            activations: times(self.activations),
+            transient: times(self.transient),
+            program: times(self.program),
+        }
+    }
+
     /// All of it.
     pub fn total(&self) -> u64 {
         let Self { parameters, gradients, moments, copies, activations, transient, program } = self;

@@ -15,14 +15,15 @@ mod progress;
 mod resume;
 mod run;
 pub mod schedule;
+mod session;
 mod start;
 mod stop;
 mod trainer;
 
 pub use batch::Batch;
-pub(crate) use device::open as open_device;
+pub(crate) use device::{literal, open as open_device, rows, write_batch};
 pub use diagnose::{Diagnosis, Extent, Extents, Finding, Recorded, diagnose};
-pub use evaluate::{Evaluation, evaluate, last_blocks};
+pub use evaluate::{Evaluation, evaluate, evaluate_by, last_blocks};
 pub(crate) use folder::{FINISHED, METRICS};
 pub use host::cpu;
 pub use nonfinite::{MicroStep, NonFinite, Step};

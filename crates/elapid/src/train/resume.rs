@@ -281,6 +281,14 @@ fn fields(config: &ModelConfig) -> Map<String, Value> {
     }
 }
 
+/// [`differences`] between two objects.
+pub(super) fn differences_of(old: &Value, new: &Value) -> Vec<String> {
+    match (old.as_object(), new.as_object()) {
+        (Some(old), Some(new)) => differences(old, new),
+        _ => Vec::new(),
+    }
+}
+
 /// `name old → new` for all fields that differ.
 fn differences(old: &Map<String, Value>, new: &Map<String, Value>) -> Vec<String> {
     let names = old.keys().chain(new.keys().filter(|name| !old.contains_key(*name)));

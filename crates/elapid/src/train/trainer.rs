@@ -125,7 +125,7 @@ impl<'b, B: Backend> Trainer<'b, B> {
     }
 
     /// Replaces [`Self::state`] by `rows(which, row, len)`, the elements of each row of each of the three on this rank.
-    /// Brings the model up to date; all ranks call this together.
+    /// Before the model computes again [`Self::refresh`] is due.
     pub fn replace_rows<'v>(&mut self, rows: impl Fn(usize, Row, usize) -> &'v [f32]) {
         let Self { backend, model, m, v, .. } = self;
         let flat = model.layout().flat.shard(model.part(backend).0);
@@ -137,7 +137,23 @@ impl<'b, B: Backend> Trainer<'b, B> {
                 }
             }
         }
-        model.refresh(backend);
+    }
+
+    /// Replaces [`Self::grads`], which are not summed over ranks, by `rows(row, len)`.
+    pub fn replace_gradients<'v>(&mut self, rows: impl Fn(Row, usize) -> &'v [f32]) {
+        let flat = self.model.layout().flat;
+        for row in flat.rows() {
+            let slot = flat.whole(row);
+            if !slot.is_empty() {
+                self.backend.write_slot(&mut self.grads, &slot, rows(row, slot.len()));
+            }
+        }
+        self.summed.clear();
+    }
+
+    /// Brings what the model computes with up to date; all ranks call this together.
+    pub fn refresh(&mut self) {
+        self.model.refresh(self.backend);
     }
 
     /// Forgets the micro-steps since the last update; `states` are the carried ones before them.

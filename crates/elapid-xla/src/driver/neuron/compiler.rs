@@ -106,18 +106,26 @@ impl Compiler {
     /// There is no compiler and nothing in the cache; the compiler refuses the module, in which case its log stays in the
     /// cache.
     pub fn compile(&self, module: &Module) -> Result<Vec<u8>, Fault> {
+        let neff = self.compiled(module)?;
+        fs::read(&neff).map_err(|cause| io("read", &neff, &cause))
+    }
+
+    /// [`Self::compile`] for who does not want the bytes: the file in the cache.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn compiled(&self, module: &Module) -> Result<PathBuf, Fault> {
         let (name, bytes) = (&module.proto.name, module.to_bytes());
         let key = self.key(&bytes)?;
         let place = self.cache.join(format!("{name}-{key}"));
         let neff = place.join("module.neff");
-        let read = || fs::read(&neff).map_err(|cause| io("read", &neff, &cause));
         if neff.is_file() {
-            return read();
+            return Ok(neff);
         }
         let _lock = self.lock(name, &key)?;
         // Another process may have made it in the meantime.
         if neff.is_file() {
-            return read();
+            return Ok(neff);
         }
         if self.version.is_none() {
             return Err(Fault::new(
@@ -137,7 +145,7 @@ impl Compiler {
             Ok(()) => {
                 let _ = fs::remove_dir_all(&place);
                 fs::rename(&aside, &place).map_err(|cause| io("write", &place, &cause))?;
-                read()
+                Ok(neff)
             }
             Err((log, mut fault)) => {
                 // The log outlives the attempt.

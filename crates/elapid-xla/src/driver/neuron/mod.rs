@@ -2,20 +2,20 @@
 
 mod compiler;
 mod nrt;
-mod ranks;
+mod place;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::time::Duration;
+
+use sha2::{Digest, Sha256};
 
 pub use self::compiler::{COMPILER, Compiler, flags};
 pub use self::nrt::LIBRARY;
-pub use self::ranks::Place;
+pub use self::place::Place;
 
 use self::nrt::{Model, Runtime, Tensor};
-use self::ranks::Meeting;
 use super::{Driver, Fault, Kind, Program, array_name, input};
-use crate::hlo::{Literal, Module, Port, Shape};
+use crate::hlo::{ALIAS, Literal, Module, Port, Shape};
 
 /// Generation of Trainium.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,8 +86,6 @@ pub struct Settings {
     pub place: Place,
     /// Tensor-parallel ranks, to be checked against what the target's collectives serve; None: do not check.
     pub tp: Option<usize>,
-    /// How long ranks wait for each other.
-    pub timeout: Duration,
 }
 
 /// A module as this rank runs it.
@@ -98,21 +96,30 @@ struct Ready {
     outputs: Vec<Port>,
 }
 
+impl Ready {
+    /// Whether an output takes the place of an input only after the run: it may not be written while that is read.
+    fn is_beside(&self, output: &Port) -> bool {
+        let same = |input: &Port| array_name(input) == output.name;
+        !output.name.ends_with(ALIAS) && self.inputs.iter().any(same)
+    }
+}
+
 /// One logical core.
 pub struct NeuronDevice {
     settings: Settings,
-    meeting: Meeting,
     programs: Vec<Ready>,
     arrays: HashMap<String, (Shape, Tensor)>,
+    /// Memory for the next value of arrays that are not updated in place.
+    beside: HashMap<String, (Shape, Tensor)>,
     /// The last, so that it is closed when nothing of it is left.
     runtime: std::sync::Arc<Runtime>,
 }
 
 impl NeuronDevice {
-    /// Meets the other ranks and starts the runtime. It sets environment variables, so it must come before other threads.
+    /// Starts the runtime. It sets environment variables, so it must come before other threads.
     ///
     /// # Errors
-    /// A rank is missing; the runtime cannot be loaded or is too old; there is no free core.
+    /// The runtime cannot be loaded or is too old; there is no free core.
     pub fn open(settings: Settings) -> Result<Self, Fault> {
         if let Some(tp) = settings.tp {
             settings.compiler.target().check_tp(tp)?;
@@ -124,9 +131,8 @@ impl NeuronDevice {
             }
         }
         let runtime = Runtime::open()?;
-        let meeting = Meeting::start(&settings.place, settings.timeout)?;
-        let (programs, arrays) = (Vec::new(), HashMap::new());
-        Ok(Self { settings, meeting, programs, arrays, runtime })
+        let (programs, arrays, beside) = (Vec::new(), HashMap::new(), HashMap::new());
+        Ok(Self { settings, programs, arrays, beside, runtime })
     }
 
     /// Memory for an array, unless it has some of that size.
@@ -171,21 +177,28 @@ impl Driver for NeuronDevice {
         format!("core of rank {rank} of {ranks}, Neuron runtime {}", self.runtime.version())
     }
 
+    fn prepare(&mut self, module: &Module) -> Result<String, Fault> {
+        let neff = self.settings.compiler.compile(module)?;
+        Ok(Sha256::digest(&neff).iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
     fn load(&mut self, module: &Module) -> Result<Program, Fault> {
         let name = module.proto.name.clone();
         let neff = self.settings.compiler.compile(module)?;
         let Place { rank, ranks, .. } = self.settings.place;
-        if ranks > 1 {
-            let key = key(&neff);
-            self.meeting.agree(&format!("load {name}"), &key, self.settings.timeout)?;
-        }
         let model = self.runtime.load(&name, &neff, (rank as u32, ranks as u32))?;
         check_ports(module, &model)?;
-        for port in &module.outputs {
-            self.place(array_name(port), &port.shape)?;
-        }
         let (inputs, outputs) = (module.inputs.clone(), module.outputs.clone());
-        self.programs.push(Ready { model, name, inputs, outputs });
+        let ready = Ready { model, name, inputs, outputs };
+        for port in &ready.outputs {
+            let name = array_name(port);
+            self.place(name, &port.shape)?;
+            if ready.is_beside(port) && !self.beside.contains_key(name) {
+                let tensor = self.runtime.tensor(name, port.shape.bytes())?;
+                self.beside.insert(name.to_owned(), (port.shape.clone(), tensor));
+            }
+        }
+        self.programs.push(ready);
         Ok(Program(self.programs.len() - 1))
     }
 
@@ -201,29 +214,33 @@ impl Driver for NeuronDevice {
     }
 
     fn run(&mut self, program: Program) -> Result<(), Fault> {
-        let Self { programs, arrays, .. } = self;
-        let Ready { model, name, inputs, outputs } = &mut programs[program.0];
-        // An input and an output of one name are the same memory, bound on both sides.
-        let bind = |ports: &'_ [Port]| {
-            let bound = ports.iter().map(|port| Ok((port.name.clone(), input(arrays, name, port)?)));
-            bound.collect::<Result<Vec<_>, Fault>>()
-        };
-        model.run(&bind(inputs)?, &bind(outputs)?)
+        let Self { programs, arrays, beside, .. } = self;
+        let ready = &programs[program.0];
+        // An input and an output of one name that are aliased are the same memory, bound on both sides.
+        let from = |port: &Port| input(arrays, &ready.name, port);
+        let to =
+            |port: &Port| if ready.is_beside(port) { input(beside, &ready.name, port) } else { from(port) };
+        let inputs = ready.inputs.iter().map(|port| Ok((port.name.clone(), from(port)?)));
+        let outputs = ready.outputs.iter().map(|port| Ok((port.name.clone(), to(port)?)));
+        let (inputs, outputs) =
+            (inputs.collect::<Result<Vec<_>, Fault>>()?, outputs.collect::<Result<Vec<_>, Fault>>()?);
+        let end = ready.model.run(&inputs, &outputs);
+        if end.as_ref().is_err_and(|fault| fault.kind != Kind::NotFinite) {
+            return end;
+        }
+        for port in ready.outputs.iter().filter(|port| ready.is_beside(port)) {
+            if let (Some(old), Some(new)) = (arrays.get_mut(&port.name), beside.get_mut(&port.name)) {
+                std::mem::swap(old, new);
+            }
+        }
+        end
     }
 
     fn clear(&mut self) {
         self.programs.clear();
         self.arrays.clear();
+        self.beside.clear();
     }
-}
-
-/// What stands for a compiled module among the ranks.
-fn key(neff: &[u8]) -> [u8; 16] {
-    use sha2::{Digest, Sha256};
-    let hash = Sha256::digest(neff);
-    let mut key = [0; 16];
-    key.copy_from_slice(&hash[..16]);
-    key
 }
 
 /// The folder of compiled modules, where nobody names one: `elapid/neff` in the user's cache.

@@ -269,7 +269,7 @@ impl Model {
 
     /// Runs it on these arrays, each under the name of its port, and waits.
     pub(super) fn run(
-        &mut self,
+        &self,
         inputs: &[(String, &Tensor)],
         outputs: &[(String, &Tensor)],
     ) -> Result<(), Fault> {

@@ -248,6 +248,11 @@ impl Driver for PjrtDevice {
         self.client.describe(self.rank).unwrap_or_else(|fault| fault.to_string())
     }
 
+    fn prepare(&mut self, module: &Module) -> Result<String, Fault> {
+        // Ranks of a client are threads of one program, and the first that loads the module compiles it for all.
+        Ok(module.proto.name.clone())
+    }
+
     fn load(&mut self, module: &Module) -> Result<Program, Fault> {
         let loaded = self.client.compile(module, self.ranks)?;
         let Module { proto, inputs, outputs, .. } = module;
