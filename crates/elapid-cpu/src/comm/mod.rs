@@ -224,36 +224,30 @@ fn reduce<'a, T: Number + 'a>(
     len: usize,
     reduce: Reduce,
     source: impl Fn(usize, usize, usize) -> &'a [T],
-    write: impl FnMut(usize, &[f32]),
-) {
-    vectorize!(Isa::best(), || reduce_inline(size, len, reduce, source, write));
-}
-
-#[inline(always)]
-fn reduce_inline<'a, T: Number + 'a>(
-    size: usize,
-    len: usize,
-    reduce: Reduce,
-    source: impl Fn(usize, usize, usize) -> &'a [T],
     mut write: impl FnMut(usize, &[f32]),
 ) {
+    let isa = Isa::best();
     let (mut sum, mut term) = ([0.0; BLOCK], [0.0; BLOCK]);
     for start in (0..len).step_by(BLOCK) {
         let n = BLOCK.min(len - start);
         let (sum, term) = (&mut sum[..n], &mut term[..n]);
-        T::widen(source(0, start, n), sum);
+        let first = source(0, start, n);
+        vectorize!(isa, || T::widen(first, sum));
         for rank in 1..size {
-            T::widen(source(rank, start, n), term);
-            match reduce {
-                Reduce::Sum => sum.iter_mut().zip(&*term).for_each(|(sum, x)| *sum += x),
-                // A NaN stays: `f32::max` would drop it.
-                Reduce::Max => sum.iter_mut().zip(&*term).for_each(|(max, &x)| {
-                    if x > *max || x.is_nan() {
-                        *max = x;
-                    }
-                }),
-            }
+            let theirs = source(rank, start, n);
+            vectorize!(isa, || {
+                T::widen(theirs, term);
+                match reduce {
+                    Reduce::Sum => sum.iter_mut().zip(&*term).for_each(|(sum, x)| *sum += x),
+                    // A NaN stays: `f32::max` would drop it.
+                    Reduce::Max => sum.iter_mut().zip(&*term).for_each(|(max, &x)| {
+                        if x > *max || x.is_nan() {
+                            *max = x;
+                        }
+                    }),
+                }
+            });
         }
-        write(start, sum);
+        vectorize!(isa, || write(start, sum));
     }
 }
