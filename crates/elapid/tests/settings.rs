@@ -24,7 +24,7 @@ const ALL: [&str; 4] = [
     "--init-from run/hf --data-dir data --eval-data-dir data --max-steps 2 --carry-state --num-kept-checkpoint -1 \
      --tp 2 --dp 2 --use-zero-1 --sequence-parallel-enabled --comm-timeout 5",
     "--model tiny.json --data-dir data --max-steps 2 --device neuron --target trn2 --compile-cache neff --compile-only \
-     --layer-loop unrolled",
+     --layer-loop unrolled --layer-groups 2",
     "--model tiny.json --data-dir data --max-steps 2 --device pjrt --plugin cuda",
 ];
 
