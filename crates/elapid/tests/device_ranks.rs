@@ -124,6 +124,32 @@ fn goes_on(run: &Path, expected: &Path, step: usize) {
     }
 }
 
+/// The extents of `elapid quickstart`'s model, on one process and on four, which are killed and go on.
+#[test]
+fn the_quickstarts_model_trains_on_a_simulated_runtime() {
+    let dir = place();
+    let dir = dir.path();
+    let config = serde_json::json!({
+        "model_type": "mamba2", "num_heads": 8, "head_dim": 32, "hidden_size": 128, "expand": 2, "state_size": 32,
+        "n_groups": 1, "num_hidden_layers": 4, "vocab_size": 257, "chunk_size": 64, "tie_word_embeddings": true,
+    });
+    fs::write(dir.join("model.json"), config.to_string()).unwrap();
+    let device = Device::simulated(dir);
+    let steps = "--max-steps 6 --checkpoint-freq 2 --no-async-save";
+    let (one, four) = MESHES[0];
+    run::succeed(dir, &format!("{steps} {one} --output-dir cpu"));
+    device.succeeds(dir, &format!("{steps} {one} --output-dir alone"));
+    same_curve(&dir.join("alone"), &dir.join("cpu"));
+
+    let flags = format!("{steps} {four} --resume auto --output-dir killed");
+    let mut ranks = Ranks::all(&device, dir, 4, &flags);
+    assert!(wait_for(|| !checkpoints(&dir.join("killed")).is_empty()));
+    ranks.kill();
+    ranks.outputs();
+    Ranks::all(&device, dir, 4, &flags).succeed();
+    same_curve(&dir.join("killed"), &dir.join("cpu"));
+}
+
 #[test]
 fn four_processes_train_on_a_simulated_runtime() {
     let dir = place();
