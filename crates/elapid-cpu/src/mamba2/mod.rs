@@ -231,10 +231,10 @@ pub(crate) fn forward(
     }
     let documents = Documents::new(&dims, inputs.documents.as_ref());
     let front = conv::front(backend, &dims, inputs, &params, &documents);
-    let mut states = scan::local_states(backend, &dims, &front, &documents);
+    let mut states = scan::local_states(backend, &dims, &front, &documents, 0..dims.chunks);
     let initial = inputs.initial.as_ref().map(|s| s.ssm.f32());
     let last = scan::pass_states(backend, &dims, &front, &documents, initial, &mut states);
-    let y = scan::outputs(backend, &dims, &front, &documents, &params, &states);
+    let y = scan::outputs(backend, &dims, &front, &documents, &params, &states, initial.is_some());
     drop((front, states));
     let out = gate::forward(backend, &dims, inputs, &params, &y);
     let state = State {

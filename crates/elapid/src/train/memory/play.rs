@@ -323,7 +323,7 @@ impl Play {
         let act = self.pool.take(rows * c * F32);
         let per_block = self.pool.take(blocks * rows * 2 * n * F32);
         let steps = [(); 2].map(|()| self.pool.take(h * rows * F32));
-        self.scratch(threads, 3 * q * q + q * width + 2 * q * p + q * n + 3 * q);
+        self.scratch(threads, 3 * q * q + q * width + 2 * q * p + q * n + 4 * q);
         self.pool.give([d_scan, states, d_states]);
         let d_conv = self.pool.take(batch * (k - 1) * c * F32);
         let partial = self.pool.take(batch * chunks * (k + 1) * c * F32);
