@@ -10,6 +10,7 @@
 //!   adding and subtracting it would cost digits.
 
 use elapid_tensor::{DType, Mamba2Grads, Mamba2Inputs, Mamba2Sinks, Mamba2Spec, Mamba2Weights, State};
+use half::bf16;
 
 use super::scan::{self, Decays, Span, Views, weigh};
 use super::{Dims, Documents, Front, Params, conv, gate};
@@ -19,7 +20,7 @@ use crate::math::{self, LANES};
 use crate::matmul::{Into, Mat, Triangle, small, triangular};
 use crate::memory::Block;
 use crate::parallel::Shared;
-use crate::tensor::{Buffer, Tensor};
+use crate::tensor::{Buffer, Tensor, narrow};
 
 pub(crate) fn adjoint(
     backend: &CpuBackend,
@@ -36,15 +37,31 @@ pub(crate) fn adjoint(
     let params = Params::new(&dims, weights);
     let documents = Documents::new(&dims, inputs.documents.as_ref());
     let front = conv::front(backend, &dims, inputs, &params, &documents);
-    let mut states = scan::local_states(backend, &dims, &front, &documents);
+    // Nothing here follows the last chunk.
+    let mut states = scan::local_states(backend, &dims, &front, &documents, 0..dims.chunks - 1);
     let initial = inputs.initial.as_ref().map(|s| s.ssm.f32());
     scan::pass_states(backend, &dims, &front, &documents, initial, &mut states);
 
     let len = dims.rows() * dims.proj;
-    let mut projected = backend.pool.take::<f32>(len);
-    let d_projected = Shared::new(projected.as_mut_slice::<f32>(len));
+    let dtype = inputs.projected.dtype();
+    let mut projected = match dtype {
+        DType::Bf16 => backend.pool.take::<bf16>(len),
+        _ => backend.pool.take::<f32>(len),
+    };
+    let d_projected = match dtype {
+        DType::Bf16 => Projected::Bf16(Shared::new(projected.as_mut_slice(len))),
+        _ => Projected::F32(Shared::new(projected.as_mut_slice(len))),
+    };
     let (d_scan, d_norm) = gate::adjoint(backend, &dims, inputs, &params, saved[0].f32(), dy, &d_projected);
-    let pass = Pass { backend, dims: &dims, front: &front, documents: &documents, params: &params };
+    let pass = Pass {
+        backend,
+        dims: &dims,
+        front: &front,
+        documents: &documents,
+        params: &params,
+        initial: initial.is_some(),
+        last: d_state.is_some(),
+    };
     let d_last = d_state.map(|s| s.ssm.f32());
     let (d_states, d_ssm) = pass.state_cotangents(&d_scan, d_last);
     let mut out = pass.scan(&d_scan, &states, &d_states);
@@ -71,13 +88,39 @@ pub(crate) fn adjoint(
     add(sinks.norm_weight, &d_norm);
 
     let shape = [dims.batch, dims.len, dims.proj];
-    let projected = Tensor::new(projected, &shape, DType::F32);
     Mamba2Grads {
-        projected: backend.cast_to(&projected, inputs.projected.dtype()),
+        projected: Tensor::new(projected, &shape, dtype),
         initial: inputs.initial.as_ref().map(|s| State {
             conv: Tensor::new(d_conv_state, s.conv.shape(), DType::F32),
             ssm: Tensor::new(d_ssm, s.ssm.shape(), DType::F32),
         }),
+    }
+}
+
+/// The cotangent of the projection `[B·L, E + C + H]`, whose columns several phases write.
+pub(super) enum Projected<'a> {
+    F32(Shared<'a, f32>),
+    Bf16(Shared<'a, bf16>),
+}
+
+impl Projected<'_> {
+    /// Writes as many numbers from `at` on as `spare` has: `fill` gives them in fp32, in `spare` where they are still to be rounded.
+    ///
+    /// # Safety
+    /// No other piece may touch this range meanwhile.
+    #[inline(always)]
+    pub(super) unsafe fn write(&self, at: usize, spare: &mut [f32], fill: impl FnOnce(&mut [f32])) {
+        let len = spare.len();
+        // SAFETY: the caller's promise.
+        let row = match self {
+            Self::F32(shared) => unsafe { shared.slice(at, len) },
+            Self::Bf16(_) => spare,
+        };
+        fill(row);
+        if let Self::Bf16(shared) = self {
+            // SAFETY: the caller's promise.
+            narrow(row, unsafe { shared.slice(at, len) });
+        }
     }
 }
 
@@ -88,6 +131,10 @@ struct Pass<'a> {
     front: &'a Front,
     documents: &'a Documents,
     params: &'a Params,
+    /// Whether a state enters the first chunk.
+    initial: bool,
+    /// Whether the state that leaves the last chunk has a cotangent.
+    last: bool,
 }
 
 /// What the scan's adjoint gives before heads, blocks and chunks are put together.
@@ -122,7 +169,8 @@ impl Pass<'_> {
         let (p, heads, e) = (dims.spec.head_dim, dims.spec.heads, dims.e);
         let d_scan = d_scan.as_slice::<f32>(dims.rows() * e);
         // What each chunk's outputs ask of the state that enters it: Σ_i e^{c_i} Y_i C_iᵀ.
-        let mut states = scan::chunk_products(backend, dims, |unit, weighted, weights| {
+        let chunks = usize::from(!self.initial)..dims.chunks;
+        let mut states = scan::chunk_products(backend, dims, chunks, |unit, weighted, weights| {
             let span = Span::new(documents, unit);
             for (h, head) in unit.heads.clone().enumerate() {
                 let decays = Decays::new(dims, front, span, unit, head);
@@ -197,9 +245,15 @@ impl Pass<'_> {
             d_bc.fill(0.0);
             s.d_scores.fill(0.0);
             triangular(backend, Triangle::ResultLower, Into::Set, s.scores, n, views.c(), views.b().t());
+            let (enters, leaves) =
+                (self.initial || unit.chunk > 0, self.last || unit.chunk + 1 < dims.chunks);
             let leaving = dims.state_at(unit.b, unit.chunk, unit.heads.start);
             let leaving = Mat::new(&d_states[leaving..], width, n_state);
-            small(backend, Into::Set, s.from_end, width, views.b(), leaving.t());
+            if leaves {
+                small(backend, Into::Set, s.from_end, width, views.b(), leaving.t());
+            } else {
+                s.from_end.fill(0.0);
+            }
             for (h, head) in unit.heads.clone().enumerate() {
                 let decays = Decays::new(dims, front, span, &unit, head);
                 let at = dims.state_at(unit.b, unit.chunk, head);
@@ -208,7 +262,7 @@ impl Pass<'_> {
                     h,
                     firsts: &firsts,
                     dy: &d_scan[(unit.b * dims.len + unit.row) * dims.e + head * dims.spec.head_dim..],
-                    state: &states[at..][..dims.state()],
+                    state: enters.then(|| &states[at..][..dims.state()]),
                     d_state: &d_states[at..][..dims.state()],
                     skip: self.params.d[head],
                 };
@@ -225,8 +279,10 @@ impl Pass<'_> {
             }
             // B_j gets Σ_heads e^{c_n − c_j} Δt_j Ŝᵀ x_j; then both what the scores give.
             let stride = 2 * n_state;
-            let weighted = Mat::new(&*s.from_end, n, width);
-            small(backend, Into::Add, d_bc, stride, weighted, leaving);
+            if leaves {
+                let weighted = Mat::new(&*s.from_end, n, width);
+                small(backend, Into::Add, d_bc, stride, weighted, leaving);
+            }
             let d_scores = Mat::new(&*s.d_scores, n, n);
             triangular(backend, Triangle::LeftUpper, Into::Add, d_bc, stride, d_scores.t(), views.c());
             let d_c = &mut d_bc[n_state..];
@@ -266,7 +322,7 @@ impl Pass<'_> {
         &self,
         inputs: &Mamba2Inputs<Tensor>,
         out: &ScanGrads,
-        d_projected: &Shared<'_, f32>,
+        d_projected: &Projected<'_>,
     ) -> HeadGrads {
         let Pass { backend, dims, front, params, .. } = *self;
         let heads = dims.spec.heads;
@@ -280,25 +336,27 @@ impl Pass<'_> {
         backend.workers.rows(&mut partial, 2 * heads, 1, |piece, sums| {
             let (b, first) = (piece / dims.chunks, piece % dims.chunks * dims.q);
             let (dt_bias, a_log) = sums.split_at_mut(heads);
-            let mut scratch = backend.pool.take::<f32>(heads);
-            let raw = scratch.as_mut_slice::<f32>(heads);
+            let mut scratch = backend.pool.take::<f32>(2 * heads);
+            let (raw, spare) = scratch.as_mut_slice::<f32>(2 * heads).split_at_mut(heads);
             vectorize!(backend.isa, || {
                 for l in first..dims.len.min(first + dims.q) {
                     let row = b * dims.len + l;
                     conv::load_dt(dims, inputs, row, raw);
+                    let fill = |to: &mut [f32]| {
+                        for ((d_raw, raw), bias) in to.iter_mut().zip(&*raw).zip(&params.dt_bias) {
+                            let x = raw + bias;
+                            let step = math::softplus(x);
+                            *d_raw = if (low <= step) & (step <= high) { math::sigmoid(x) } else { 0.0 };
+                        }
+                        for (h, d_raw) in to.iter_mut().enumerate() {
+                            let at = (b * heads + h) * dims.len + l;
+                            *d_raw *= ddt[at] + params.a[h] * da[at];
+                            dt_bias[h] += f64::from(*d_raw);
+                            a_log[h] += f64::from(dt[at] * da[at]) * f64::from(params.a[h]);
+                        }
+                    };
                     // SAFETY: pieces cover disjoint rows.
-                    let to = unsafe { d_projected.slice(row * dims.proj + dims.e + dims.c, heads) };
-                    for ((d_raw, raw), bias) in to.iter_mut().zip(&*raw).zip(&params.dt_bias) {
-                        let x = raw + bias;
-                        let step = math::softplus(x);
-                        *d_raw = if (low <= step) & (step <= high) { math::sigmoid(x) } else { 0.0 };
-                    }
-                    for (h, d_raw) in to.iter_mut().enumerate() {
-                        let at = (b * heads + h) * dims.len + l;
-                        *d_raw *= ddt[at] + params.a[h] * da[at];
-                        dt_bias[h] += f64::from(*d_raw);
-                        a_log[h] += f64::from(dt[at] * da[at]) * f64::from(params.a[h]);
-                    }
+                    unsafe { d_projected.write(row * dims.proj + dims.e + dims.c, spare, fill) };
                 }
             });
         });
@@ -326,7 +384,7 @@ struct UnitScratch<'a> {
     kernel: &'a mut [f32],
     /// `[n, heads·P]`: Ŝ·B_j, and, once a head has read its own, e^{c_n − c_j} Δt_j x_j.
     from_end: &'a mut [f32],
-    /// `[n, P]`, u.
+    /// `[n, P]`, u without what comes from the end of the chunk.
     u: &'a mut [f32],
     /// `[n, P]`, e^{c_i} Y_i.
     weighted: &'a mut [f32],
@@ -338,11 +396,13 @@ struct UnitScratch<'a> {
     leaving: &'a mut [f32],
     /// `[n]`: what flows through the exponentials of one row.
     flow: &'a mut [f32],
+    /// `[n]`: its sums.
+    rows: &'a mut [f32],
 }
 
 impl<'a> UnitScratch<'a> {
     fn len(dims: &Dims, n: usize, width: usize) -> usize {
-        3 * n * n + n * width + 2 * n * dims.spec.head_dim + n * dims.spec.state + 3 * n
+        3 * n * n + n * width + 2 * n * dims.spec.head_dim + n * dims.spec.state + 4 * n
     }
 
     fn new(dims: &Dims, n: usize, width: usize, block: &'a mut [f32]) -> Self {
@@ -354,8 +414,9 @@ impl<'a> UnitScratch<'a> {
         let (weighted, rest) = rest.split_at_mut(n * dims.spec.head_dim);
         let (from_state, rest) = rest.split_at_mut(n * dims.spec.state);
         let (entering, rest) = rest.split_at_mut(n);
-        let (leaving, flow) = rest.split_at_mut(n);
-        Self { scores, d_scores, kernel, from_end, u, weighted, from_state, entering, leaving, flow }
+        let (leaving, rest) = rest.split_at_mut(n);
+        let (flow, rows) = rest.split_at_mut(n);
+        Self { scores, d_scores, kernel, from_end, u, weighted, from_state, entering, leaving, flow, rows }
     }
 }
 
@@ -368,8 +429,8 @@ struct HeadIo<'a> {
     firsts: &'a [usize],
     /// Y `[n, P]`, rows E apart.
     dy: &'a [f32],
-    /// S `[P, N]`.
-    state: &'a [f32],
+    /// S `[P, N]`, if a state enters the chunk.
+    state: Option<&'a [f32]>,
     /// Ŝ `[P, N]`.
     d_state: &'a [f32],
     /// D.
@@ -399,72 +460,81 @@ fn head_adjoint<'x>(
 
     triangular(backend, Triangle::ResultLower, Into::Set, s.kernel, n, dy, views.x(head).t());
     d_cum.fill(0.0);
+    let mut d_skip = 0.0;
     vectorize!(backend.isa, || {
         for i in 0..n {
             let first = io.firsts[i];
             let (from, to) = (first / LANES * LANES, n.min((i + 1).next_multiple_of(LANES)));
             let kernel = &mut s.kernel[i * n..][..n];
+            // The diagonal, where the decay is 1.
+            d_skip += kernel[i];
+            d_dt[i] = kernel[i] * s.scores[i * n + i];
             kernel[..from].fill(0.0);
             kernel[to..].fill(0.0);
             let cum = decays.cum[i];
             let (first, diagonal) = ((first - from) as u32, (i - from) as u32);
-            let inputs =
-                s.scores[i * n..][from..to].iter().zip(&decays.cum[from..to]).zip(&decays.dt[from..to]);
-            let outputs =
-                kernel[from..to].iter_mut().zip(&mut s.d_scores[i * n..][from..to]).zip(&mut *s.flow);
-            for (j, (((kernel, d_score), flow), ((score, c), dt))) in outputs.zip(inputs).enumerate() {
+            let dt = &decays.dt[from..to];
+            let flow = &mut s.flow[..to - from];
+            let inputs = s.scores[i * n..][from..to].iter().zip(&decays.cum[from..to]).zip(dt);
+            let outputs = kernel[from..to].iter_mut().zip(&mut s.d_scores[i * n..][from..to]);
+            let flows = flow.iter_mut().zip(&mut d_cum[from..to]);
+            for (j, (((kernel, d_score), (flow, column)), ((score, c), dt))) in
+                outputs.zip(flows).zip(inputs).enumerate()
+            {
                 let live = (first <= j as u32) & (j as u32 <= diagonal);
                 let decay = math::decay(cum - c);
-                let weight = *kernel * decay * dt;
-                *kernel = if live { score * decay } else { 0.0 };
-                *d_score += if live { weight } else { 0.0 };
-                *flow = if live & (j as u32 != diagonal) { weight * score } else { 0.0 };
+                let weight = math::only(live, *kernel * decay);
+                *kernel = math::only(live, score * decay);
+                *d_score += weight * dt;
+                // What flows through Δt_j e^{c_i − c_j}, j < i, over Δt_j.
+                *flow = math::only(live & (j as u32 != diagonal), weight * score);
+                *column += *flow;
             }
-            // What flows through e^{c_i − c_j}, j < i.
-            let flow = &s.flow[..to - from];
-            d_cum[from..to].iter_mut().zip(flow).for_each(|(d, f)| *d -= f);
-            d_cum[i] += math::sum_map([flow], |[f]| f);
+            s.rows[i] = math::dot(flow, dt);
         }
     });
 
     let kernel = Mat::new(&*s.kernel, n, n).t();
     triangular(backend, Triangle::LeftUpper, Into::Set, s.u, p, kernel, dy);
-    let mut d_skip = 0.0;
     vectorize!(backend.isa, || {
-        decays.entering(s.entering);
         decays.leaving(s.leaving);
         let mut through_end = 0.0;
         for j in 0..n {
             let (x, dy, leaving, dt) = (views.x_row(head, j), dy_row(j), s.leaving[j], decays.dt[j]);
-            let (u, from_end) = (&mut s.u[j * p..][..p], &mut s.from_end[j * width + io.h * p..][..p]);
+            let (u, from_end) = (&s.u[j * p..][..p], &mut s.from_end[j * width + io.h * p..][..p]);
+            let end = leaving * math::dot(x, from_end);
+            d_dt[j] += d_cum[j] + end;
+            d_cum[j] = s.rows[j] - dt * d_cum[j];
             if j < last {
-                let flow = dt * leaving * math::dot(x, from_end);
-                d_cum[j] -= flow;
-                through_end += flow;
+                d_cum[j] -= dt * end;
+                through_end += dt * end;
             }
-            for ((u, from), x) in u.iter_mut().zip(&mut *from_end).zip(x) {
-                *u += leaving * *from;
+            for (((dx, from), dy), u) in dx(j).iter_mut().zip(&*from_end).zip(dy).zip(u) {
+                *dx = dt * (u + leaving * from) + io.skip * dy;
+            }
+            for (from, x) in from_end.iter_mut().zip(x) {
                 *from = leaving * dt * x;
             }
-            d_dt[j] = math::dot(x, u);
-            d_skip += math::dot(x, dy);
-            for ((dx, u), dy) in dx(j).iter_mut().zip(&*u).zip(dy) {
-                *dx = dt * u + io.skip * dy;
-            }
         }
-        d_cum[last] += through_end + decays.whole() * math::dot(io.state, io.d_state);
-        weigh(s.weighted, p, 0, s.entering, dy_row);
+        d_cum[last] += through_end;
     });
 
-    let state = Mat::new(io.state, p, n_state);
-    small(backend, Into::Set, s.from_state, n_state, Mat::new(&*s.weighted, n, p), state);
-    vectorize!(backend.isa, || {
-        for (i, dc) in s.from_state.chunks_exact(n_state).enumerate() {
-            d_cum[i] += math::dot(dc, views.c_row(i));
-            let to = &mut d_bc[i * 2 * n_state + n_state..][..n_state];
-            to.iter_mut().zip(dc).for_each(|(t, d)| *t += d);
-        }
-    });
+    if let Some(state) = io.state {
+        vectorize!(backend.isa, || {
+            decays.entering(s.entering);
+            weigh(s.weighted, p, 0, s.entering, dy_row);
+        });
+        let weighted = Mat::new(&*s.weighted, n, p);
+        small(backend, Into::Set, s.from_state, n_state, weighted, Mat::new(state, p, n_state));
+        vectorize!(backend.isa, || {
+            d_cum[last] += decays.whole() * math::dot(state, io.d_state);
+            for (i, dc) in s.from_state.chunks_exact(n_state).enumerate() {
+                d_cum[i] += math::dot(dc, views.c_row(i));
+                let to = &mut d_bc[i * 2 * n_state + n_state..][..n_state];
+                to.iter_mut().zip(dc).for_each(|(t, d)| *t += d);
+            }
+        });
+    }
 
     // c_i = Σ_{l ≤ i} Δt_l A, so the cotangent of Δt_l·A is the sum of those of c_i from l on.
     for l in (0..last).rev() {

@@ -14,6 +14,7 @@ use std::ops::Range;
 
 use elapid_tensor::{DType, Mamba2Inputs, Mamba2Output, Mamba2Spec, Mamba2Weights, State};
 
+use adjoint::Projected;
 pub(crate) use adjoint::adjoint;
 
 use crate::CpuBackend;
@@ -231,10 +232,10 @@ pub(crate) fn forward(
     let params = Params::new(&dims, weights);
     let documents = Documents::new(&dims, inputs.documents.as_ref());
     let front = conv::front(backend, &dims, inputs, &params, &documents);
-    let mut states = scan::local_states(backend, &dims, &front, &documents);
+    let mut states = scan::local_states(backend, &dims, &front, &documents, 0..dims.chunks);
     let initial = inputs.initial.as_ref().map(|s| s.ssm.f32());
     let last = scan::pass_states(backend, &dims, &front, &documents, initial, &mut states);
-    let y = scan::outputs(backend, &dims, &front, &documents, &params, &states);
+    let y = scan::outputs(backend, &dims, &front, &documents, &params, &states, initial.is_some());
     drop((front, states));
     let out = gate::forward(backend, &dims, inputs, &params.norm_weight, &y);
     let state = State {

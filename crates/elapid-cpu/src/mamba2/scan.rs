@@ -3,6 +3,8 @@
 //! Inside a chunk, with c the cumulative sum of Δt·A: y_i = Σ_{j ≤ i} (C_i·B_j) e^{c_i − c_j} Δt_j x_j + e^{c_i} S C_i,
 //! where S is the state that enters the chunk. Differences of cumulative sums are masked before `exp` (trap T18).
 
+use std::ops::Range;
+
 use super::{Dims, Documents, Front, Params, Unit};
 use crate::CpuBackend;
 use crate::isa::vectorize;
@@ -154,9 +156,15 @@ impl<'a> Views<'a> {
     }
 }
 
-/// `[B, chunks, H, P, N]`: what each chunk alone adds to the state by its end, Σ_j e^{c_n − c_j} Δt_j x_j B_jᵀ.
-pub(super) fn local_states(backend: &CpuBackend, dims: &Dims, front: &Front, documents: &Documents) -> Block {
-    chunk_products(backend, dims, |unit, weighted, weights| {
+/// `[B, chunks, H, P, N]`: what each of `chunks` alone adds to the state by its end, Σ_j e^{c_n − c_j} Δt_j x_j B_jᵀ.
+pub(super) fn local_states(
+    backend: &CpuBackend,
+    dims: &Dims,
+    front: &Front,
+    documents: &Documents,
+    chunks: Range<usize>,
+) -> Block {
+    chunk_products(backend, dims, chunks, |unit, weighted, weights| {
         let views = Views::new(dims, front, unit);
         let span = Span::new(documents, unit);
         for (h, head) in unit.heads.clone().enumerate() {
@@ -172,11 +180,13 @@ pub(super) fn local_states(backend: &CpuBackend, dims: &Dims, front: &Front, doc
     })
 }
 
-/// `[B, chunks, H, P, N]`: the sums over the positions of each chunk of an outer product: of the rows `[n, heads·P]` that
-/// `fill(unit, rows, scratch [n])` writes for the heads of a unit, and of those `[n, N]` of the matrix that it returns.
+/// `[B, chunks, H, P, N]`: the sums over the positions of each of `chunks` of an outer product: of the rows `[n, heads·P]`
+/// that `fill(unit, rows, scratch [n])` writes for the heads of a unit, and of those `[n, N]` of the matrix that it returns.
+/// Other chunks' places hold anything.
 pub(super) fn chunk_products<'a>(
     backend: &CpuBackend,
     dims: &Dims,
+    chunks: Range<usize>,
     fill: impl Fn(&Unit, &mut [f32], &mut [f32]) -> Mat<'a> + Sync,
 ) -> Block {
     let len = dims.batch * dims.chunks * dims.spec.heads * dims.state();
@@ -184,6 +194,9 @@ pub(super) fn chunk_products<'a>(
     let shared = Shared::new(states.as_mut_slice::<f32>(len));
     backend.workers.each(dims.units(), |index| {
         let unit = dims.unit(index);
+        if !chunks.contains(&unit.chunk) {
+            return;
+        }
         let (n, width) = (unit.n, unit.heads.len() * dims.spec.head_dim);
         let mut scratch = backend.pool.take::<f32>(n * width + n);
         let (weighted, weights) = scratch.as_mut_slice::<f32>(n * width + n).split_at_mut(n * width);
@@ -197,7 +210,7 @@ pub(super) fn chunk_products<'a>(
 }
 
 /// The recurrence over chunks. Turns what each chunk adds into the state that *enters* each chunk, in place; gives
-/// the state after the last chunk, `[B, H, P, N]`.
+/// the state after the last chunk, `[B, H, P, N]`, if what that one adds is there.
 pub(super) fn pass_states(
     backend: &CpuBackend,
     dims: &Dims,
@@ -244,7 +257,7 @@ pub(super) fn chunk_decay(
     Decays::new(dims, front, Span::new(documents, &unit), &unit, head).whole()
 }
 
-/// Scan output `[B·L, E]`, D skip included, from the states that enter the chunks.
+/// Scan output `[B·L, E]`, D skip included, from the states that enter the chunks; into the first one only an `initial` one does.
 pub(super) fn outputs(
     backend: &CpuBackend,
     dims: &Dims,
@@ -252,6 +265,7 @@ pub(super) fn outputs(
     documents: &Documents,
     params: &Params,
     states: &Block,
+    initial: bool,
 ) -> Block {
     let (p, n_state, e) = (dims.spec.head_dim, dims.spec.state, dims.e);
     let states = states.as_slice::<f32>(dims.batch * dims.chunks * dims.spec.heads * dims.state());
@@ -267,8 +281,13 @@ pub(super) fn outputs(
         let s = OutputScratch::new(n, width, scratch.as_mut_slice::<f32>(len));
         // Both are shared by the heads of the group.
         triangular(backend, Triangle::ResultUpper, Into::Set, s.scores, n, views.b(), views.c().t());
-        let entering = &states[dims.state_at(unit.b, unit.chunk, unit.heads.start)..];
-        small(backend, Into::Set, s.from_state, width, views.c(), Mat::new(entering, width, n_state).t());
+        if initial || unit.chunk > 0 {
+            let entering = &states[dims.state_at(unit.b, unit.chunk, unit.heads.start)..];
+            let entering = Mat::new(entering, width, n_state).t();
+            small(backend, Into::Set, s.from_state, width, views.c(), entering);
+        } else {
+            s.from_state.fill(0.0);
+        }
         for (h, head) in unit.heads.clone().enumerate() {
             let decays = Decays::new(dims, front, span, &unit, head);
             let at = (unit.b * dims.len + unit.row) * e + head * p;
@@ -292,8 +311,7 @@ pub(super) fn outputs(
                     let scores = s.scores[j * n..][from..to].iter().zip(&decays.cum[from..to]);
                     for (i, (w, (score, c))) in row[from..to].iter_mut().zip(scores).enumerate() {
                         let live = (first <= i as u32) & ((i as u32) < end);
-                        let weight = score * math::decay(c - cum) * dt;
-                        *w = if live { weight } else { 0.0 };
+                        *w = math::only(live, score * math::decay(c - cum) * dt);
                     }
                 }
             });
