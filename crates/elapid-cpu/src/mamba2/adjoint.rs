@@ -10,6 +10,7 @@
 //!   adding and subtracting it would cost digits.
 
 use elapid_tensor::{DType, Mamba2Grads, Mamba2Inputs, Mamba2Sinks, Mamba2Spec, Mamba2Weights, State};
+use half::bf16;
 
 use super::scan::{self, Decays, Span, Views, weigh};
 use super::{Dims, Documents, Front, Params, conv, gate};
@@ -19,7 +20,7 @@ use crate::math::{self, LANES};
 use crate::matmul::{Into, Mat, Triangle, small, triangular};
 use crate::memory::Block;
 use crate::parallel::Shared;
-use crate::tensor::{Buffer, Tensor};
+use crate::tensor::{Buffer, Tensor, narrow};
 
 pub(crate) fn adjoint(
     backend: &CpuBackend,
@@ -42,8 +43,15 @@ pub(crate) fn adjoint(
     scan::pass_states(backend, &dims, &front, &documents, initial, &mut states);
 
     let len = dims.rows() * dims.proj;
-    let mut projected = backend.pool.take::<f32>(len);
-    let d_projected = Shared::new(projected.as_mut_slice::<f32>(len));
+    let dtype = inputs.projected.dtype();
+    let mut projected = match dtype {
+        DType::Bf16 => backend.pool.take::<bf16>(len),
+        _ => backend.pool.take::<f32>(len),
+    };
+    let d_projected = match dtype {
+        DType::Bf16 => Projected::Bf16(Shared::new(projected.as_mut_slice(len))),
+        _ => Projected::F32(Shared::new(projected.as_mut_slice(len))),
+    };
     let (d_scan, d_norm) = gate::adjoint(backend, &dims, inputs, &params, saved[0].f32(), dy, &d_projected);
     let pass = Pass {
         backend,
@@ -80,13 +88,39 @@ pub(crate) fn adjoint(
     add(sinks.norm_weight, &d_norm);
 
     let shape = [dims.batch, dims.len, dims.proj];
-    let projected = Tensor::new(projected, &shape, DType::F32);
     Mamba2Grads {
-        projected: backend.cast_to(&projected, inputs.projected.dtype()),
+        projected: Tensor::new(projected, &shape, dtype),
         initial: inputs.initial.as_ref().map(|s| State {
             conv: Tensor::new(d_conv_state, s.conv.shape(), DType::F32),
             ssm: Tensor::new(d_ssm, s.ssm.shape(), DType::F32),
         }),
+    }
+}
+
+/// The cotangent of the projection `[B·L, E + C + H]`, whose columns several phases write.
+pub(super) enum Projected<'a> {
+    F32(Shared<'a, f32>),
+    Bf16(Shared<'a, bf16>),
+}
+
+impl Projected<'_> {
+    /// Writes as many numbers from `at` on as `spare` has: `fill` gives them in fp32, in `spare` where they are still to be rounded.
+    ///
+    /// # Safety
+    /// No other piece may touch this range meanwhile.
+    #[inline(always)]
+    pub(super) unsafe fn write(&self, at: usize, spare: &mut [f32], fill: impl FnOnce(&mut [f32])) {
+        let len = spare.len();
+        // SAFETY: the caller's promise.
+        let row = match self {
+            Self::F32(shared) => unsafe { shared.slice(at, len) },
+            Self::Bf16(_) => spare,
+        };
+        fill(row);
+        if let Self::Bf16(shared) = self {
+            // SAFETY: the caller's promise.
+            narrow(row, unsafe { shared.slice(at, len) });
+        }
     }
 }
 
@@ -288,7 +322,7 @@ impl Pass<'_> {
         &self,
         inputs: &Mamba2Inputs<Tensor>,
         out: &ScanGrads,
-        d_projected: &Shared<'_, f32>,
+        d_projected: &Projected<'_>,
     ) -> HeadGrads {
         let Pass { backend, dims, front, params, .. } = *self;
         let heads = dims.spec.heads;
@@ -302,25 +336,27 @@ impl Pass<'_> {
         backend.workers.rows(&mut partial, 2 * heads, 1, |piece, sums| {
             let (b, first) = (piece / dims.chunks, piece % dims.chunks * dims.q);
             let (dt_bias, a_log) = sums.split_at_mut(heads);
-            let mut scratch = backend.pool.take::<f32>(heads);
-            let raw = scratch.as_mut_slice::<f32>(heads);
+            let mut scratch = backend.pool.take::<f32>(2 * heads);
+            let (raw, spare) = scratch.as_mut_slice::<f32>(2 * heads).split_at_mut(heads);
             vectorize!(backend.isa, || {
                 for l in first..dims.len.min(first + dims.q) {
                     let row = b * dims.len + l;
                     conv::load_dt(dims, inputs, row, raw);
+                    let fill = |to: &mut [f32]| {
+                        for ((d_raw, raw), bias) in to.iter_mut().zip(&*raw).zip(&params.dt_bias) {
+                            let x = raw + bias;
+                            let step = math::softplus(x);
+                            *d_raw = if (low <= step) & (step <= high) { math::sigmoid(x) } else { 0.0 };
+                        }
+                        for (h, d_raw) in to.iter_mut().enumerate() {
+                            let at = (b * heads + h) * dims.len + l;
+                            *d_raw *= ddt[at] + params.a[h] * da[at];
+                            dt_bias[h] += f64::from(*d_raw);
+                            a_log[h] += f64::from(dt[at] * da[at]) * f64::from(params.a[h]);
+                        }
+                    };
                     // SAFETY: pieces cover disjoint rows.
-                    let to = unsafe { d_projected.slice(row * dims.proj + dims.e + dims.c, heads) };
-                    for ((d_raw, raw), bias) in to.iter_mut().zip(&*raw).zip(&params.dt_bias) {
-                        let x = raw + bias;
-                        let step = math::softplus(x);
-                        *d_raw = if (low <= step) & (step <= high) { math::sigmoid(x) } else { 0.0 };
-                    }
-                    for (h, d_raw) in to.iter_mut().enumerate() {
-                        let at = (b * heads + h) * dims.len + l;
-                        *d_raw *= ddt[at] + params.a[h] * da[at];
-                        dt_bias[h] += f64::from(*d_raw);
-                        a_log[h] += f64::from(dt[at] * da[at]) * f64::from(params.a[h]);
-                    }
+                    unsafe { d_projected.write(row * dims.proj + dims.e + dims.c, spare, fill) };
                 }
             });
         });

@@ -2,7 +2,7 @@
 
 use elapid_tensor::{DType, Mamba2Inputs, State};
 
-use super::{Dims, Documents, Front, Params};
+use super::{Dims, Documents, Front, Params, Projected};
 use crate::CpuBackend;
 use crate::isa::vectorize;
 use crate::math;
@@ -180,7 +180,7 @@ pub(super) fn adjoint(
     documents: &Documents,
     d_act: &[f32],
     d_state: Option<&State<Tensor>>,
-    d_projected: &Shared<'_, f32>,
+    d_projected: &Projected<'_>,
 ) -> (ConvGrads, Block) {
     let (c, k, len) = (dims.c, dims.spec.conv_kernel, dims.len);
     let before = k - 1;
@@ -194,9 +194,9 @@ pub(super) fn adjoint(
         let n = dims.q.min(len - first);
         // Outputs that see an input of this piece.
         let seeing = len.min(first + n + before) - first;
-        let size = (before + 2 * seeing) * CHANNELS.min(c);
+        let size = (before + 2 * seeing + 1) * CHANNELS.min(c);
         let mut scratch = backend.pool.take::<f32>(size);
-        let scratch = scratch.as_mut_slice::<f32>(size);
+        let (row, scratch) = scratch.as_mut_slice::<f32>(size).split_at_mut(CHANNELS.min(c));
         // SAFETY: each piece has its own part.
         let (weight, bias) = unsafe { partials.slice(piece * (k + 1) * c, (k + 1) * c) }.split_at_mut(k * c);
         vectorize!(backend.isa, || {
@@ -218,7 +218,7 @@ pub(super) fn adjoint(
                     let l = first + i;
                     let at = (b * len + l) * dims.proj + dims.e + channel;
                     // SAFETY: pieces cover disjoint rows.
-                    side.input(l as isize, unsafe { d_projected.slice(at, width) });
+                    unsafe { d_projected.write(at, &mut row[..width], |row| side.input(l as isize, row)) };
                     let d = &d_pre[i * width..][..width];
                     for (g, d) in bias[channel..].iter_mut().zip(d) {
                         *g += d;

@@ -2,7 +2,7 @@
 
 use elapid_tensor::Mamba2Inputs;
 
-use super::{Dims, Params};
+use super::{Dims, Params, Projected};
 use crate::CpuBackend;
 use crate::isa::vectorize;
 use crate::math;
@@ -89,7 +89,7 @@ pub(super) fn adjoint(
     params: &Params,
     y: &[f32],
     dy: &Tensor,
-    d_projected: &Shared<'_, f32>,
+    d_projected: &Projected<'_>,
 ) -> (Block, Vec<f32>) {
     let (e, rows, width) = (dims.e, dims.rows(), dims.spec.norm_width());
     let groups = e / width;
@@ -152,13 +152,15 @@ pub(super) fn adjoint(
                     }
                 }
                 // v is the cotangent of y·silu(z) now.
+                let fill = |dz: &mut [f32]| {
+                    let gates = z.iter().zip(&*s);
+                    for ((((ds, dz), v), y), (z, s)) in d_scan.iter_mut().zip(dz).zip(&*v).zip(y).zip(gates) {
+                        *ds = v * z * s;
+                        *dz = v * y * math::slope_at(*z, *s);
+                    }
+                };
                 // SAFETY: pieces cover disjoint rows.
-                let dz = unsafe { d_projected.slice(row * dims.proj, e) };
-                let gates = z.iter().zip(&*s);
-                for ((((ds, dz), v), y), (z, s)) in d_scan.iter_mut().zip(dz).zip(&*v).zip(y).zip(gates) {
-                    *ds = v * z * s;
-                    *dz = v * y * math::slope_at(*z, *s);
-                }
+                unsafe { d_projected.write(row * dims.proj, u, fill) };
             }
         });
     });

@@ -14,6 +14,7 @@ use std::ops::Range;
 
 use elapid_tensor::{DType, Mamba2Inputs, Mamba2Output, Mamba2Spec, Mamba2Weights, State};
 
+use adjoint::Projected;
 pub(crate) use adjoint::adjoint;
 
 use crate::CpuBackend;

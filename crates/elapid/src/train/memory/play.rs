@@ -313,12 +313,13 @@ impl Play {
     }
 
     fn mamba2_adjoint(&mut self) -> u128 {
-        let Self { rows, batch, threads, e, c, h, proj, p, n, k, q, chunks, blocks, width, .. } = *self;
+        let Self { rows, batch, threads, compute, e, c, h, proj, p, n, k, q, chunks, blocks, width, .. } =
+            *self;
         let front = self.front();
         let states = self.states();
         self.scratch(threads, q * width + q);
         self.scratch(1, batch * e * n); // state after the last chunk
-        let projected = self.pool.take(rows * proj * F32);
+        let d_projected = self.pool.take(rows * proj * compute);
         let d_scan = self.pool.take(rows * e * F32);
         self.scratch(1, rows.div_ceil(16) * e); // partial sums of the gated norm's weight
         let d_states = self.states();
@@ -331,9 +332,8 @@ impl Play {
         self.pool.give([d_scan, states, d_states]);
         let d_conv = self.pool.take(batch * (k - 1) * c * F32);
         let partial = self.pool.take(batch * chunks * (k + 1) * c * F32);
-        self.scratch(threads, (k - 1 + 2 * (q + k - 1)) * c.min(256));
+        self.scratch(threads, (k + 2 * (q + k - 1)) * c.min(256));
         self.pool.give([partial, d_conv]);
-        let d_projected = self.round(projected, rows * proj);
         self.pool.give(front.into_iter().chain([d_initial, act, per_block]).chain(steps));
         d_projected
     }
