@@ -57,7 +57,7 @@ pub struct CpuOptions {
 #[derive(Debug)]
 pub enum CpuError {
     /// The threads could not be started.
-    Threads(rayon::ThreadPoolBuildError),
+    Threads(std::io::Error),
     /// This machine cannot run that path.
     Isa(Isa),
 }
@@ -512,11 +512,12 @@ impl Backend for CpuBackend {
         hyper: &AdamW,
         decayed: Decayed,
         clip: &Tensor,
-        grads: &Buffer,
+        grads: &mut Buffer,
         params: &mut Buffer,
         m: &mut Buffer,
         v: &mut Buffer,
+        copy: Option<&mut Buffer>,
     ) {
-        update::adamw(self, hyper, decayed, clip, grads, params, m, v);
+        update::adamw(self, hyper, decayed, clip, grads, params, m, v, copy);
     }
 }

@@ -174,7 +174,9 @@ fn update(layout: &Layout, rows: &mut Rows<'_>) {
         timed.zero_buffer(&mut buffer);
         buffer
     };
-    let (grads, mut params, mut m, mut v) = (zeros(), zeros(), zeros(), zeros());
+    let (mut grads, mut params, mut m, mut v) = (zeros(), zeros(), zeros(), zeros());
+    let compute = rows.limits.dtype;
+    let mut copy = (compute != DType::F32).then(|| timed.buffer(layout.flat, compute));
     let shape = format!("{} elements", layout.flat.len());
     let loss = timed.tensor(&[1.0], &[], DType::F32);
     rows.run("clip", &shape, || drop(timed.clip(&grads, &loss, &Clipping::alone(1.0, 1.0))));
@@ -183,7 +185,7 @@ fn update(layout: &Layout, rows: &mut Rows<'_>) {
     rows.run("adamw", &shape, || {
         let (layer, shared) = layout.decayed;
         let decayed = Decayed { layer, shared, dealt: false };
-        timed.adamw(&hyper, decayed, &clip, &grads, &mut params, &mut m, &mut v);
+        timed.adamw(&hyper, decayed, &clip, &mut grads, &mut params, &mut m, &mut v, copy.as_mut());
     });
     rows.run("zero_buffer", &shape, || timed.zero_buffer(&mut m));
     let mut half = timed.buffer(layout.flat, DType::Bf16);

@@ -388,13 +388,17 @@ impl Backend for Timed {
         hyper: &AdamW,
         decayed: Decayed,
         clip: &Tensor,
-        grads: &Buffer,
+        grads: &mut Buffer,
         params: &mut Buffer,
         m: &mut Buffer,
         v: &mut Buffer,
+        copy: Option<&mut Buffer>,
     ) {
-        // g, m and v 1 + 3 + 4; m̂, v̂, root, + eps, quotient, decay 2, rate, difference 9. Reads four, writes three.
+        // g, m and v 1 + 3 + 4; m̂, v̂, root, + eps, quotient, decay 2, rate, difference 9. Reads four, writes them and the copy.
         let n = grads.shape().len();
-        self.op("adamw", 17 * n, 28 * n, |inner| inner.adamw(hyper, decayed, clip, grads, params, m, v));
+        let traffic = n * (32 + copy.as_ref().map_or(0, |copy| size(copy.dtype())));
+        self.op("adamw", 17 * n, traffic, |inner| {
+            inner.adamw(hyper, decayed, clip, grads, params, m, v, copy)
+        });
     }
 }

@@ -67,6 +67,7 @@ pub(super) struct Play {
     residual: u128,
     layers: usize,
     checkpointing: Checkpointing,
+    carries: bool,
     /// D, E, C, H, V.
     d: u128,
     e: u128,
@@ -111,6 +112,7 @@ impl Play {
             residual: if demand.config.residual_in_fp32 { F32 } else { compute },
             layers: demand.config.num_hidden_layers,
             checkpointing: demand.checkpointing,
+            carries: demand.carries,
             d: demand.config.hidden_size as u128,
             e: spec.inner() as u128,
             c: spec.conv_channels() as u128,
@@ -130,6 +132,9 @@ impl Play {
     /// Forward and backward of one batch. Gives the bytes that are held between the two.
     pub(super) fn micro_step(&mut self) -> u128 {
         let Self { rows, span, d, compute, residual, .. } = *self;
+        // Those before the micro-step and those after it.
+        let carried = if self.carries { 2 * self.layers } else { 0 };
+        let carried: Vec<_> = (0..carried).flat_map(|_| self.carried()).collect();
         let mut x = self.embedding();
         let mut kept = Vec::new();
         for _ in 0..self.layers {
@@ -156,7 +161,7 @@ impl Play {
         }
         let cotangent = self.gather(cotangent, d * residual);
         let dy = self.cast(rows * d, residual, F32); // embedding
-        self.pool.give(dy.into_iter().chain([cotangent]));
+        self.pool.give(dy.into_iter().chain([cotangent]).chain(carried));
         held
     }
 
@@ -235,17 +240,19 @@ impl Play {
         let normed = self.pool.take(span * d * compute);
         let normed = self.gather(normed, d * compute);
         let projected = self.linear(proj);
-        let (y, mut saved) = self.mamba2(save);
+        let (y, scanned, state) = self.mamba2();
+        if !save {
+            self.pool.give([scanned]);
+        }
         let out = self.linear(d);
         let out = self.reduce(out, d * compute);
         let sum = self.pool.take(span * d * residual);
-        self.pool.give([out]);
-        // The order in which the adjoints let go of them.
-        saved = [vec![normed, projected], saved, vec![y]].concat();
+        self.pool.give([out].into_iter().chain(state));
         if !save {
-            self.pool.give(saved.drain(..));
+            self.pool.give([normed, projected, y]);
+            return (sum, Vec::new());
         }
-        (sum, saved)
+        (sum, vec![normed, projected, scanned, y])
     }
 
     /// The adjoint of one layer: from the cotangent of its output to that of its input.
@@ -260,7 +267,9 @@ impl Play {
                 Some(out)
             }
         };
-        let y = saved.pop().expect("the mixer's output");
+        let [normed, projected, scanned, y] = saved[..] else {
+            panic!("a layer saves four blocks and its input")
+        };
         // add: the residual's share is dy itself.
         let mut d_out = self.cast(span * d, residual, compute);
         if self.sequence_parallel {
@@ -270,8 +279,7 @@ impl Play {
         let dy_mixer = self.linear(e);
         self.pool.give(d_out.into_iter().chain([y]));
         let d_projected = self.mamba2_adjoint();
-        let normed = saved.remove(0);
-        self.pool.give(saved.into_iter().chain([dy_mixer]));
+        self.pool.give([projected, scanned, dy_mixer]);
         let d_normed = self.linear(d);
         self.pool.give([d_projected, normed]);
         let d_normed = self.reduce(d_normed, d * compute);
@@ -293,23 +301,23 @@ impl Play {
         y
     }
 
-    /// The mixer: its output `[rows, E]`, and what it saves: the scan's output in fp32 and the final state.
-    fn mamba2(&mut self, save: bool) -> (u128, Vec<u128>) {
-        let Self { rows, batch, threads, compute, e, c, n, k, q, width, .. } = *self;
+    /// The mixer: its output `[rows, E]`, the scan's output in fp32, and the final state.
+    fn mamba2(&mut self) -> (u128, u128, [u128; 2]) {
+        let Self { rows, threads, compute, e, q, width, .. } = *self;
         let front = self.front();
         let states = self.states();
         self.scratch(threads, q * width + q);
-        let last = self.pool.take(batch * e * n * F32);
+        let state = self.carried();
         let y = self.pool.take(rows * e * F32);
         self.scratch(threads, 2 * q * q + q * width + q);
         self.pool.give(front.into_iter().chain([states]));
-        let out = self.pool.take(rows * e * compute);
-        let conv = self.pool.take(batch * (k - 1) * c * F32);
-        if !save {
-            self.pool.give([y]);
-            return (out, vec![last, conv]);
-        }
-        (out, vec![y, last, conv])
+        (self.pool.take(rows * e * compute), y, state)
+    }
+
+    /// A layer's state between two stretches of a sequence.
+    fn carried(&mut self) -> [u128; 2] {
+        let Self { batch, e, c, n, k, .. } = *self;
+        [e * n, (k - 1) * c].map(|len| self.pool.take(batch * len * F32))
     }
 
     fn mamba2_adjoint(&mut self) -> u128 {
