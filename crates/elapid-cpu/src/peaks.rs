@@ -33,7 +33,11 @@ impl Peaks {
     /// This memory beside the arithmetic of the path of `backend`.
     pub fn on(self, backend: &CpuBackend) -> Self {
         let fma = backend.fma_rate(backend.isa);
-        let matrix = if backend.isa.multiplies() { fma } else { fma.max(backend.fma_rate(Isa::best())) };
+        let matrix = match backend.isa.multiplies() {
+            true => fma,
+            // What was seen of the widest vectors before is theirs as well.
+            false => fma.max(backend.fma_rate(Isa::best())).max(self.matrix),
+        };
         Self { fma, matrix, product: backend.measure_peak(), bf16: backend.bf16_rate(), ..self }
     }
 }
@@ -60,6 +64,9 @@ impl CpuBackend {
             if isa == Isa::Avx2 && is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
                 // SAFETY: the CPU has just been asked.
                 return self.rate(8 * 2, |loops| unsafe { x86::fma_avx2(loops) });
+            }
+            if isa == Isa::Portable {
+                return self.rate(4 * 2, x86::multiply_add_sse2);
             }
         }
         self.rate(4 * 2, |loops| vectorize!(isa, || fma_portable(loops)))
@@ -170,6 +177,18 @@ mod x86 {
     /// Different starts, or the compiler would find the sums to be one.
     fn starts() -> [f32; SUMS] {
         std::array::from_fn(|i| black_box(i as f32))
+    }
+
+    /// What every CPU of the architecture has: two instructions.
+    pub(super) fn multiply_add_sse2(loops: usize) -> f32 {
+        let (a, b) = (_mm_set1_ps(black_box(0.999)), _mm_set1_ps(black_box(1e-3)));
+        let mut sums = starts().map(|x| _mm_set1_ps(x));
+        for _ in 0..loops {
+            for x in &mut sums {
+                *x = _mm_add_ps(_mm_mul_ps(*x, a), b);
+            }
+        }
+        sums.iter().map(|x| _mm_cvtss_f32(*x)).sum()
     }
 
     #[target_feature(enable = "avx512f")]
