@@ -66,7 +66,8 @@ impl CpuBackend {
                 return self.rate(8 * 2, |loops| unsafe { x86::fma_avx2(loops) });
             }
             if isa == Isa::Portable {
-                return self.rate(4 * 2, x86::multiply_add_sse2);
+                // SAFETY: every x86-64 CPU has SSE2.
+                return self.rate(4 * 2, |loops| unsafe { x86::multiply_add_sse2(loops) });
             }
         }
         self.rate(4 * 2, |loops| vectorize!(isa, || fma_portable(loops)))
@@ -180,6 +181,7 @@ mod x86 {
     }
 
     /// What every CPU of the architecture has: two instructions.
+    #[target_feature(enable = "sse2")]
     pub(super) fn multiply_add_sse2(loops: usize) -> f32 {
         let (a, b) = (_mm_set1_ps(black_box(0.999)), _mm_set1_ps(black_box(1e-3)));
         let mut sums = starts().map(|x| _mm_set1_ps(x));
