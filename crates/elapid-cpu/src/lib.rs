@@ -57,7 +57,7 @@ pub struct CpuOptions {
 #[derive(Debug)]
 pub enum CpuError {
     /// The threads could not be started.
-    Threads(rayon::ThreadPoolBuildError),
+    Threads(std::io::Error),
     /// This machine cannot run that path.
     Isa(Isa),
 }

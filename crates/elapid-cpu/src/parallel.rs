@@ -1,36 +1,16 @@
 //! Work in pieces. The pieces depend on the problem alone, never on the number of threads, and what several pieces
 //! contribute to one number is summed in the order of the pieces: so results are the same bits on any machine size.
 
+mod workers;
+
 use std::marker::PhantomData;
 
-use rayon::prelude::*;
+pub(crate) use workers::Workers;
 
 /// Rows of one piece of row-wise work.
 pub(crate) const ROWS: usize = 16;
 
-/// A pool of worker threads of one rank.
-pub(crate) struct Workers {
-    pool: rayon::ThreadPool,
-}
-
 impl Workers {
-    pub(crate) fn new(threads: usize) -> Result<Self, rayon::ThreadPoolBuildError> {
-        Ok(Self { pool: rayon::ThreadPoolBuilder::new().num_threads(threads).build()? })
-    }
-
-    pub(crate) fn threads(&self) -> usize {
-        self.pool.current_num_threads()
-    }
-
-    /// Calls `f` for 0 to `pieces` − 1, in any order, on any thread.
-    pub(crate) fn each(&self, pieces: usize, f: impl Fn(usize) + Sync) {
-        if pieces <= 1 || self.threads() == 1 {
-            (0..pieces).for_each(f);
-        } else {
-            self.pool.install(|| (0..pieces).into_par_iter().with_max_len(1).for_each(&f));
-        }
-    }
-
     /// Calls `f(first item, chunk)` for the chunks of `chunk` items of `data`, `width` numbers an item.
     pub(crate) fn rows<T: Send>(
         &self,

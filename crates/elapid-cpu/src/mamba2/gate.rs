@@ -46,7 +46,7 @@ pub(super) fn forward(
     backend: &CpuBackend,
     dims: &Dims,
     inputs: &Mamba2Inputs<Tensor>,
-    params: &Params,
+    norm_weight: &[f32],
     y: &Block,
 ) -> Tensor {
     let (e, rows, width) = (dims.e, dims.rows(), dims.spec.norm_width());
@@ -67,7 +67,7 @@ pub(super) fn forward(
             out.copy_from_slice(&y[row * e..][..e]);
             gate(out, z.row(row * dims.proj, scratch));
             for (group, (v, w)) in
-                out.chunks_exact_mut(width).zip(params.norm_weight.chunks_exact(width)).enumerate()
+                out.chunks_exact_mut(width).zip(norm_weight.chunks_exact(width)).enumerate()
             {
                 let square = squares.as_ref().map_or_else(|| math::dot(v, v), |s| s[row * groups + group]);
                 let r = 1.0 / (square / channels + dims.spec.norm_eps).sqrt();

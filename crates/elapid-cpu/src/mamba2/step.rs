@@ -1,62 +1,139 @@
 //! One position at a time, with constant state: decoding.
+//!
+//! A position costs a few microseconds a head, so everything that needs no other head happens where the state is updated:
+//! convolution, Δt, the update itself, which reads the old state and writes the new one, and its output.
 
-use elapid_tensor::{DType, Mamba2Inputs, Mamba2Output, State};
+use elapid_tensor::{DType, Mamba2Inputs, Mamba2Output, Mamba2Weights, State};
 
-use super::{Dims, Documents, Params, conv, gate};
+use super::{Dims, Documents, conv, gate};
 use crate::CpuBackend;
 use crate::isa::vectorize;
 use crate::math;
 use crate::parallel::Shared;
 use crate::tensor::Tensor;
 
+/// Heads of one piece, of one group. Fewer would be too little to be worth handing over.
+const HEADS: usize = 4;
+
 /// `mamba2` for L = 1.
 pub(super) fn step(
     backend: &CpuBackend,
     dims: &Dims,
     inputs: &Mamba2Inputs<Tensor>,
-    params: &Params,
+    weights: &Mamba2Weights<Tensor>,
 ) -> Mamba2Output<Tensor> {
-    let (heads, p, n_state) = (dims.spec.heads, dims.spec.head_dim, dims.spec.state);
-    let documents = Documents::new(dims, None);
-    let front = conv::front(backend, dims, inputs, params, &documents);
-    let act = front.act.as_slice::<f32>(dims.batch * dims.c);
-    let (dt, cum) =
-        (front.dt.as_slice::<f32>(dims.batch * heads), front.cum.as_slice::<f32>(dims.batch * heads));
+    let (heads, p, n_state, k) =
+        (dims.spec.heads, dims.spec.head_dim, dims.spec.state, dims.spec.conv_kernel);
+    let per_group = heads / dims.spec.groups;
+    let blocks = per_group.div_ceil(HEADS);
+    let initial = inputs.initial.as_ref().map(|initial| initial.ssm.f32());
 
     let count = dims.batch * heads * dims.state();
     let mut ssm = backend.pool.take::<f32>(count);
-    let initial = inputs.initial.as_ref().map(|initial| initial.ssm.f32());
     let mut y = backend.pool.take::<f32>(dims.batch * dims.e);
+    let shared_ssm = Shared::new(ssm.as_mut_slice::<f32>(count));
     let shared_y = Shared::new(y.as_mut_slice::<f32>(dims.batch * dims.e));
-    // A few heads a piece: one alone is too little to be worth handing over.
-    backend.workers.rows(ssm.as_mut_slice::<f32>(count), dims.state(), 4, |first, states| {
+    backend.workers.each(dims.batch * dims.spec.groups * blocks, |piece| {
+        let (group, block) = (piece / blocks, piece % blocks);
+        let (b, group) = (group / dims.spec.groups, group % dims.spec.groups);
+        let first = group * per_group + block * HEADS;
+        let count = HEADS.min(per_group - block * HEADS);
+        let width = count * p;
+        let size = width + 2 * n_state + (k + 1) * width.max(n_state) + 4 * count;
+        let mut scratch = backend.pool.take::<f32>(size);
+        let (x, rest) = scratch.as_mut_slice::<f32>(size).split_at_mut(width);
+        let (b_row, rest) = rest.split_at_mut(n_state);
+        let (c_row, rest) = rest.split_at_mut(n_state);
+        let (of_heads, scratch) = rest.split_at_mut(4 * count);
+        // SAFETY: each (sequence, head) belongs to one piece.
+        let (states, y) = unsafe {
+            let index = b * heads + first;
+            (shared_ssm.slice(index * dims.state(), count * dims.state()), shared_y.slice(index * p, width))
+        };
         vectorize!(backend.isa, || {
-            match initial {
-                Some(initial) => states.copy_from_slice(&initial[first * dims.state()..][..states.len()]),
-                None => states.fill(0.0),
-            }
-            for (index, state) in (first..).zip(states.chunks_exact_mut(dims.state())) {
-                let (b, head) = (index / heads, index % heads);
-                let group = head / (heads / dims.spec.groups);
-                let row = &act[b * dims.c..][..dims.c];
-                let (b_row, c_row) =
-                    (&row[dims.b_channel(group)..][..n_state], &row[dims.c_channel(group)..][..n_state]);
-                let decay = math::decay(cum[index]);
-                // SAFETY: each (sequence, head) belongs to one piece.
-                let y = unsafe { shared_y.slice(index * p, p) };
-                let (dt, skip) = (dt[index], params.d[head]);
-                for ((y, x), s) in y.iter_mut().zip(&row[head * p..]).zip(state.chunks_exact_mut(n_state)) {
+            let side = Side { dims, inputs, weights, b };
+            side.convolve(first * p, scratch, x);
+            side.convolve(dims.b_channel(group), scratch, b_row);
+            side.convolve(dims.c_channel(group), scratch, c_row);
+            let (dt, rest) = of_heads.split_at_mut(count);
+            let (decay, rest) = rest.split_at_mut(count);
+            let (skip, spare) = rest.split_at_mut(count);
+            side.steps(first, dt, decay, spare);
+            weights.d.floats().load(first, skip);
+            for head in 0..count {
+                let (dt, decay, skip) = (dt[head], decay[head], skip[head]);
+                let rows = states[head * dims.state()..].chunks_exact_mut(n_state);
+                let outputs = y[head * p..].iter_mut().zip(&x[head * p..]);
+                for (i, ((y, x), s)) in outputs.zip(rows).enumerate().take(p) {
                     let weight = dt * x;
-                    for (s, b) in s.iter_mut().zip(b_row) {
-                        *s = decay * *s + weight * b;
+                    match initial {
+                        Some(initial) => {
+                            let at = (b * heads + first + head) * dims.state() + i * n_state;
+                            let old = &initial[at..at + n_state];
+                            for ((s, old), b) in s.iter_mut().zip(old).zip(&*b_row) {
+                                *s = decay * old + weight * b;
+                            }
+                        }
+                        None => s.iter_mut().zip(&*b_row).for_each(|(s, b)| *s = weight * b),
                     }
                     *y = math::dot(s, c_row) + skip * x;
                 }
             }
         });
     });
-    let y = gate::forward(backend, dims, inputs, params, &y);
-    let conv = conv::last_inputs(backend, dims, inputs, &documents);
+    let norm_weight = backend.cast_to(&weights.norm_weight, DType::F32);
+    let y = gate::forward(backend, dims, inputs, norm_weight.f32(), &y);
+    let conv = conv::last_inputs(backend, dims, inputs, &Documents::new(dims, None));
     let ssm = Tensor::new(ssm, &[dims.batch, heads, p, n_state], DType::F32);
     Mamba2Output { y, state: State { conv, ssm }, saved: Vec::new() }
+}
+
+/// The position of one sequence.
+struct Side<'a> {
+    dims: &'a Dims,
+    inputs: &'a Mamba2Inputs<Tensor>,
+    weights: &'a Mamba2Weights<Tensor>,
+    b: usize,
+}
+
+impl Side<'_> {
+    /// Convolution and SiLU of the channels from `channel` on; `scratch` holds K + 1 numbers a channel.
+    #[inline(always)]
+    fn convolve(&self, channel: usize, scratch: &mut [f32], out: &mut [f32]) {
+        let Self { dims, inputs, weights, b } = *self;
+        let (k, width) = (dims.spec.conv_kernel, out.len());
+        let (taps, rest) = scratch.split_at_mut(k * width);
+        // `[C, K]`, as the weight lies.
+        weights.conv_weight.floats().load(channel * k, taps);
+        match &weights.conv_bias {
+            Some(bias) => bias.floats().load(channel, out),
+            None => out.fill(0.0),
+        }
+        for tap in 0..k {
+            let x = match &inputs.initial {
+                _ if tap + 1 == k => {
+                    inputs.projected.floats().row(b * dims.proj + dims.e + channel, &mut rest[..width])
+                }
+                Some(state) => &state.conv.f32()[(b * (k - 1) + tap) * dims.c + channel..][..width],
+                None => continue,
+            };
+            for ((out, w), x) in out.iter_mut().zip(taps[tap..].iter().step_by(k)).zip(x) {
+                *out += w * x;
+            }
+        }
+        out.iter_mut().for_each(|out| *out = math::silu(*out));
+    }
+
+    /// Δt and e^(Δt·A) of the heads from `first` on.
+    #[inline(always)]
+    fn steps(&self, first: usize, dt: &mut [f32], decay: &mut [f32], spare: &mut [f32]) {
+        let Self { dims, inputs, weights, b } = *self;
+        inputs.projected.floats().load(b * dims.proj + dims.e + dims.c + first, dt);
+        weights.a_log.floats().load(first, decay);
+        weights.dt_bias.floats().load(first, spare);
+        for ((dt, decay), bias) in dt.iter_mut().zip(decay).zip(spare) {
+            *dt = conv::clamped(math::softplus(*dt + *bias), dims.spec.dt_limit);
+            *decay = math::decay(*dt * -decay.exp());
+        }
+    }
 }

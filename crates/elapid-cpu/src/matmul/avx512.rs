@@ -151,7 +151,8 @@ impl Unit for Pairs {
     }
 }
 
-/// [`super::dots`], four rows at a time: so many lines are on their way from memory at once.
+/// [`super::dots`], four rows at a time, one from each quarter of the weight: each quarter is a stream of its own, which the CPU
+/// fetches ahead faster than four rows that take turns in one (docs/lab.md).
 ///
 /// # Safety
 /// The CPU must have AVX-512; `weight` must hold a row for every place of `out`.
@@ -170,16 +171,17 @@ pub(super) unsafe fn dots(x: &[f32], weight: Floats, out: &mut [f32]) {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 unsafe fn dots_of<T: Number>(x: &[f32], weight: &[T], out: &mut [f32]) {
     const FEW: usize = 4;
-    let len = x.len();
-    for (block, out) in out.chunks_mut(FEW).enumerate() {
-        // Where fewer rows are left, the last is computed again and forgotten.
-        let row = |r: usize| weight.as_ptr().wrapping_add((block * FEW + r.min(out.len() - 1)) * len);
+    /// Bytes ahead of their use that numbers are asked for: what arrives while one line of memory is waited for.
+    const AHEAD: usize = 2048;
+    let (len, quarter) = (x.len(), out.len().div_ceil(FEW));
+    for first in 0..quarter {
+        // Where the last quarter is shorter, its last row is computed again and forgotten.
+        let row = |r: usize| weight.as_ptr().wrapping_add((r * quarter + first).min(out.len() - 1) * len);
         let rows = [row(0), row(1), row(2), row(3)];
         let mut sums = [[_mm512_setzero_ps(); 2]; FEW];
         for from in (0..len).step_by(2 * LANES) {
             for row in rows {
-                // The same place of the next four rows.
-                _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(FEW * len + from).cast());
+                _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(from).cast::<i8>().wrapping_add(AHEAD));
             }
             for half in 0..2 {
                 let at = from + half * LANES;
@@ -194,7 +196,7 @@ unsafe fn dots_of<T: Number>(x: &[f32], weight: &[T], out: &mut [f32]) {
                 }
             }
         }
-        for (out, [even, odd]) in out.iter_mut().zip(sums) {
+        for (out, [even, odd]) in out[first..].iter_mut().step_by(quarter).zip(sums) {
             *out = _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
         }
     }

@@ -78,6 +78,24 @@ impl Timed {
     }
 }
 
+/// The two products of `linear`'s adjoint, by themselves.
+impl Timed {
+    /// See [`CpuBackend::linear_d_weight`].
+    pub(super) fn linear_d_weight(&self, x: &Tensor, dy: &Tensor, d_weight: Sink<'_, Self>) {
+        let sink = Sink { buffer: d_weight.buffer, slot: d_weight.slot };
+        let (outputs, traffic) = (sink.slot.shape[0], bytes(x) + bytes(dy) + added(sink.slot.len()));
+        self.op("linear d_weight", 2 * len(x) * outputs, traffic, |inner| inner.linear_d_weight(x, dy, sink));
+    }
+
+    /// See [`CpuBackend::linear_d_input`].
+    pub(super) fn linear_d_input(&self, weight: &Tensor, dy: &Tensor) -> Tensor {
+        let (outputs, inputs) = (weight.shape()[0], weight.shape()[1]);
+        let dx = len(dy) / outputs * inputs;
+        let traffic = bytes(weight) + bytes(dy) + dx * size(dy.dtype());
+        self.op("linear d_input", 2 * len(dy) * inputs, traffic, |inner| inner.linear_d_input(weight, dy))
+    }
+}
+
 impl Timed {
     /// An op of several ranks; one alone does nothing.
     fn collective<R>(&self, group: Group, bytes: usize, run: impl FnOnce(&CpuBackend) -> R) -> R {

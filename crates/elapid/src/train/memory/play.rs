@@ -6,8 +6,8 @@ use elapid_tensor::{Checkpointing, DType};
 
 use super::Demand;
 
-/// Free blocks beyond this are returned to the system when none of them fits: `MAX_IDLE_LINES` of the backend.
-const MAX_IDLE: u128 = 1 << 30;
+/// What the pool may hold beyond the most that was ever live: `MAX_SPARE_LINES` of the backend.
+const MAX_SPARE: u128 = 1 << 30;
 
 /// The backend's memory pool, without the memory. A block is its size; 128 bits, so that no --batch wraps it around.
 #[derive(Default)]
@@ -15,24 +15,28 @@ pub(super) struct Pool {
     free: BTreeMap<u128, u128>,
     idle: u128,
     pub(super) live: u128,
+    /// The most that was live.
+    most: u128,
+    /// The most that was held, free blocks included.
     pub(super) peak: u128,
 }
 
 impl Pool {
     fn take(&mut self, size: u128) -> u128 {
         let size = size.next_multiple_of(64);
+        self.live += size;
+        self.most = self.most.max(self.live);
         match self.free.get_mut(&size) {
             Some(count) if *count > 0 => {
                 *count -= 1;
                 self.idle -= size;
             }
-            _ if self.idle > MAX_IDLE => {
+            _ if self.live + self.idle > self.most + MAX_SPARE => {
                 self.free.clear();
                 self.idle = 0;
             }
             _ => {}
         }
-        self.live += size;
         self.peak = self.peak.max(self.live + self.idle);
         size
     }
@@ -393,9 +397,13 @@ mod tests {
         // Another size finds nothing among the free ones, which stay.
         pool.take(256);
         assert_eq!(pool.peak, 576);
-        // Above 1 GiB they go.
+        // What was live at once is kept, and 1 GiB more.
         let large = pool.take(2 << 30);
         pool.give([large]);
+        pool.take(4096);
+        assert_eq!(pool.idle, (2 << 30) + 192);
+        pool.take((1 << 30) - 8192);
+        assert_eq!(pool.idle, (2 << 30) + 192);
         pool.take(4096);
         assert_eq!(pool.idle, 0);
     }
