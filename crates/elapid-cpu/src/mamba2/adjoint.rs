@@ -111,8 +111,8 @@ impl Projected<'_> {
     #[inline(always)]
     pub(super) unsafe fn write(&self, at: usize, spare: &mut [f32], fill: impl FnOnce(&mut [f32])) {
         let len = spare.len();
-        // SAFETY: the caller's promise.
         let row = match self {
+            // SAFETY: the caller's promise.
             Self::F32(shared) => unsafe { shared.slice(at, len) },
             Self::Bf16(_) => spare,
         };
