@@ -44,6 +44,16 @@ impl Isa {
         paths
     }
 
+    /// Whether matrix products have a kernel of their own on this path. Elsewhere `gemm` does them, with the widest vectors of
+    /// the machine.
+    pub(crate) fn multiplies(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        if matches!(self, Isa::Avx512 | Isa::Avx512Bf16) {
+            return true;
+        }
+        false
+    }
+
     /// The best path this machine can run.
     pub fn best() -> Isa {
         *Self::available().last().expect("the portable path is always there")

@@ -512,11 +512,12 @@ impl Backend for CpuBackend {
         hyper: &AdamW,
         decayed: Decayed,
         clip: &Tensor,
-        grads: &Buffer,
+        grads: &mut Buffer,
         params: &mut Buffer,
         m: &mut Buffer,
         v: &mut Buffer,
+        copy: Option<&mut Buffer>,
     ) {
-        update::adamw(self, hyper, decayed, clip, grads, params, m, v);
+        update::adamw(self, hyper, decayed, clip, grads, params, m, v, copy);
     }
 }

@@ -82,24 +82,40 @@ pub(crate) fn adjoint(
     d_weight: Sink<'_, CpuBackend>,
     d_bias: Option<&Slot>,
 ) -> Tensor {
-    let (input, output) = (x.last(), weight.shape()[0]);
-    let rows = x.len() / input;
     let Sink { buffer, slot } = d_weight;
-    let dy_mat = Mat::new(dy.floats(), rows, output);
-    let x_mat = Mat::new(x.floats(), rows, input);
-    matmul(backend, Into::Add, buffer.slot_mut(slot), input, dy_mat.t(), x_mat);
+    backend.linear_d_weight(x, dy, Sink { buffer, slot });
     if let Some(slot) = d_bias {
-        let sums = backend.sum_rows(backend.cast_to(dy, DType::F32).f32(), output);
+        let sums = backend.sum_rows(backend.cast_to(dy, DType::F32).f32(), dy.last());
         buffer.slot_mut(slot).iter_mut().zip(&sums).for_each(|(g, s)| *g += s);
     }
-    let weight = Mat::new(weight.floats(), output, input);
-    if x.dtype() == DType::F32 {
-        let mut dx = backend.pool.take::<f32>(rows * input);
-        matmul(backend, Into::Set, dx.as_mut_slice(rows * input), input, dy_mat, weight);
-        Tensor::new(dx, x.shape(), DType::F32)
-    } else {
-        let mut dx = backend.pool.take::<bf16>(rows * input);
-        rounded(backend, dx.as_mut_slice(rows * input), dy_mat, weight, None);
-        Tensor::new(dx, x.shape(), DType::Bf16)
+    backend.linear_d_input(weight, dy)
+}
+
+/// The two products of the adjoint of `linear`, for those who time them.
+impl CpuBackend {
+    /// Adds `dyᵀ [O, ..] · x [.., I]` to the gradient of the weight.
+    pub fn linear_d_weight(&self, x: &Tensor, dy: &Tensor, d_weight: Sink<'_, Self>) {
+        let (input, output) = (x.last(), dy.last());
+        let rows = x.len() / input;
+        let (dy, x) = (Mat::new(dy.floats(), rows, output), Mat::new(x.floats(), rows, input));
+        matmul(self, Into::Add, d_weight.buffer.slot_mut(d_weight.slot), input, dy.t(), x);
+    }
+
+    /// The cotangent of the input, `dy [.., O] · weight [O, I]`, in the dtype of `dy`.
+    pub fn linear_d_input(&self, weight: &Tensor, dy: &Tensor) -> Tensor {
+        let (input, output) = (weight.shape()[1], dy.last());
+        let rows = dy.len() / output;
+        let (dy_mat, weight) =
+            (Mat::new(dy.floats(), rows, output), Mat::new(weight.floats(), output, input));
+        let shape = with_last(dy, input);
+        if dy.dtype() == DType::F32 {
+            let mut dx = self.pool.take::<f32>(rows * input);
+            matmul(self, Into::Set, dx.as_mut_slice(rows * input), input, dy_mat, weight);
+            Tensor::new(dx, &shape, DType::F32)
+        } else {
+            let mut dx = self.pool.take::<bf16>(rows * input);
+            rounded(self, dx.as_mut_slice(rows * input), dy_mat, weight, None);
+            Tensor::new(dx, &shape, DType::Bf16)
+        }
     }
 }

@@ -4,17 +4,19 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use crate::CpuBackend;
-use crate::isa::vectorize;
+use crate::isa::{Isa, vectorize};
 
-/// Rates of a machine, with the threads of one backend.
+/// Rates of a machine, with the threads and the instruction-set path of one backend.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Peaks {
-    /// fp32 multiply-adds that stay in registers, in FLOP/s.
+    /// fp32 multiply-adds that stay in registers, with the path's vectors, in FLOP/s.
     pub fma: f64,
+    /// The same with the vectors that multiply matrices on this path: its own with AVX-512, elsewhere the widest of the
+    /// machine, since there `gemm` does it and chooses for itself.
+    pub matrix: f64,
     /// fp32 matrix products ([`CpuBackend::measure_peak`]), in FLOP/s.
     pub product: f64,
-    /// Dot products of bf16 pairs (`vdpbf16ps`) that stay in registers, in FLOP/s; None where the CPU has no
-    /// `avx512_bf16`.
+    /// Dot products of bf16 pairs (`vdpbf16ps`) that stay in registers, in FLOP/s; None on a path without them.
     pub bf16: Option<f64>,
     /// Reading memory, in bytes a second.
     pub read: f64,
@@ -27,6 +29,17 @@ impl Peaks {
     pub fn bandwidth(&self) -> f64 {
         self.read.max(self.triad)
     }
+
+    /// This memory beside the arithmetic of the path of `backend`.
+    pub fn on(self, backend: &CpuBackend) -> Self {
+        let fma = backend.fma_rate(backend.isa);
+        let matrix = match backend.isa.multiplies() {
+            true => fma,
+            // What was seen of the widest vectors before is theirs as well.
+            false => fma.max(backend.fma_rate(Isa::best())).max(self.matrix),
+        };
+        Self { fma, matrix, product: backend.measure_peak(), bf16: backend.bf16_rate(), ..self }
+    }
 }
 
 /// Independent sums, enough to hide the latency of a multiply-add and few enough for 16 registers.
@@ -34,31 +47,38 @@ const SUMS: usize = 12;
 const REPETITIONS: usize = 6;
 
 impl CpuBackend {
-    /// Measures the rates of the best instruction set, whatever path this backend takes. `buffer` bytes of memory are
-    /// read and written for the bandwidths; they should be far more than the caches hold.
+    /// Measures them. `buffer` bytes of memory are read and written for the bandwidths; they should be far more than the
+    /// caches hold.
     pub fn measure_peaks(&self, buffer: usize) -> Peaks {
         let (read, triad) = self.bandwidths(buffer / size_of::<f32>() / 3);
-        Peaks { fma: self.fma_rate(), product: self.measure_peak(), bf16: self.bf16_rate(), read, triad }
+        Peaks { fma: 0.0, matrix: 0.0, product: 0.0, bf16: None, read, triad }.on(self)
     }
 
-    fn fma_rate(&self) -> f64 {
+    fn fma_rate(&self, isa: Isa) -> f64 {
         #[cfg(target_arch = "x86_64")]
         {
-            if is_x86_feature_detected!("avx512f") {
+            if isa.multiplies() && is_x86_feature_detected!("avx512f") {
                 // SAFETY: the CPU has just been asked.
                 return self.rate(16 * 2, |loops| unsafe { x86::fma_avx512(loops) });
             }
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            if isa == Isa::Avx2 && is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
                 // SAFETY: the CPU has just been asked.
                 return self.rate(8 * 2, |loops| unsafe { x86::fma_avx2(loops) });
             }
+            if isa == Isa::Portable {
+                // SAFETY: every x86-64 CPU has SSE2.
+                return self.rate(4 * 2, |loops| unsafe { x86::multiply_add_sse2(loops) });
+            }
         }
-        self.rate(4 * 2, |loops| vectorize!(self.isa, || fma_portable(loops)))
+        self.rate(4 * 2, |loops| vectorize!(isa, || fma_portable(loops)))
     }
 
     fn bf16_rate(&self) -> Option<f64> {
         #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16") {
+        if self.isa == Isa::Avx512Bf16
+            && is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bf16")
+        {
             // SAFETY: the CPU has just been asked.
             return Some(self.rate(16 * 4, |loops| unsafe { x86::dot_bf16(loops) }));
         }
@@ -160,6 +180,19 @@ mod x86 {
         std::array::from_fn(|i| black_box(i as f32))
     }
 
+    /// What every CPU of the architecture has: two instructions.
+    #[target_feature(enable = "sse2")]
+    pub(super) fn multiply_add_sse2(loops: usize) -> f32 {
+        let (a, b) = (_mm_set1_ps(black_box(0.999)), _mm_set1_ps(black_box(1e-3)));
+        let mut sums = starts().map(|x| _mm_set1_ps(x));
+        for _ in 0..loops {
+            for x in &mut sums {
+                *x = _mm_add_ps(_mm_mul_ps(*x, a), b);
+            }
+        }
+        sums.iter().map(|x| _mm_cvtss_f32(*x)).sum()
+    }
+
     #[target_feature(enable = "avx512f")]
     pub(super) fn fma_avx512(loops: usize) -> f32 {
         let (a, b) = (_mm512_set1_ps(black_box(0.999)), _mm512_set1_ps(black_box(1e-3)));
@@ -201,16 +234,18 @@ mod x86 {
 
 #[cfg(test)]
 mod tests {
-    use crate::{CpuBackend, CpuOptions};
+    use crate::{CpuBackend, CpuOptions, Isa};
 
     #[test]
     fn products_and_streams_stay_below_what_registers_and_caches_give() {
-        let backend = CpuBackend::new(&CpuOptions { threads: Some(2), ..CpuOptions::default() }).unwrap();
-        let peaks = backend.measure_peaks(48 << 20);
-        // The machine is shared: a rate may be halved while it is taken.
-        assert!(peaks.product < 2.0 * peaks.fma, "{peaks:?}");
-        for rate in [peaks.product, peaks.read, peaks.triad, peaks.bf16.unwrap_or(1e9)] {
-            assert!(rate > 1e7 && rate < 1e15, "{peaks:?}");
+        for isa in Isa::available() {
+            let options = CpuOptions { threads: Some(2), isa: Some(isa), ..CpuOptions::default() };
+            let peaks = CpuBackend::new(&options).unwrap().measure_peaks(48 << 20);
+            // The machine is shared: a rate may be halved while it is taken.
+            assert!(peaks.product < 2.0 * peaks.matrix && peaks.fma <= peaks.matrix, "{isa:?}: {peaks:?}");
+            for rate in [peaks.product, peaks.read, peaks.triad, peaks.bf16.unwrap_or(1e9)] {
+                assert!(rate > 1e7 && rate < 1e15, "{isa:?}: {peaks:?}");
+            }
         }
     }
 }

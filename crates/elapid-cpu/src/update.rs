@@ -4,17 +4,19 @@ use std::ops::Range;
 
 use elapid_tensor::{AdamW, Clipping, Decayed, FlatShape, Group, Row};
 
+use half::bf16;
+
 use crate::CpuBackend;
 use crate::comm;
 use crate::isa::vectorize;
 use crate::math;
-use crate::tensor::{Buffer, Tensor};
-
-/// Numbers of one piece.
-const PIECE: usize = 1 << 16;
+use crate::parallel::Shared;
+use crate::tensor::{Buffer, Tensor, narrow};
 
 /// `[norm, factor, finite]`; see the contract.
 pub(crate) fn clip(backend: &CpuBackend, grads: &Buffer, loss: &Tensor, clipping: &Clipping<'_>) -> Tensor {
+    /// Numbers of one piece.
+    const PIECE: usize = 1 << 16;
     let &Clipping { scale, max_norm, over, .. } = clipping;
     let uncounted = uncounted(backend, grads.shape(), clipping);
     let grads = grads.f32();
@@ -62,11 +64,14 @@ pub(crate) fn adamw(
     hyper: &AdamW,
     decayed: Decayed,
     clip: &Tensor,
-    grads: &Buffer,
+    grads: &mut Buffer,
     params: &mut Buffer,
     m: &mut Buffer,
     v: &mut Buffer,
+    copy: Option<&mut Buffer>,
 ) {
+    /// Numbers of one piece: what there is of them stays in a core's own cache until the copy is made.
+    const PIECE: usize = 1 << 14;
     let &[_, factor, finite] = clip.f32() else { panic!("clip must be [norm, factor, finite]") };
     if finite == 0.0 {
         return;
@@ -95,19 +100,26 @@ pub(crate) fn adamw(
     cut(start, start + shared, keep);
     cut(start + shared, start + shape.shared, 1.0);
 
-    let grads = grads.f32();
-    let [params, m, v] = [params, m, v].map(|b| crate::parallel::Shared::new(b.f32_mut()));
+    let buffers = [grads, params, m, v].map(|buffer| Shared::new(buffer.f32_mut()));
+    let copy = copy.map(|copy| {
+        assert_eq!(copy.shape(), shape);
+        Shared::new(copy.slice_mut::<bf16>())
+    });
     backend.workers.each(pieces.len(), |piece| {
         let (from, to, keep) = pieces[piece];
         // SAFETY: the pieces are disjoint.
-        let (params, m, v) =
-            unsafe { (params.slice(from, to - from), m.slice(from, to - from), v.slice(from, to - from)) };
+        let [grads, params, m, v] = buffers.each_ref().map(|buffer| unsafe { buffer.slice(from, to - from) });
+        // SAFETY: as above.
+        let copy = copy.as_ref().map(|copy| unsafe { copy.slice(from, to - from) });
         vectorize!(backend.isa, || {
-            for (((p, m), v), g) in params.iter_mut().zip(m).zip(v).zip(&grads[from..to]) {
-                let g = g * factor;
+            for (((p, m), v), grad) in params.iter_mut().zip(m).zip(v).zip(grads) {
+                let g = std::mem::take(grad) * factor;
                 *m = beta1 * *m + (1.0 - beta1) * g;
                 *v = beta2 * *v + (1.0 - beta2) * g * g;
                 *p = *p * keep - lr * (*m / bias1) / (v.sqrt() / bias2_root + eps);
+            }
+            if let Some(copy) = copy {
+                narrow(params, copy);
             }
         });
     });

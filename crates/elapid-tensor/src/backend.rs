@@ -474,16 +474,18 @@ pub trait Backend: Sized + Sync + 'static {
     /// all ranks of the groups that it sums over, if `loss` is.
     fn clip(&self, grads: &Self::Buffer, loss: &Self::Tensor, clipping: &Clipping<'_>) -> Self::Tensor;
 
-    /// One decoupled AdamW update of fp32 `params` and moments `m`, `v` with gradients `grads · clip.factor`; nothing
+    /// One decoupled AdamW update of fp32 `params` and moments `m`, `v` with gradients `grads · clip.factor`. `grads` are
+    /// zeros afterwards, and `copy`, where there is one, is `params` rounded to its dtype, as it was before; nothing
     /// changes where `clip.finite` is 0. Source: Loshchilov & Hutter 2019, algorithm 2.
     fn adamw(
         &self,
         hyper: &AdamW,
         decayed: Decayed,
         clip: &Self::Tensor,
-        grads: &Self::Buffer,
+        grads: &mut Self::Buffer,
         params: &mut Self::Buffer,
         m: &mut Self::Buffer,
         v: &mut Self::Buffer,
+        copy: Option<&mut Self::Buffer>,
     );
 }

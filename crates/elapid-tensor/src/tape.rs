@@ -376,18 +376,19 @@ impl<'a, B: Backend> Tape<'a, B> {
             let slots = weights.as_ref().map(|w| w.slot.clone());
             let projected_id = projected.id;
             let initial_ids = initial.map(|s| (s.conv.id, s.ssm.id));
-            let state_values = State { conv: state.conv.value.clone(), ssm: state.ssm.value.clone() };
-            let y_value = y.value.clone();
+            // What is needed of them is their form, not what they hold.
+            let [y_form, conv_form, ssm_form] =
+                [&y, &state.conv, &state.ssm].map(|var| form(self.backend, &var.value));
             self.adjoints.push(Box::new(move |pass| {
                 let backend = pass.backend;
                 let (dy, d_conv, d_ssm) = (pass.take(y_id), pass.take(conv_id), pass.take(ssm_id));
                 if dy.is_none() && d_conv.is_none() && d_ssm.is_none() {
                     return;
                 }
-                let dy = dy.unwrap_or_else(|| zeros_like(backend, &y_value));
+                let dy = dy.unwrap_or_else(|| zeros(backend, y_form));
                 let d_state = (d_conv.is_some() || d_ssm.is_some()).then(|| State {
-                    conv: d_conv.unwrap_or_else(|| zeros_like(backend, &state_values.conv)),
-                    ssm: d_ssm.unwrap_or_else(|| zeros_like(backend, &state_values.ssm)),
+                    conv: d_conv.unwrap_or_else(|| zeros(backend, conv_form)),
+                    ssm: d_ssm.unwrap_or_else(|| zeros(backend, ssm_form)),
                 });
                 let sinks = slots.as_ref();
                 let grads = backend.mamba2_adjoint(
@@ -594,7 +595,10 @@ fn scatter_sequence<B: Backend>(backend: &B, x: B::Tensor) -> B::Tensor {
     backend.reduce_scatter(&backend.resize(&x, len), 1, Group::Tp)
 }
 
-fn zeros_like<B: Backend>(backend: &B, x: &B::Tensor) -> B::Tensor {
-    let shape = backend.shape(x);
-    backend.tensor(&vec![0.0; shape.iter().product()], &shape, backend.dtype(x))
+fn form<B: Backend>(backend: &B, x: &B::Tensor) -> (Vec<usize>, DType) {
+    (backend.shape(x), backend.dtype(x))
+}
+
+fn zeros<B: Backend>(backend: &B, (shape, dtype): (Vec<usize>, DType)) -> B::Tensor {
+    backend.tensor(&vec![0.0; shape.iter().product()], &shape, dtype)
 }

@@ -584,11 +584,15 @@ impl Backend for XlaBackend {
         hyper: &AdamW,
         decayed: Decayed,
         clip: &XlaTensor,
-        grads: &XlaBuffer,
+        grads: &mut XlaBuffer,
         params: &mut XlaBuffer,
         m: &mut XlaBuffer,
         v: &mut XlaBuffer,
+        copy: Option<&mut XlaBuffer>,
     ) {
         ops::update::adamw(self.scope("adamw", None), hyper, decayed, clip, grads, params, m, v);
+        if let Some(copy) = copy {
+            self.cast_buffer(params, copy);
+        }
     }
 }

@@ -364,9 +364,10 @@ impl Recording<'_> {
                 outputs.arrays(inputs, backend.arrays(buffer));
             }
         }
-        let zeroed = backend
-            .arrays(trainer.grads())
-            .map(|array| array.map(|array| backend.zero_where_finite(&array, &outcome)));
+        let mut zeroed = backend.arrays(trainer.grads());
+        if model.zero1() {
+            zeroed = zeroed.map(|array| array.map(|array| backend.zero_where_finite(&array, &outcome)));
+        }
         outputs.arrays(grads, zeroed);
         outputs.results.push((String::new(), backend.zero_where_finite(&sum, &outcome), Some(loss)));
         outputs.output("outcome", outcome);

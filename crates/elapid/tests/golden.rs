@@ -94,12 +94,19 @@ fn the_grid_is_covered() {
     }
 }
 
+fn norm(values: impl Iterator<Item = f64>) -> f64 {
+    values.map(|x| x * x).sum::<f64>().sqrt()
+}
+
 fn distance(ours: &[f32], theirs: &[f32]) -> f64 {
+    distance_over(ours, theirs, 0.0)
+}
+
+/// ‖ours − theirs‖ / ‖theirs‖, or over `least` where that is more.
+fn distance_over(ours: &[f32], theirs: &[f32], least: f64) -> f64 {
     assert_eq!(ours.len(), theirs.len());
-    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
-    let pairs = ours.iter().zip(theirs);
-    let difference = norm(&mut pairs.map(|(a, b)| f64::from(*a) - f64::from(*b)));
-    difference / norm(&mut theirs.iter().map(|&b| f64::from(b)))
+    let difference = norm(ours.iter().zip(theirs).map(|(a, b)| f64::from(*a) - f64::from(*b)));
+    difference / norm(theirs.iter().map(|&b| f64::from(b))).max(least)
 }
 
 /// The largest error over all cases and tensors, and where.
@@ -177,6 +184,9 @@ fn loss_and_every_gradient() {
 
 /// Left out: dt_bias where Δt is clamped. There its gradient jumps as a Δt crosses the limit, so no rounding of
 /// activations leaves it close (transformers' own bf16 is off by up to 0.2); the op's suite checks it on equal inputs.
+///
+/// A gradient is measured by at least a hundredth of the norm of them all: that of a single D, say, may be what terms of both
+/// signs leave over, and then has no digits in bf16.
 #[test]
 fn bf16_stays_near_fp32() {
     let (backend, mut loss, mut gradient) = (backend(), Worst::default(), Worst::default());
@@ -186,12 +196,14 @@ fn bf16_stays_near_fp32() {
         let (ours, gradients) = gradients(&backend, &case, DType::Bf16, Checkpointing::None);
         loss.see((ours - f64::from(expected[0])).abs(), format!("{case:?}"));
         let clamps = ModelConfig::load(&case).unwrap().time_step_limit != (0.0, f64::INFINITY);
+        let theirs = |name: &str| golden.floats(&format!("grad.{name}")).unwrap();
+        let all = norm(gradients.iter().flat_map(|(name, _)| theirs(name)).map(f64::from));
         for (name, ours) in gradients {
             if clamps && name.ends_with("dt_bias") {
                 continue;
             }
-            let theirs = golden.floats(&format!("grad.{name}")).unwrap();
-            gradient.see(distance(&ours, &theirs), format!("{case:?} {name}"));
+            let error = distance_over(&ours, &theirs(&name), all / 100.0);
+            gradient.see(error, format!("{case:?} {name}"));
         }
     }
     loss.below(2e-2);

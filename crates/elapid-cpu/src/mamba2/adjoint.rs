@@ -13,7 +13,7 @@ use elapid_tensor::{DType, Mamba2Grads, Mamba2Inputs, Mamba2Sinks, Mamba2Spec, M
 use half::bf16;
 
 use super::scan::{self, Decays, Span, Views, weigh};
-use super::{Dims, Documents, Front, Params, conv, gate};
+use super::{Dims, Direction, Documents, Front, Params, conv, gate};
 use crate::CpuBackend;
 use crate::isa::vectorize;
 use crate::math::{self, LANES};
@@ -40,7 +40,7 @@ pub(crate) fn adjoint(
     // Nothing here follows the last chunk.
     let mut states = scan::local_states(backend, &dims, &front, &documents, 0..dims.chunks - 1);
     let initial = inputs.initial.as_ref().map(|s| s.ssm.f32());
-    scan::pass_states(backend, &dims, &front, &documents, initial, &mut states);
+    scan::pass_states(backend, &dims, &front, &documents, Direction::Forwards, initial, &mut states);
 
     let len = dims.rows() * dims.proj;
     let dtype = inputs.projected.dtype();
@@ -166,7 +166,7 @@ impl Pass<'_> {
     /// Cotangents of the states that *leave* the chunks `[B, chunks, H, P, N]`, and that of the initial state.
     fn state_cotangents(&self, d_scan: &Block, d_last: Option<&[f32]>) -> (Block, Block) {
         let Pass { backend, dims, front, documents, .. } = *self;
-        let (p, heads, e) = (dims.spec.head_dim, dims.spec.heads, dims.e);
+        let (p, e) = (dims.spec.head_dim, dims.e);
         let d_scan = d_scan.as_slice::<f32>(dims.rows() * e);
         // What each chunk's outputs ask of the state that enters it: Σ_i e^{c_i} Y_i C_iᵀ.
         let chunks = usize::from(!self.initial)..dims.chunks;
@@ -182,28 +182,8 @@ impl Pass<'_> {
             }
             Views::new(dims, front, unit).c()
         });
-        let shared = Shared::new(states.as_mut_slice::<f32>(self.states_len()));
-        // The recurrence, backwards; in place, as in the forward direction.
-        let count = dims.batch * heads * dims.state();
-        let mut first = backend.pool.zeros::<f32>(count);
-        if let Some(d_last) = d_last {
-            first.as_mut_slice::<f32>(count).copy_from_slice(d_last);
-        }
-        backend.workers.rows(first.as_mut_slice::<f32>(count), dims.state(), 1, |index, running| {
-            let (b, head) = (index / heads, index % heads);
-            for chunk in (0..dims.chunks).rev() {
-                let decay = scan::chunk_decay(dims, front, documents, b, chunk, head);
-                // SAFETY: each (sequence, head) is one piece.
-                let slot = unsafe { shared.slice(dims.state_at(b, chunk, head), dims.state()) };
-                vectorize!(backend.isa, || {
-                    for (r, s) in running.iter_mut().zip(slot) {
-                        let local = *s;
-                        *s = *r;
-                        *r = decay * *r + local;
-                    }
-                });
-            }
-        });
+        let first =
+            scan::pass_states(backend, dims, front, documents, Direction::Backwards, d_last, &mut states);
         (states, first)
     }
 

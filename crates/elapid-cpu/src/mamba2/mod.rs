@@ -16,6 +16,7 @@ use elapid_tensor::{DType, Mamba2Inputs, Mamba2Output, Mamba2Spec, Mamba2Weights
 
 use adjoint::Projected;
 pub(crate) use adjoint::adjoint;
+use scan::Direction;
 
 use crate::CpuBackend;
 use crate::memory::Block;
@@ -234,7 +235,8 @@ pub(crate) fn forward(
     let front = conv::front(backend, &dims, inputs, &params, &documents);
     let mut states = scan::local_states(backend, &dims, &front, &documents, 0..dims.chunks);
     let initial = inputs.initial.as_ref().map(|s| s.ssm.f32());
-    let last = scan::pass_states(backend, &dims, &front, &documents, initial, &mut states);
+    let last =
+        scan::pass_states(backend, &dims, &front, &documents, Direction::Forwards, initial, &mut states);
     let y = scan::outputs(backend, &dims, &front, &documents, &params, &states, initial.is_some());
     drop((front, states));
     let out = gate::forward(backend, &dims, inputs, &params.norm_weight, &y);

@@ -209,17 +209,27 @@ pub(super) fn chunk_products<'a>(
     states
 }
 
-/// The recurrence over chunks. Turns what each chunk adds into the state that *enters* each chunk, in place; gives
-/// the state after the last chunk, `[B, H, P, N]`, if what that one adds is there.
+/// Which way a recurrence over chunks goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Direction {
+    Forwards,
+    Backwards,
+}
+
+/// The recurrence over chunks. Turns what each chunk adds into the state that enters each chunk, in place; gives the state
+/// after the last chunk, `[B, H, P, N]`, if what that one adds is there. Backwards the last chunk comes first: so cotangents of the
+/// states that leave chunks are made, and that of the state before the first one.
 pub(super) fn pass_states(
     backend: &CpuBackend,
     dims: &Dims,
     front: &Front,
     documents: &Documents,
+    direction: Direction,
     initial: Option<&[f32]>,
     states: &mut Block,
 ) -> Block {
     let (heads, state) = (dims.spec.heads, dims.state());
+    let cum = front.cum.as_slice::<f32>(heads * dims.rows());
     let mut last = backend.pool.zeros::<f32>(dims.batch * heads * state);
     if let Some(initial) = initial {
         last.as_mut_slice::<f32>(dims.batch * heads * state).copy_from_slice(initial);
@@ -227,8 +237,12 @@ pub(super) fn pass_states(
     let shared = Shared::new(states.as_mut_slice::<f32>(dims.batch * dims.chunks * heads * state));
     backend.workers.rows(last.as_mut_slice::<f32>(dims.batch * heads * state), state, 1, |index, running| {
         let (b, head) = (index / heads, index % heads);
-        for chunk in 0..dims.chunks {
-            let decay = chunk_decay(dims, front, documents, b, chunk, head);
+        for step in 0..dims.chunks {
+            let chunk = if direction == Direction::Forwards { step } else { dims.chunks - 1 - step };
+            let end = dims.len.min((chunk + 1) * dims.q) - 1;
+            // Nothing passes where a document begins inside the chunk.
+            let passes = documents.start(b, end) < (chunk * dims.q) as isize;
+            let decay = if passes { math::decay(cum[index * dims.len + end]) } else { 0.0 };
             // SAFETY: each (sequence, head) is one piece.
             let slot = unsafe { shared.slice(dims.state_at(b, chunk, head), state) };
             vectorize!(backend.isa, || {
@@ -241,20 +255,6 @@ pub(super) fn pass_states(
         }
     });
     last
-}
-
-/// Decay of the state over one whole chunk.
-pub(super) fn chunk_decay(
-    dims: &Dims,
-    front: &Front,
-    documents: &Documents,
-    b: usize,
-    chunk: usize,
-    head: usize,
-) -> f32 {
-    let row = chunk * dims.q;
-    let unit = Unit { b, chunk, row, n: dims.q.min(dims.len - row), group: 0, block: 0, heads: 0..0 };
-    Decays::new(dims, front, Span::new(documents, &unit), &unit, head).whole()
 }
 
 /// Scan output `[B·L, E]`, D skip included, from the states that enter the chunks; into the first one only an `initial` one does.

@@ -373,13 +373,20 @@ impl Backend for OracleBackend {
         hyper: &AdamW,
         decayed: Decayed,
         clip: &OracleTensor,
-        grads: &OracleBuffer,
+        grads: &mut OracleBuffer,
         params: &mut OracleBuffer,
         m: &mut OracleBuffer,
         v: &mut OracleBuffer,
+        copy: Option<&mut OracleBuffer>,
     ) {
         let clip = Clip { norm: clip.values[0], factor: clip.values[1], finite: clip.values[2] != 0.0 };
-        let (params, m, v) = (&mut params.values, &mut m.values, &mut v.values);
-        super::adamw(hyper, grads.shape, (decayed.layer, decayed.shared), clip, &grads.values, params, m, v);
+        let (of, ends) = (params.shape, (decayed.layer, decayed.shared));
+        super::adamw(hyper, of, ends, clip, &grads.values, &mut params.values, &mut m.values, &mut v.values);
+        if clip.finite {
+            self.zero_buffer(grads);
+        }
+        if let Some(copy) = copy {
+            self.cast_buffer(params, copy);
+        }
     }
 }

@@ -121,7 +121,7 @@ fn mixer<B: Backend>(backend: &B, dtype: DType) -> Vec<f32> {
 fn update<B: Backend>(backend: &B) -> Vec<f32> {
     let mut check = Check::new(backend, "bits", "");
     let shape = FlatShape { layers: 3, row: 100_003, shared: 50_021 };
-    let [grads, mut params, mut m, mut v] = [-1.0, -1.0, -0.1, 0.0].map(|from| {
+    let [mut grads, mut params, mut m, mut v] = [-1.0, -1.0, -0.1, 0.0].map(|from| {
         let values = check.uniform(shape.len(), from, 1.0);
         let mut buffer = backend.buffer(shape, F32);
         write_all(backend, &mut buffer, shape, &values);
@@ -130,9 +130,10 @@ fn update<B: Backend>(backend: &B) -> Vec<f32> {
     let clip = backend.clip(&grads, &backend.tensor(&[1.0], &[], F32), &Clipping::alone(0.5, 1.0));
     let hyper = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: 3 };
     let decayed = Decayed { layer: 70_000, shared: 30_000, dealt: false };
-    backend.adamw(&hyper, decayed, &clip, &grads, &mut params, &mut m, &mut v);
+    let mut copy = backend.buffer(shape, Bf16);
+    backend.adamw(&hyper, decayed, &clip, &mut grads, &mut params, &mut m, &mut v, Some(&mut copy));
     let mut values = backend.values(&clip);
-    for buffer in [&params, &m, &v] {
+    for buffer in [&params, &m, &v, &copy] {
         values.extend(read_all(backend, buffer, shape));
     }
     values

@@ -126,20 +126,29 @@ pub fn adamw<B: Backend>(backend: &B) -> Vec<Report> {
         let v = check.uniform(SHAPE.len(), 0.01, 0.5);
         let factor = 0.37;
         let clip = backend.tensor(&[2.0, factor, if finite { 1.0 } else { 0.0 }], &[3], F32);
-        let [grads_on, mut params_on, mut m_on, mut v_on] = [&grads, &params, &m, &v].map(|values| {
+        let [mut grads_on, mut params_on, mut m_on, mut v_on] = [&grads, &params, &m, &v].map(|values| {
             let mut buffer = backend.buffer(SHAPE, F32);
             write_all(backend, &mut buffer, SHAPE, values);
             buffer
         });
         let first = Decayed { layer: decayed.0, shared: decayed.1, dealt: false };
-        backend.adamw(&hyper, first, &clip, &grads_on, &mut params_on, &mut m_on, &mut v_on);
-        let [got_params, got_m, got_v] = [&params_on, &m_on, &v_on].map(|b| read_all(backend, b, SHAPE));
-        check.holds("gradients unchanged", same_bits(&read_all(backend, &grads_on, SHAPE), &grads));
+        let mut copy_on = backend.buffer(SHAPE, Bf16);
+        backend.cast_buffer(&params_on, &mut copy_on);
+        // Training in fp32 has no copy.
+        let copy = (step != 1000).then_some(&mut copy_on);
+        let copied = copy.is_some();
+        backend.adamw(&hyper, first, &clip, &mut grads_on, &mut params_on, &mut m_on, &mut v_on, copy);
+        let [got_grads, got_params, got_m, got_v, got_copy] =
+            [&grads_on, &params_on, &m_on, &v_on, &copy_on].map(|b| read_all(backend, b, SHAPE));
+        let of = if copied { &got_params } else { &params };
+        check.holds("copy in bf16", same_bits(&got_copy, &rounded(of, Bf16)));
         if !finite {
+            check.holds("gradients unchanged", same_bits(&got_grads, &grads));
             check.holds("params unchanged", same_bits(&got_params, &params));
             check.holds("m unchanged", same_bits(&got_m, &m));
             check.holds("v unchanged", same_bits(&got_v, &v));
         } else {
+            check.holds("gradients are zeros", same_bits(&got_grads, &vec![0.0; SHAPE.len()]));
             let [mut params, mut m, mut v] = [params, m, v].map(|x| widened(&x));
             let clip = Clip { norm: 2.0, factor: f64::from(factor), finite };
             oracle::adamw(&hyper, SHAPE, decayed, clip, &widened(&grads), &mut params, &mut m, &mut v);

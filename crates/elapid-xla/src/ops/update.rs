@@ -77,7 +77,7 @@ pub(crate) fn adamw(
     hyper: &AdamW,
     decayed: Decayed,
     clip: &XlaTensor,
-    grads: &XlaBuffer,
+    grads: &mut XlaBuffer,
     params: &mut XlaBuffer,
     m: &mut XlaBuffer,
     v: &mut XlaBuffer,
@@ -89,8 +89,8 @@ pub(crate) fn adamw(
     let finite = clip.cut(2, &[]).compare_to("NE", 0.0);
     let keep = lr * -hyper.weight_decay + 1.0;
 
-    let sides = [grads, &*params, &*m, &*v].map(|b| b.arrays(backend));
-    let mut results: [Vec<Option<XlaTensor>>; 3] = Default::default();
+    let sides = [&*grads, &*params, &*m, &*v].map(|b| b.arrays(backend));
+    let mut results: [Vec<Option<XlaTensor>>; 4] = Default::default();
     for (part, end) in [decayed.layer, decayed.shared].into_iter().enumerate() {
         let [Some(g), Some(p), Some(m), Some(v)] = sides.each_ref().map(|side| side[part].as_ref()) else {
             results.iter_mut().for_each(|r| r.push(None));
@@ -99,17 +99,19 @@ pub(crate) fn adamw(
         let [g, p, m, v] = [g, p, m, v].map(|t| backend.get(t));
         let dims = p.dims();
         let all = |x: Value<'_>| backend.graph.value(x.expand(&dims, &[]).node);
-        let g = g * all(factor);
+        let zeros = backend.graph.full(Type::F32, &dims, 0.0);
+        let (grads, g) = (g, g * all(factor));
         let new_m = m * hyper.beta1 + g * (1.0 - hyper.beta1);
         let new_v = v * hyper.beta2 + g * g * (1.0 - hyper.beta2);
         let root = new_v.unary("sqrt") / all(bias2_root) + hyper.eps;
         let step = all(lr) * (new_m / all(bias1)) / root;
         let kept = p * decay(backend, keep, end, decayed.dealt, &dims);
-        for (result, (new, old)) in results.iter_mut().zip([(kept - step, p), (new_m, m), (new_v, v)]) {
+        let updated = [(zeros, grads), (kept - step, p), (new_m, m), (new_v, v)];
+        for (result, (new, old)) in results.iter_mut().zip(updated) {
             result.push(Some(backend.keep(finite.choose(new, old))));
         }
     }
-    for (buffer, result) in [params, m, v].into_iter().zip(results) {
+    for (buffer, result) in [grads, params, m, v].into_iter().zip(results) {
         let [layers, shared] = <[_; 2]>::try_from(result).expect("two arrays a buffer");
         buffer.set(layers, shared);
     }

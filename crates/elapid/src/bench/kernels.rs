@@ -1,7 +1,8 @@
-//! Each kernel by itself, at the dimensions of a model.
+//! Each kernel by itself, at the dimensions of a model, on every instruction-set path.
 
 use std::time::Instant;
 
+use elapid_cpu::Isa;
 use elapid_tensor::suite::Finding;
 use elapid_tensor::{
     AdamW, Backend, Checkpointing, Clipping, DType, Decayed, Mamba2Inputs, Mamba2Sinks, Mamba2Weights, Sink,
@@ -18,36 +19,61 @@ use crate::error::say;
 use crate::memory;
 use crate::model::init::Init;
 use crate::model::{Layout, Mamba2ForCausalLM};
+use crate::train::cpu_on;
 use crate::train::memory::{Demand, Memory};
 
-/// Measures every kernel of the model, forward and adjoint: the object that `elapid bench kernels --json` prints.
+/// What can be measured: the first words of the rows' names.
+pub const KERNELS: [&str; 11] = [
+    "embedding",
+    "rms_norm",
+    "linear",
+    "mamba2",
+    "head_loss",
+    "add",
+    "cast",
+    "clip",
+    "adamw",
+    "cast_buffer",
+    "zero_buffer",
+];
+
+/// Measures the kernels of `only`, all where it is empty, forward and adjoint, on each of `paths`: the object that
+/// `elapid bench kernels --json` prints. The last path and its limits stand at its head.
 ///
 /// # Errors
-/// The dimensions need more memory than there is; threads cannot be started.
-pub fn kernels(setup: &Setup) -> Result<Value, Error> {
-    let timed = setup.backend()?;
+/// The dimensions need more memory than there is; threads cannot be started; the machine cannot run a path.
+pub fn kernels(setup: &Setup, paths: &[Isa], only: &[String]) -> Result<Value, Error> {
     // Layers are alike: one is enough.
     let one = ModelConfig { num_hidden_layers: 1, ..setup.config.clone() };
-    let whole = Layout::new(&setup.config);
+    let head = cpu_on(setup.threads, paths.last().copied().unwrap_or_else(Isa::best))?;
     let memory = Memory::predict(&Demand::alone(
         &one,
         (setup.batch, setup.seq_len),
         setup.compute(),
         Checkpointing::None,
-        timed.inner().threads(),
+        head.threads(),
     ));
     memory::check(
-        memory.total() as f64 + 16.0 * whole.flat.len() as f64,
+        memory.total() as f64,
         "the kernels at these dimensions",
         "give a smaller --batch, --seq-len or --model",
     )?;
-    let checks = check(timed.inner())?;
-    let limits = Limits::measure(timed.inner(), setup.compute(), 1);
-    let mut rows = Rows { timed: &timed, limits: &limits, checks: &checks, rows: Vec::new() };
-    layer(setup, &one, &mut rows);
-    update(&whole, &mut rows);
-    let rows = rows.rows;
-    Ok(setup.report("kernels", timed.inner(), &limits, json!({ "kernels": rows })))
+    let limits_of_head = Limits::measure(&head, setup.compute(), 1);
+    let (mut kernels, mut of_paths) = (Vec::new(), Vec::new());
+    for &path in paths {
+        say(format_args!("path {path:?}"));
+        let timed = Timed::new(cpu_on(setup.threads, path)?);
+        let checks = check(timed.inner())?;
+        let limits = if path == head.isa() { limits_of_head } else { limits_of_head.on(timed.inner()) };
+        let mut row = Map::from_iter([("path".to_owned(), format!("{path:?}").into())]);
+        row.extend(limits.rates_at_most().as_object().cloned().unwrap_or_default());
+        of_paths.push(Value::from(row));
+        let mut rows = Rows { timed: &timed, limits: &limits, checks: &checks, only, rows: Vec::new() };
+        layer(setup, &one, &mut rows);
+        update(&Layout::new(&one), &mut rows);
+        kernels.append(&mut rows.rows);
+    }
+    Ok(setup.report("kernels", &head, &limits_of_head, json!({ "paths": of_paths, "kernels": kernels })))
 }
 
 /// The kernels of a forward and backward pass.
@@ -70,7 +96,7 @@ fn layer(setup: &Setup, one: &ModelConfig, rows: &mut Rows<'_>) {
     let eps = one.layer_norm_epsilon as f32;
     let spec = one.spec();
 
-    let (x, dx) = (random(d, residual), random(d, compute));
+    let (x, wide, dx) = (random(d, residual), random(d, DType::F32), random(d, compute));
     let table = weight(&shared.embedding);
     let shape = format!("V {v}, D {d}");
     rows.run("embedding", &shape, || drop(timed.embedding(&table, &ids, residual)));
@@ -80,6 +106,8 @@ fn layer(setup: &Setup, one: &ModelConfig, rows: &mut Rows<'_>) {
 
     let norm = fp32(&slots.norm);
     let shape = format!("D {d}");
+    rows.run("add", &shape, || drop(timed.add(&x, &x)));
+    rows.run("cast", &format!("D {d}, to bf16"), || drop(timed.cast(&wide, DType::Bf16)));
     rows.run("rms_norm", &shape, || drop(timed.rms_norm(&x, &norm, eps, compute)));
     rows.run("rms_norm adjoint", &shape, || {
         let sink = Sink { buffer: &mut grads, slot: &slots.norm };
@@ -93,6 +121,10 @@ fn layer(setup: &Setup, one: &ModelConfig, rows: &mut Rows<'_>) {
         rows.run("linear", &shape, || drop(timed.linear(&x, &weight, None)));
         rows.run("linear adjoint", &shape, || {
             timed.linear_adjoint(&x, &weight, &dy, Sink { buffer: &mut grads, slot }, None);
+        });
+        rows.run("linear d_input", &shape, || drop(timed.linear_d_input(&weight, &dy)));
+        rows.run("linear d_weight", &shape, || {
+            timed.linear_d_weight(&x, &dy, Sink { buffer: &mut grads, slot });
         });
     }
 
@@ -116,11 +148,13 @@ fn layer(setup: &Setup, one: &ModelConfig, rows: &mut Rows<'_>) {
     };
     let shape = format!("H {}, P {}, G {}, N {}", spec.heads, spec.head_dim, spec.groups, spec.state);
     rows.run("mamba2", &shape, || drop(timed.mamba2(&spec, &inputs, &weights, true)));
-    let saved = timed.mamba2(&spec, &inputs, &weights, true).saved;
-    let dy = random(spec.inner(), compute);
-    rows.run("mamba2 adjoint", &shape, || {
-        timed.mamba2_adjoint(&spec, &inputs, &weights, &saved, &dy, None, &mut grads, &sinks);
-    });
+    if rows.asked("mamba2 adjoint") {
+        let saved = timed.mamba2(&spec, &inputs, &weights, true).saved;
+        let dy = random(spec.inner(), compute);
+        rows.run("mamba2 adjoint", &shape, || {
+            timed.mamba2_adjoint(&spec, &inputs, &weights, &saved, &dy, None, &mut grads, &sinks);
+        });
+    }
 
     let head = shared.head.as_ref().unwrap_or(&shared.embedding);
     let (table, x) = (weight(head), random(d, compute));
@@ -131,7 +165,7 @@ fn layer(setup: &Setup, one: &ModelConfig, rows: &mut Rows<'_>) {
     });
 }
 
-/// The kernels of an update, over all parameters.
+/// The kernels of an update and those around it, over the parameters of one layer, embedding and head.
 fn update(layout: &Layout, rows: &mut Rows<'_>) {
     let timed = rows.timed;
     let zeros = || {
@@ -140,7 +174,9 @@ fn update(layout: &Layout, rows: &mut Rows<'_>) {
         timed.zero_buffer(&mut buffer);
         buffer
     };
-    let (grads, mut params, mut m, mut v) = (zeros(), zeros(), zeros(), zeros());
+    let (mut grads, mut params, mut m, mut v) = (zeros(), zeros(), zeros(), zeros());
+    let compute = rows.limits.dtype;
+    let mut copy = (compute != DType::F32).then(|| timed.buffer(layout.flat, compute));
     let shape = format!("{} elements", layout.flat.len());
     let loss = timed.tensor(&[1.0], &[], DType::F32);
     rows.run("clip", &shape, || drop(timed.clip(&grads, &loss, &Clipping::alone(1.0, 1.0))));
@@ -149,8 +185,11 @@ fn update(layout: &Layout, rows: &mut Rows<'_>) {
     rows.run("adamw", &shape, || {
         let (layer, shared) = layout.decayed;
         let decayed = Decayed { layer, shared, dealt: false };
-        timed.adamw(&hyper, decayed, &clip, &grads, &mut params, &mut m, &mut v);
+        timed.adamw(&hyper, decayed, &clip, &mut grads, &mut params, &mut m, &mut v, copy.as_mut());
     });
+    rows.run("zero_buffer", &shape, || timed.zero_buffer(&mut m));
+    let mut half = timed.buffer(layout.flat, DType::Bf16);
+    rows.run("cast_buffer", &format!("{shape}, to bf16"), || timed.cast_buffer(&params, &mut half));
 }
 
 /// The table as it grows.
@@ -158,14 +197,24 @@ struct Rows<'a> {
     timed: &'a Timed,
     limits: &'a Limits,
     checks: &'a [Finding],
+    /// First words of the rows that are asked for; all where it is empty.
+    only: &'a [String],
     rows: Vec<Value>,
 }
 
 impl Rows<'_> {
-    /// Measures `run`, which calls the op `kernel` once, unless the kernel is found wrong.
+    fn asked(&self, kernel: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|name| kernel.split(' ').next() == Some(name))
+    }
+
+    /// Measures `run`, which calls the op `kernel` once, unless nobody asked or the kernel is found wrong.
     fn run(&mut self, kernel: &str, shape: &str, run: impl FnMut()) {
+        if !self.asked(kernel) {
+            return;
+        }
         let refused = refusal(kernel, self.checks);
         let mut row = Map::new();
+        row.insert("path".into(), format!("{:?}", self.timed.inner().isa()).into());
         row.insert("kernel".into(), kernel.into());
         row.insert("shape".into(), shape.into());
         if refused.is_none() {
@@ -177,12 +226,19 @@ impl Rows<'_> {
     }
 
     fn figures(&self, kernel: &str, mut run: impl FnMut()) -> Map<String, Value> {
+        // Three times at least, unless that takes too long.
         const SECONDS: f64 = 0.3;
+        const LONG: f64 = 2.0;
         const MOST: usize = 20;
         // The first call finds its memory and fills caches.
         run();
         let (start, mut seconds, mut work) = (Instant::now(), Vec::new(), Work::default());
-        while seconds.len() < 3 || seconds.len() < MOST && start.elapsed().as_secs_f64() < SECONDS {
+        let again = |count: usize, elapsed: f64| match count {
+            0 => true,
+            1..3 => elapsed < LONG,
+            _ => count < MOST && elapsed < SECONDS,
+        };
+        while again(seconds.len(), start.elapsed().as_secs_f64()) {
             self.timed.take();
             run();
             let booked = self.timed.take();
@@ -211,7 +267,7 @@ mod tests {
     #[test]
     fn a_kernel_whose_check_is_red_is_not_even_run() {
         let timed = Timed::new(crate::train::cpu(Some(1)).unwrap());
-        let peaks = Peaks { fma: 1e9, product: 1e9, bf16: None, read: 1e9, triad: 1e9 };
+        let peaks = Peaks { fma: 1e9, matrix: 1e9, product: 1e9, bf16: None, read: 1e9, triad: 1e9 };
         let limits = Limits { peaks, dtype: DType::F32 };
         let finding = |error| {
             let (op, case, tensor) = ("add", "B1".to_owned(), "sum".to_owned());
@@ -219,7 +275,8 @@ mod tests {
             Finding { op, comparisons: 2, failed: usize::from(!worst.passes()), worst }
         };
         let row = |check: Finding, run: &mut dyn FnMut()| {
-            let mut rows = Rows { timed: &timed, limits: &limits, checks: &[check], rows: Vec::new() };
+            let mut rows =
+                Rows { timed: &timed, limits: &limits, checks: &[check], only: &[], rows: Vec::new() };
             rows.run("add", "2", run);
             rows.rows.remove(0)
         };

@@ -22,7 +22,7 @@ use serde_json::{Map, Value, json};
 pub use comm::comm;
 pub use data::{Text, data};
 pub use decode::decode;
-pub use kernels::kernels;
+pub use kernels::{KERNELS, kernels};
 pub use timed::{Tally, Timed, Work};
 pub use train::train;
 
@@ -67,8 +67,6 @@ impl Setup {
 
     /// The object that a benchmark prints: setup, limits, and its own `figures`.
     fn report(&self, bench: &str, backend: &CpuBackend, limits: &Limits, figures: Value) -> Value {
-        let Peaks { fma, product, bf16, read, triad } = limits.peaks;
-        let giga = |rate: f64| rate / 1e9;
         let mut object = Map::new();
         let head = json!({
             "bench": bench,
@@ -79,13 +77,7 @@ impl Setup {
             "dtype": self.dtype,
             "threads": backend.threads(),
             "path": format!("{:?}", backend.isa()),
-            "peaks": {
-                "fp32_fma_gflops": giga(fma),
-                "fp32_product_gflops": giga(product),
-                "bf16_dot_gflops": bf16.map(giga),
-                "read_gb_per_s": giga(read),
-                "triad_gb_per_s": giga(triad),
-            },
+            "peaks": limits.rates_at_most(),
         });
         for part in [head, figures] {
             object.extend(part.as_object().cloned().unwrap_or_default());
@@ -95,6 +87,7 @@ impl Setup {
 }
 
 /// What the machine can do at most.
+#[derive(Clone, Copy)]
 struct Limits {
     peaks: Peaks,
     dtype: DType,
@@ -111,12 +104,31 @@ impl Limits {
         Self { peaks: backend.measure_peaks(buffer as usize), dtype }
     }
 
+    /// Those of the path of `backend`, in the same memory.
+    fn on(&self, backend: &CpuBackend) -> Self {
+        Self { peaks: self.peaks.on(backend), dtype: self.dtype }
+    }
+
+    /// What a benchmark prints of them.
+    fn rates_at_most(&self) -> Value {
+        let Peaks { fma, matrix, product, bf16, read, triad } = self.peaks;
+        let giga = |rate: f64| rate / 1e9;
+        json!({
+            "fp32_fma_gflops": giga(fma),
+            "fp32_matrix_gflops": giga(matrix),
+            "fp32_product_gflops": giga(product),
+            "bf16_dot_gflops": bf16.map(giga),
+            "read_gb_per_s": giga(read),
+            "triad_gb_per_s": giga(triad),
+        })
+    }
+
     /// The least seconds for some work, and what limits them.
     fn least(&self, op: &str, work: Work) -> (f64, &'static str) {
         // Products of bf16 numbers are what bf16 instructions are for; everything else is fp32 in any case.
-        let product = ["linear", "head_loss", "logits"].contains(&kernel_of(op));
-        let peak = match self.peaks.bf16 {
-            Some(bf16) if product && self.dtype == DType::Bf16 => bf16.max(self.peaks.fma),
+        let peak = match (kernel_of(op), self.peaks.bf16) {
+            ("linear" | "head_loss", Some(bf16)) if self.dtype == DType::Bf16 => bf16.max(self.peaks.matrix),
+            ("linear" | "head_loss" | "mamba2", _) => self.peaks.matrix,
             _ => self.peaks.fma,
         };
         let compute = work.flops as f64 / peak;
@@ -155,7 +167,7 @@ impl Limits {
 
 /// The kernel, by the suite's name, that an op and its adjoint belong to.
 fn kernel_of(op: &str) -> &str {
-    match op.strip_suffix(" adjoint").unwrap_or(op) {
+    match op.split(' ').next().unwrap_or(op) {
         "logits" => "head_loss",
         "cast_buffer" | "zero_buffer" => "flat buffer",
         kernel => kernel,
@@ -214,7 +226,8 @@ mod tests {
     }
 
     fn limits(dtype: DType) -> Limits {
-        let peaks = Peaks { fma: 100.0, product: 80.0, bf16: Some(200.0), read: 10.0, triad: 8.0 };
+        let peaks =
+            Peaks { fma: 50.0, matrix: 100.0, product: 80.0, bf16: Some(200.0), read: 10.0, triad: 8.0 };
         Limits { peaks, dtype }
     }
 
@@ -224,6 +237,7 @@ mod tests {
         assert_eq!(limits(DType::F32).least("linear", much), (10.0, "arithmetic"));
         assert_eq!(limits(DType::Bf16).least("linear adjoint", much), (5.0, "memory"));
         assert_eq!(limits(DType::Bf16).least("mamba2", much), (10.0, "arithmetic"));
+        assert_eq!(limits(DType::F32).least("rms_norm adjoint", much), (20.0, "arithmetic"));
         assert_eq!(limits(DType::F32).least("linear", little), (5.0, "memory"));
         let rates = limits(DType::F32).rates("linear", 20.0, much);
         assert_eq!(rates["roofline_share"], 0.5);

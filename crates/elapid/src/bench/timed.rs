@@ -78,6 +78,24 @@ impl Timed {
     }
 }
 
+/// The two products of `linear`'s adjoint, by themselves.
+impl Timed {
+    /// See [`CpuBackend::linear_d_weight`].
+    pub(super) fn linear_d_weight(&self, x: &Tensor, dy: &Tensor, d_weight: Sink<'_, Self>) {
+        let sink = Sink { buffer: d_weight.buffer, slot: d_weight.slot };
+        let (outputs, traffic) = (sink.slot.shape[0], bytes(x) + bytes(dy) + added(sink.slot.len()));
+        self.op("linear d_weight", 2 * len(x) * outputs, traffic, |inner| inner.linear_d_weight(x, dy, sink));
+    }
+
+    /// See [`CpuBackend::linear_d_input`].
+    pub(super) fn linear_d_input(&self, weight: &Tensor, dy: &Tensor) -> Tensor {
+        let (outputs, inputs) = (weight.shape()[0], weight.shape()[1]);
+        let dx = len(dy) / outputs * inputs;
+        let traffic = bytes(weight) + bytes(dy) + dx * size(dy.dtype());
+        self.op("linear d_input", 2 * len(dy) * inputs, traffic, |inner| inner.linear_d_input(weight, dy))
+    }
+}
+
 impl Timed {
     /// An op of several ranks; one alone does nothing.
     fn collective<R>(&self, group: Group, bytes: usize, run: impl FnOnce(&CpuBackend) -> R) -> R {
@@ -370,13 +388,17 @@ impl Backend for Timed {
         hyper: &AdamW,
         decayed: Decayed,
         clip: &Tensor,
-        grads: &Buffer,
+        grads: &mut Buffer,
         params: &mut Buffer,
         m: &mut Buffer,
         v: &mut Buffer,
+        copy: Option<&mut Buffer>,
     ) {
-        // g, m and v 1 + 3 + 4; m̂, v̂, root, + eps, quotient, decay 2, rate, difference 9. Reads four, writes three.
+        // g, m and v 1 + 3 + 4; m̂, v̂, root, + eps, quotient, decay 2, rate, difference 9. Reads four, writes them and the copy.
         let n = grads.shape().len();
-        self.op("adamw", 17 * n, 28 * n, |inner| inner.adamw(hyper, decayed, clip, grads, params, m, v));
+        let traffic = n * (32 + copy.as_ref().map_or(0, |copy| size(copy.dtype())));
+        self.op("adamw", 17 * n, traffic, |inner| {
+            inner.adamw(hyper, decayed, clip, grads, params, m, v, copy)
+        });
     }
 }

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::metered::{Account, Metered};
 use super::timed::AWAIT;
-use super::{Limits, Setup, Timed, check, median, refuse};
+use super::{Limits, Setup, Tally, Timed, check, kernel_of, median, refuse};
 use crate::Error;
 use crate::config::run::check_threads;
 use crate::data::Sample;
@@ -134,9 +134,16 @@ fn train_on(
             "waited_s": waited,
             "hidden_share": (1.0 - waited / collectives).max(0.0),
         })),
+        "scan_conv_norm_share": share_of(&["mamba2", "rms_norm"], &ops, seconds),
         "ops": limits.breakdown(ops, seconds),
     });
     Ok(setup.report("train", timed.inner(), &limits, figures))
+}
+
+/// What the ops of these kernels, adjoints included, have of `seconds`.
+fn share_of(kernels: &[&str], ops: &[(&'static str, Tally)], seconds: f64) -> f64 {
+    let theirs = ops.iter().filter(|(op, _)| kernels.contains(&kernel_of(op)));
+    theirs.map(|(_, tally)| tally.seconds).sum::<f64>() / seconds
 }
 
 #[cfg(test)]

@@ -3,10 +3,12 @@
 use std::path::PathBuf;
 
 use clap::Subcommand;
+use clap::builder::PossibleValuesParser;
+use elapid_cpu::Isa;
 
 use super::show::show;
 use crate::Error;
-use crate::bench::{Setup, Text, comm, data, decode, kernels, train};
+use crate::bench::{KERNELS, Setup, Text, comm, data, decode, kernels, train};
 use crate::config::ModelConfig;
 use crate::config::run::{ActivationCheckpointing, Dtype};
 use crate::parallel::Arrangement;
@@ -20,8 +22,17 @@ pub(super) struct BenchArgs {
 
 #[derive(Subcommand)]
 enum What {
-    /// Each kernel by itself
-    Kernels(Common),
+    /// Each kernel by itself, on every instruction-set path of this machine
+    Kernels {
+        #[command(flatten)]
+        common: Common,
+        /// Paths, such as avx2,avx512 (`elapid doctor` lists them) [default: all]
+        #[arg(long, value_name = "PATH", value_delimiter = ',', value_parser = path)]
+        paths: Vec<Isa>,
+        /// Kernels [default: all]
+        #[arg(long, value_name = "KERNEL", value_delimiter = ',', value_parser = PossibleValuesParser::new(KERNELS))]
+        kernels: Vec<String>,
+    },
     /// A whole optimizer step on random tokens, op by op
     Train {
         #[command(flatten)]
@@ -110,10 +121,20 @@ impl Common {
     }
 }
 
+/// A path of this machine by its name, however it is spelled.
+fn path(text: &str) -> Result<Isa, String> {
+    let same = |isa: &Isa| format!("{isa:?}").eq_ignore_ascii_case(&text.replace(['_', '-'], ""));
+    Isa::available().into_iter().find(same).ok_or_else(|| {
+        let paths: Vec<_> = Isa::available().iter().map(|isa| format!("{isa:?}").to_lowercase()).collect();
+        format!("this machine can run {}", paths.join(", "))
+    })
+}
+
 pub(super) fn run(args: &BenchArgs) -> Result<(), Error> {
     match &args.what {
-        What::Kernels(common) => {
-            let report = kernels(&common.setup()?)?;
+        What::Kernels { common, paths, kernels: only } => {
+            let paths = if paths.is_empty() { Isa::available() } else { paths.clone() };
+            let report = kernels(&common.setup()?, &paths, only)?;
             show(&report, common.json)?;
             let refused =
                 report["kernels"].as_array().into_iter().flatten().filter(|row| !row["refused"].is_null());

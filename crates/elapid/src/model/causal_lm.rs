@@ -301,6 +301,13 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
         &mut self.masters
     }
 
+    /// What [`Backend::adamw`] changes: the masters, and where they are whole the copy in compute dtype. With ZeRO-1
+    /// [`Self::refresh`] is due afterwards.
+    pub fn updated(&mut self) -> (&mut B::Buffer, Option<&mut B::Buffer>) {
+        let copy = self.compute.as_mut().filter(|_| self.zero1.is_none());
+        (&mut self.masters, copy)
+    }
+
     /// One parameter, or a stretch of one, fp32, on the host: this rank's part.
     pub fn parameter(&self, backend: &B, slot: &Slot) -> Vec<f32> {
         backend.values(&backend.view(&self.masters, slot))

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 
-use elapid_cpu::{CpuBackend, CpuOptions};
+use elapid_cpu::{CpuBackend, CpuOptions, Isa};
 use elapid_tensor::{Checkpointing, DType};
 
 use crate::Error;
@@ -34,8 +34,16 @@ impl From<ActivationCheckpointing> for Checkpointing {
 /// # Errors
 /// 0 threads, more than any machine has use for, or they cannot be started.
 pub fn cpu(threads: Option<usize>) -> Result<CpuBackend, Error> {
+    cpu_on(threads, Isa::best())
+}
+
+/// The same on one instruction-set path.
+///
+/// # Errors
+/// As of [`cpu`]; the machine cannot run the path.
+pub(crate) fn cpu_on(threads: Option<usize>, isa: Isa) -> Result<CpuBackend, Error> {
     check_threads("--threads", threads.unwrap_or(1))?;
-    CpuBackend::new(&CpuOptions { threads, ..CpuOptions::default() }).map_err(|cause| {
+    CpuBackend::new(&CpuOptions { threads, isa: Some(isa), ..CpuOptions::default() }).map_err(|cause| {
         Error::new(cause.to_string()).with_hint("give fewer --threads, or free some on this machine")
     })
 }

@@ -26,6 +26,7 @@ pub use diagnose::{Diagnosis, Extent, Extents, Finding, Recorded, diagnose};
 pub use evaluate::{Evaluation, evaluate, evaluate_by, last_blocks};
 pub(crate) use folder::{FINISHED, METRICS};
 pub use host::cpu;
+pub(crate) use host::cpu_on;
 pub use nonfinite::{MicroStep, NonFinite, Step};
 pub use outcome::Outcome;
 pub use run::{compile_only, train};

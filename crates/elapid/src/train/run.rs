@@ -84,6 +84,7 @@ fn train_on(run: &Run, rank: &Rank, devices: Option<&Devices>) -> Result<Outcome
         evaluation: &shapes,
         log_norms: run.args.log_norms,
         saves: saves_beside_training(&run.args),
+        carries: run.args.carry_state,
     };
     let mut memory = Memory::predict(&demand);
     if driver.is_some() {

@@ -215,7 +215,8 @@ impl<'b, B: Backend> Trainer<'b, B> {
         let [clip, loss] = self.enqueue_update(hyper, max_norm, valid);
         // The step is enqueued; only now does the host look.
         let report = StepReport::read(self.backend, &loss, &clip, valid);
-        if report.finite {
+        // With ZeRO-1 the update has made zeros of the shard alone.
+        if report.finite && self.shard.is_some() {
             self.backend.zero_buffer(&mut self.grads);
         }
         report
@@ -245,7 +246,7 @@ impl<'b, B: Backend> Trainer<'b, B> {
     }
 
     /// The part of [`Self::update`] that runs on the device: gives [`Backend::clip`]'s outcome and the sum of token
-    /// losses. The gradients stay, summed. Reads nothing back.
+    /// losses. Where that is finite the gradients are zeros afterwards, with ZeRO-1 of the shard only. Reads nothing back.
     ///
     /// # Panics
     /// As [`Self::update`].
@@ -259,11 +260,14 @@ impl<'b, B: Backend> Trainer<'b, B> {
         let over: &[_] = if dealt { &[Group::Tp, Group::Dp] } else { &[Group::Tp] };
         let copies = (&copies.0[..], &copies.1[..]);
         let clipping = Clipping { scale: 1.0 / valid as f32, max_norm, copies, over };
-        let total = shard.as_ref().unwrap_or(grads);
+        let total = shard.as_mut().unwrap_or(grads);
         let clip = backend.clip(total, &loss, &clipping);
         let decayed = Decayed { layer, shared, dealt };
-        backend.adamw(hyper, decayed, &clip, total, model.masters_mut(), m, v);
-        model.refresh(backend);
+        let (masters, copy) = model.updated();
+        backend.adamw(hyper, decayed, &clip, total, masters, m, v, copy);
+        if dealt {
+            model.refresh(backend);
+        }
         summed.clear();
         [clip, loss]
     }

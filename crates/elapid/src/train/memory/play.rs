@@ -6,8 +6,8 @@ use elapid_tensor::{Checkpointing, DType};
 
 use super::Demand;
 
-/// Free blocks beyond this are returned to the system when none of them fits: `MAX_IDLE_LINES` of the backend.
-const MAX_IDLE: u128 = 1 << 30;
+/// What the pool may hold beyond the most that was ever live: `MAX_SPARE_LINES` of the backend.
+const MAX_SPARE: u128 = 1 << 30;
 
 /// The backend's memory pool, without the memory. A block is its size; 128 bits, so that no --batch wraps it around.
 #[derive(Default)]
@@ -15,24 +15,28 @@ pub(super) struct Pool {
     free: BTreeMap<u128, u128>,
     idle: u128,
     pub(super) live: u128,
+    /// The most that was live.
+    most: u128,
+    /// The most that was held, free blocks included.
     pub(super) peak: u128,
 }
 
 impl Pool {
     fn take(&mut self, size: u128) -> u128 {
         let size = size.next_multiple_of(64);
+        self.live += size;
+        self.most = self.most.max(self.live);
         match self.free.get_mut(&size) {
             Some(count) if *count > 0 => {
                 *count -= 1;
                 self.idle -= size;
             }
-            _ if self.idle > MAX_IDLE => {
+            _ if self.live + self.idle > self.most + MAX_SPARE => {
                 self.free.clear();
                 self.idle = 0;
             }
             _ => {}
         }
-        self.live += size;
         self.peak = self.peak.max(self.live + self.idle);
         size
     }
@@ -63,6 +67,7 @@ pub(super) struct Play {
     residual: u128,
     layers: usize,
     checkpointing: Checkpointing,
+    carries: bool,
     /// D, E, C, H, V.
     d: u128,
     e: u128,
@@ -107,6 +112,7 @@ impl Play {
             residual: if demand.config.residual_in_fp32 { F32 } else { compute },
             layers: demand.config.num_hidden_layers,
             checkpointing: demand.checkpointing,
+            carries: demand.carries,
             d: demand.config.hidden_size as u128,
             e: spec.inner() as u128,
             c: spec.conv_channels() as u128,
@@ -126,6 +132,9 @@ impl Play {
     /// Forward and backward of one batch. Gives the bytes that are held between the two.
     pub(super) fn micro_step(&mut self) -> u128 {
         let Self { rows, span, d, compute, residual, .. } = *self;
+        // Those before the micro-step and those after it.
+        let carried = if self.carries { 2 * self.layers } else { 0 };
+        let carried: Vec<_> = (0..carried).flat_map(|_| self.carried()).collect();
         let mut x = self.embedding();
         let mut kept = Vec::new();
         for _ in 0..self.layers {
@@ -152,7 +161,7 @@ impl Play {
         }
         let cotangent = self.gather(cotangent, d * residual);
         let dy = self.cast(rows * d, residual, F32); // embedding
-        self.pool.give(dy.into_iter().chain([cotangent]));
+        self.pool.give(dy.into_iter().chain([cotangent]).chain(carried));
         held
     }
 
@@ -231,17 +240,19 @@ impl Play {
         let normed = self.pool.take(span * d * compute);
         let normed = self.gather(normed, d * compute);
         let projected = self.linear(proj);
-        let (y, mut saved) = self.mamba2(save);
+        let (y, scanned, state) = self.mamba2();
+        if !save {
+            self.pool.give([scanned]);
+        }
         let out = self.linear(d);
         let out = self.reduce(out, d * compute);
         let sum = self.pool.take(span * d * residual);
-        self.pool.give([out]);
-        // The order in which the adjoints let go of them.
-        saved = [vec![normed, projected], saved, vec![y]].concat();
+        self.pool.give([out].into_iter().chain(state));
         if !save {
-            self.pool.give(saved.drain(..));
+            self.pool.give([normed, projected, y]);
+            return (sum, Vec::new());
         }
-        (sum, saved)
+        (sum, vec![normed, projected, scanned, y])
     }
 
     /// The adjoint of one layer: from the cotangent of its output to that of its input.
@@ -256,7 +267,9 @@ impl Play {
                 Some(out)
             }
         };
-        let y = saved.pop().expect("the mixer's output");
+        let [normed, projected, scanned, y] = saved[..] else {
+            panic!("a layer saves four blocks and its input")
+        };
         // add: the residual's share is dy itself.
         let mut d_out = self.cast(span * d, residual, compute);
         if self.sequence_parallel {
@@ -266,8 +279,7 @@ impl Play {
         let dy_mixer = self.linear(e);
         self.pool.give(d_out.into_iter().chain([y]));
         let d_projected = self.mamba2_adjoint();
-        let normed = saved.remove(0);
-        self.pool.give(saved.into_iter().chain([dy_mixer]));
+        self.pool.give([projected, scanned, dy_mixer]);
         let d_normed = self.linear(d);
         self.pool.give([d_projected, normed]);
         let d_normed = self.reduce(d_normed, d * compute);
@@ -289,23 +301,23 @@ impl Play {
         y
     }
 
-    /// The mixer: its output `[rows, E]`, and what it saves: the scan's output in fp32 and the final state.
-    fn mamba2(&mut self, save: bool) -> (u128, Vec<u128>) {
-        let Self { rows, batch, threads, compute, e, c, n, k, q, width, .. } = *self;
+    /// The mixer: its output `[rows, E]`, the scan's output in fp32, and the final state.
+    fn mamba2(&mut self) -> (u128, u128, [u128; 2]) {
+        let Self { rows, threads, compute, e, q, width, .. } = *self;
         let front = self.front();
         let states = self.states();
         self.scratch(threads, q * width + q);
-        let last = self.pool.take(batch * e * n * F32);
+        let state = self.carried();
         let y = self.pool.take(rows * e * F32);
         self.scratch(threads, 2 * q * q + q * width + q);
         self.pool.give(front.into_iter().chain([states]));
-        let out = self.pool.take(rows * e * compute);
-        let conv = self.pool.take(batch * (k - 1) * c * F32);
-        if !save {
-            self.pool.give([y]);
-            return (out, vec![last, conv]);
-        }
-        (out, vec![y, last, conv])
+        (self.pool.take(rows * e * compute), y, state)
+    }
+
+    /// A layer's state between two stretches of a sequence.
+    fn carried(&mut self) -> [u128; 2] {
+        let Self { batch, e, c, n, k, .. } = *self;
+        [e * n, (k - 1) * c].map(|len| self.pool.take(batch * len * F32))
     }
 
     fn mamba2_adjoint(&mut self) -> u128 {
@@ -385,9 +397,13 @@ mod tests {
         // Another size finds nothing among the free ones, which stay.
         pool.take(256);
         assert_eq!(pool.peak, 576);
-        // Above 1 GiB they go.
+        // What was live at once is kept, and 1 GiB more.
         let large = pool.take(2 << 30);
         pool.give([large]);
+        pool.take(4096);
+        assert_eq!(pool.idle, (2 << 30) + 192);
+        pool.take((1 << 30) - 8192);
+        assert_eq!(pool.idle, (2 << 30) + 192);
         pool.take(4096);
         assert_eq!(pool.idle, 0);
     }
