@@ -60,29 +60,27 @@ pub(super) fn step(
             let (skip, spare) = rest.split_at_mut(count);
             side.steps(first, dt, decay, spare);
             weights.d.floats().load(first, skip);
-            for head in 0..count {
-                let (dt, decay, skip) = (dt[head], decay[head], skip[head]);
-                let rows = states[head * dims.state()..].chunks_exact_mut(n_state);
-                let outputs = y[head * p..].iter_mut().zip(&x[head * p..]);
-                for (i, ((y, x), s)) in outputs.zip(rows).enumerate().take(p) {
-                    let weight = dt * x;
-                    match initial {
-                        Some(initial) => {
-                            let at = (b * heads + first + head) * dims.state() + i * n_state;
-                            let old = &initial[at..at + n_state];
-                            for ((s, old), b) in s.iter_mut().zip(old).zip(&*b_row) {
+            let old = initial.map(|initial| &initial[(b * heads + first) * dims.state()..][..states.len()]);
+            // Heads take turns, so that the states of all of them are fetched ahead.
+            for i in 0..p {
+                for head in 0..count {
+                    let at = head * dims.state() + i * n_state;
+                    let (s, x) = (&mut states[at..at + n_state], x[head * p + i]);
+                    let (decay, weight) = (decay[head], dt[head] * x);
+                    match old {
+                        Some(old) => {
+                            for ((s, old), b) in s.iter_mut().zip(&old[at..]).zip(&*b_row) {
                                 *s = decay * old + weight * b;
                             }
                         }
                         None => s.iter_mut().zip(&*b_row).for_each(|(s, b)| *s = weight * b),
                     }
-                    *y = math::dot(s, c_row) + skip * x;
+                    y[head * p + i] = math::dot(s, c_row) + skip[head] * x;
                 }
             }
         });
     });
-    let norm_weight = backend.cast_to(&weights.norm_weight, DType::F32);
-    let y = gate::forward(backend, dims, inputs, norm_weight.f32(), &y);
+    let y = gate::forward(backend, dims, inputs, weights.norm_weight.f32(), &y);
     let conv = conv::last_inputs(backend, dims, inputs, &Documents::new(dims, None));
     let ssm = Tensor::new(ssm, &[dims.batch, heads, p, n_state], DType::F32);
     Mamba2Output { y, state: State { conv, ssm }, saved: Vec::new() }

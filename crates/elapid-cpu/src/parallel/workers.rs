@@ -1,6 +1,6 @@
 //! The worker threads of one rank: the thread that asks and its helpers.
 //!
-//! Decoding hands over work a hundred times a token, each time for some microseconds, and to wake a thread that sleeps takes tens
+//! Decoding hands over work some seventy times a token, each time for some microseconds, and to wake a thread that sleeps takes tens
 //! of them. So helpers look out for the next task for a while before they sleep, and the thread that asks works itself.
 
 use std::any::Any;
