@@ -52,9 +52,10 @@ pub(super) fn step(
         };
         vectorize!(backend.isa, || {
             let side = Side { dims, inputs, weights, b };
-            side.convolve(first * p, scratch, x);
-            side.convolve(dims.b_channel(group), scratch, b_row);
-            side.convolve(dims.c_channel(group), scratch, c_row);
+            let [from_b, from_c] = [dims.b_channel(group), dims.c_channel(group)];
+            for (channel, out) in [(first * p, &mut *x), (from_b, &mut *b_row), (from_c, &mut *c_row)] {
+                side.convolve(channel, scratch, out);
+            }
             let (dt, rest) = of_heads.split_at_mut(count);
             let (decay, rest) = rest.split_at_mut(count);
             let (skip, spare) = rest.split_at_mut(count);
