@@ -3,7 +3,7 @@
 //! A training step asks for the same sizes again and again. Fresh memory from the system costs a page fault every
 //! 4 KiB, about as much as filling it, so blocks are kept and handed out again, with whatever they hold. Large ones are
 //! mapped by themselves: the threads that write them find their pages, side by side, and in pages of 2 MiB where the
-//! system has them.
+//! system has them. (Those that are asked for as zeros are filled by one thread.)
 
 use std::alloc::{Layout, handle_alloc_error};
 use std::collections::HashMap;

@@ -475,7 +475,7 @@ pub trait Backend: Sized + Sync + 'static {
     fn clip(&self, grads: &Self::Buffer, loss: &Self::Tensor, clipping: &Clipping<'_>) -> Self::Tensor;
 
     /// One decoupled AdamW update of fp32 `params` and moments `m`, `v` with gradients `grads · clip.factor`. `grads` are
-    /// zeros afterwards, and `copy`, where there is one, is `params` rounded to its dtype, as it was before; nothing
+    /// zeros afterwards. `copy`, where there is one, must be `params` rounded to its dtype, and is so afterwards as well. Nothing
     /// changes where `clip.finite` is 0. Source: Loshchilov & Hutter 2019, algorithm 2.
     fn adamw(
         &self,

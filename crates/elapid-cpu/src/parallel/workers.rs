@@ -36,7 +36,7 @@ impl Workers {
 
     /// Calls `f` for 0 to `pieces` − 1, in any order, on any thread.
     pub(crate) fn each(&self, pieces: usize, f: impl Fn(usize) + Sync) {
-        // Inside of a piece of another task, every thread has its work already.
+        // Inside of a piece of another task every thread has its work already; a second thread that asks meanwhile works alone.
         if pieces <= 1 || self.threads() == 1 || self.busy.swap(true, SeqCst) {
             return (0..pieces).for_each(f);
         }
@@ -179,7 +179,7 @@ struct Bell {
 }
 
 impl Bell {
-    /// Returns when `done` holds: looks again and again at first, about 100 µs long, then whenever the bell is rung.
+    /// Returns when `done` holds: looks again and again at first, about 100 µs long on an Intel CPU, then whenever the bell is rung.
     fn wait(&self, done: impl Fn() -> bool) {
         for look in 1..2048 {
             if done() {

@@ -54,7 +54,8 @@ pub fn kernels(setup: &Setup, paths: &[Isa], only: &[String]) -> Result<Value, E
         head.threads(),
     ));
     memory::check(
-        memory.total() as f64,
+        // The bf16 copy that `cast_buffer` makes comes on top.
+        memory.total() as f64 + 2.0 * Layout::new(&one).flat.len() as f64,
         "the kernels at these dimensions",
         "give a smaller --batch, --seq-len or --model",
     )?;
