@@ -377,8 +377,8 @@ impl<'a, B: Backend> Tape<'a, B> {
             let projected_id = projected.id;
             let initial_ids = initial.map(|s| (s.conv.id, s.ssm.id));
             // What is needed of them is their form, not what they hold.
-            let [y_form, conv_form, ssm_form] =
-                [&y, &state.conv, &state.ssm].map(|var| form(self.backend, &var.value));
+            let [y_form, conv_form, ssm_form] = [&y, &state.conv, &state.ssm]
+                .map(|var| (self.backend.shape(&var.value), self.backend.dtype(&var.value)));
             self.adjoints.push(Box::new(move |pass| {
                 let backend = pass.backend;
                 let (dy, d_conv, d_ssm) = (pass.take(y_id), pass.take(conv_id), pass.take(ssm_id));
@@ -593,10 +593,6 @@ fn gather_sequence<B: Backend>(backend: &B, x: &B::Tensor, len: usize) -> B::Ten
 fn scatter_sequence<B: Backend>(backend: &B, x: B::Tensor) -> B::Tensor {
     let len = backend.shape(&x)[1].next_multiple_of(backend.group_size(Group::Tp));
     backend.reduce_scatter(&backend.resize(&x, len), 1, Group::Tp)
-}
-
-fn form<B: Backend>(backend: &B, x: &B::Tensor) -> (Vec<usize>, DType) {
-    (backend.shape(x), backend.dtype(x))
 }
 
 fn zeros<B: Backend>(backend: &B, (shape, dtype): (Vec<usize>, DType)) -> B::Tensor {
