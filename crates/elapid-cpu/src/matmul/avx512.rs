@@ -52,6 +52,19 @@ trait Unit {
     /// Numbers of a unit.
     const NUMBERS: usize;
 
+    /// A left operand that needs no panels: its numbers are units, and follow each other along k. Rows whole pages apart would drive
+    /// each other out of the first cache.
+    fn in_place<'a>(lhs: &Mat<'a>) -> Option<&'a [f32]> {
+        match lhs.data {
+            Floats::F32(data)
+                if Self::NUMBERS == 1 && lhs.col_stride == 1 && !lhs.row_stride.is_multiple_of(1024) =>
+            {
+                Some(data)
+            }
+            _ => None,
+        }
+    }
+
     /// Sums of one tile.
     ///
     /// # Safety
@@ -64,10 +77,19 @@ struct Single;
 /// Two bf16 numbers.
 struct Pairs;
 
-/// One tile of the destination and the panels that it comes from.
+/// Rows of the left operand.
+#[derive(Clone, Copy)]
+enum Left {
+    /// A panel.
+    Packed(*const f32),
+    /// Where they lie, so many numbers apart.
+    InPlace(*const f32, usize),
+}
+
+/// One tile of the destination and what it comes from.
 struct Tile {
     units: usize,
-    a: *const f32,
+    a: Left,
     b: *const f32,
     dst: *mut f32,
     stride: usize,
@@ -84,26 +106,39 @@ macro_rules! tile {
         #[target_feature(enable = $features)]
         unsafe fn $name<const VECTORS: usize>(t: &Tile) {
             let mut sums = [[_mm512_setzero_ps(); VECTORS]; ROWS];
-            let (mut a, mut b) = (t.a, t.b);
             for r in 0..t.rows {
                 for v in 0..VECTORS {
                     _mm_prefetch::<_MM_HINT_T0>(t.dst.wrapping_add(r * t.stride + v * LANES).cast());
                 }
             }
-            for _ in 0..t.units {
-                // SAFETY: inside the panels.
+            let mut add = |unit: usize, a: [*const f32; ROWS]| {
+                // SAFETY: inside the panels, or the rows.
                 unsafe {
+                    let b = t.b.add(unit * COLS);
                     let mut lanes = [_mm512_setzero_ps(); VECTORS];
                     for (v, lanes) in lanes.iter_mut().enumerate() {
                         *lanes = _mm512_loadu_ps(b.add(v * LANES));
                     }
-                    for (r, sums) in sums.iter_mut().enumerate() {
-                        let x = _mm512_set1_ps(*a.add(r));
+                    for (sums, a) in sums.iter_mut().zip(a) {
+                        let x = _mm512_set1_ps(*a);
                         for (sum, lanes) in sums.iter_mut().zip(&lanes) {
                             *sum = $multiply_add(*sum, x, *lanes);
                         }
                     }
-                    (a, b) = (a.add(ROWS), b.add(COLS));
+                }
+            };
+            match t.a {
+                Left::Packed(a) => {
+                    for unit in 0..t.units {
+                        add(unit, std::array::from_fn(|r| a.wrapping_add(unit * ROWS + r)));
+                    }
+                }
+                // Where rows are missing, the last one stands for them.
+                Left::InPlace(a, apart) => {
+                    let rows: [_; ROWS] = std::array::from_fn(|r| a.wrapping_add(r.min(t.rows - 1) * apart));
+                    for unit in 0..t.units {
+                        add(unit, rows.map(|row| row.wrapping_add(unit)));
+                    }
                 }
             }
             for (r, sums) in sums.iter().enumerate() {
@@ -236,8 +271,9 @@ unsafe fn passes<U: Unit>(
                 _ => 0..units,
             }
         };
+        let in_place = U::in_place(&lhs);
         // Two panels make a vector.
-        for panel in (0..panels).step_by(2) {
+        for panel in (0..if in_place.is_some() { 0 } else { panels }).step_by(2) {
             let (from, to) = (live(panel).start, live(panels.min(panel + 2) - 1).end);
             if from < to {
                 let rows = lhs.rows(panel * ROWS, (2 * ROWS).min(m - panel * ROWS));
@@ -251,7 +287,7 @@ unsafe fn passes<U: Unit>(
             let cols = COLS.min(n - j);
             // SAFETY: as above.
             unsafe { pack::<U, COLS>(rhs.cols(j, cols).t(), b.as_mut_ptr(), 0) };
-            for (panel, a) in a.chunks(ROWS * units).take(panels).enumerate() {
+            for panel in 0..panels {
                 let i = panel * ROWS;
                 let live = live(panel);
                 match triangle {
@@ -263,7 +299,13 @@ unsafe fn passes<U: Unit>(
                 }
                 let tile = Tile {
                     units: live.len(),
-                    a: a[live.start * ROWS..].as_ptr(),
+                    a: match in_place {
+                        Some(data) => Left::InPlace(
+                            data.as_ptr().wrapping_add(i * lhs.row_stride + live.start),
+                            lhs.row_stride,
+                        ),
+                        None => Left::Packed(a[panel * ROWS * units + live.start * ROWS..].as_ptr()),
+                    },
                     b: b[live.start * COLS..].as_ptr(),
                     dst: dst.wrapping_add(i * stride + j),
                     stride,
