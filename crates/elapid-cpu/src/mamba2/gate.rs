@@ -41,6 +41,19 @@ fn gate(y: &mut [f32], z: &[f32]) {
     }
 }
 
+/// From v = y·silu(z), u = dy·w and s = sigmoid(z): the cotangents of y and z. (Only of arguments does the compiler know that they do
+/// not overlap.)
+#[inline(always)]
+fn gate_adjoint(dy: &mut [f32], dz: &mut [f32], [v, u, y, z, s]: [&[f32]; 5], (r, slope): (f32, f32)) {
+    let len = dy.len();
+    let (dz, v, u, y, z, s) = (&mut dz[..len], &v[..len], &u[..len], &y[..len], &z[..len], &s[..len]);
+    for (i, dy) in dy.iter_mut().enumerate() {
+        let dv = r * u[i] - v[i] * slope;
+        *dy = dv * z[i] * s[i];
+        dz[i] = dv * y[i] * math::slope_at(z[i], s[i]);
+    }
+}
+
 /// `[B, L, E]` in the dtype of the projection, from the scan's output `y` `[B·L, E]`.
 pub(super) fn forward(
     backend: &CpuBackend,
@@ -111,15 +124,17 @@ pub(super) fn adjoint(
     });
     let pieces = rows.div_ceil(ROWS);
     let mut d_scan = backend.pool.take::<f32>(rows * e);
-    let mut partial = backend.pool.zeros::<f32>(pieces * e);
+    let mut partial = backend.pool.take::<f32>(pieces * e);
     let partials = Shared::new(partial.as_mut_slice::<f32>(pieces * e));
     backend.workers.rows(d_scan.as_mut_slice::<f32>(rows * e), e, ROWS, |first, d_rows| {
-        let mut scratch = backend.pool.take::<f32>(4 * e);
-        let (z, rest) = scratch.as_mut_slice::<f32>(4 * e).split_at_mut(e);
+        let mut scratch = backend.pool.take::<f32>(5 * e);
+        let (z, rest) = scratch.as_mut_slice::<f32>(5 * e).split_at_mut(e);
         let (s, rest) = rest.split_at_mut(e);
-        let (v, u) = rest.split_at_mut(e);
+        let (v, rest) = rest.split_at_mut(e);
+        let (u, spare) = rest.split_at_mut(e);
         // SAFETY: each piece has its own part.
         let d_weight = unsafe { partials.slice(first / ROWS * e, e) };
+        d_weight.fill(0.0);
         vectorize!(backend.isa, || {
             for (i, d_scan) in d_rows.chunks_exact_mut(e).enumerate() {
                 let row = first + i;
@@ -130,37 +145,27 @@ pub(super) fn adjoint(
                     *s = math::sigmoid(*z);
                     *v = y * z * *s;
                 }
+                let at = row * dims.proj;
+                // SAFETY: pieces cover disjoint rows.
+                let dz = unsafe { d_projected.row(at, spare) };
                 for group in 0..groups {
                     let (from, to) = (group * width, (group + 1) * width);
-                    let (v, u) = (&mut v[from..to], &mut u[from..to]);
+                    let (v, u) = (&v[from..to], &mut u[from..to]);
                     let sums = sums.as_ref().map(|sums| &sums[(row * groups + group) * 2..][..2]);
                     let square = sums.map_or_else(|| math::dot(v, v), |sums| sums[0]);
                     let r = 1.0 / (square / channels + dims.spec.norm_eps).sqrt();
-                    for (((g, v), u), w) in d_weight[from..to]
-                        .iter_mut()
-                        .zip(&*v)
-                        .zip(u.iter_mut())
-                        .zip(&params.norm_weight[from..to])
-                    {
+                    let weights = d_weight[from..to].iter_mut().zip(&params.norm_weight[from..to]);
+                    for ((u, v), (g, w)) in u.iter_mut().zip(v).zip(weights) {
                         *g += *u * v * r;
                         *u *= w;
                     }
                     let product = sums.map_or_else(|| math::dot(u, v), |sums| sums[1]);
                     let slope = product / channels * r * r * r;
-                    for (v, u) in v.iter_mut().zip(&*u) {
-                        *v = r * u - *v * slope;
-                    }
+                    let (dy, dz) = (&mut d_scan[from..to], &mut dz[from..to]);
+                    gate_adjoint(dy, dz, [v, u, &y[from..to], &z[from..to], &s[from..to]], (r, slope));
                 }
-                // v is the cotangent of y·silu(z) now.
-                let fill = |dz: &mut [f32]| {
-                    let gates = z.iter().zip(&*s);
-                    for ((((ds, dz), v), y), (z, s)) in d_scan.iter_mut().zip(dz).zip(&*v).zip(y).zip(gates) {
-                        *ds = v * z * s;
-                        *dz = v * y * math::slope_at(*z, *s);
-                    }
-                };
-                // SAFETY: pieces cover disjoint rows.
-                unsafe { d_projected.write(row * dims.proj, u, fill) };
+                // SAFETY: as above.
+                unsafe { d_projected.done(at, dz) };
             }
         });
     });

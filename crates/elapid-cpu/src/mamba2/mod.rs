@@ -1,8 +1,10 @@
 //! The `mamba2` op: conv + SiLU, Δt, chunked scan, D skip, gated norm, forward and adjoint.
 //!
-//! The scan runs in three phases, so that long sequences and many heads both feed many cores: states of single
-//! chunks, the recurrence over chunks, outputs of chunks. A piece of work is one chunk of one sequence times one
-//! block of heads of one group. Source of the chunked form: Dao & Gu 2024, "Transformers are SSMs", section 6.
+//! The unit of work is one chunk of one sequence times one block of heads of one group: its convolution, its scan and, in the
+//! adjoint, their cotangents, all in memory that the core's second cache holds. Where sequences and blocks of heads are enough for
+//! all threads, each goes from chunk to chunk with its state in hand ([`Dims::in_one_pass`]). Otherwise the chunks of a sequence
+//! go to several threads, in three phases: states of single chunks, the recurrence over chunks, outputs of chunks. The numbers are
+//! the same bits. Source of the chunked form: Dao & Gu 2024, "Transformers are SSMs", section 6.
 
 mod adjoint;
 mod conv;
@@ -16,14 +18,15 @@ use elapid_tensor::{DType, Mamba2Inputs, Mamba2Output, Mamba2Spec, Mamba2Weights
 
 use adjoint::Projected;
 pub(crate) use adjoint::adjoint;
-use scan::Direction;
+use conv::Tile;
 
 use crate::CpuBackend;
+use crate::math::LANES;
 use crate::memory::Block;
 use crate::tensor::Tensor;
 
-/// Heads of one piece. More heads share one C·Bᵀ, fewer give more pieces.
-const HEAD_BLOCK: usize = 8;
+/// Most heads of one unit. More heads share one C·Bᵀ, fewer give more units (docs/lab.md).
+const HEAD_BLOCK: usize = 12;
 
 /// Longest chunk of this device, whatever the model's `chunk_size`: the result is the same, and beyond it the square
 /// of the chunk costs more than its larger products gain (docs/lab.md).
@@ -49,9 +52,11 @@ struct Dims {
     chunks: usize,
     /// Blocks of heads in a group.
     blocks: usize,
+    /// Heads of a block; the last one may have fewer.
+    block: usize,
 }
 
-/// One piece of the scan.
+/// One chunk of one sequence, for one block of heads.
 struct Unit {
     b: usize,
     chunk: usize,
@@ -63,6 +68,8 @@ struct Unit {
     /// Block of heads, counted over all groups.
     block: usize,
     heads: Range<usize>,
+    /// heads·P.
+    width: usize,
 }
 
 impl Dims {
@@ -75,6 +82,9 @@ impl Dims {
     fn of(spec: &Mamba2Spec, batch: usize, len: usize) -> Self {
         assert_eq!(spec.heads % spec.groups, 0);
         let q = spec.chunk.min(MAX_CHUNK).min(len).max(1);
+        // Powers of two, so that 2, 4, … threads have equal shares.
+        let heads = spec.heads / spec.groups;
+        let block = heads.div_ceil(heads.div_ceil(HEAD_BLOCK).next_power_of_two());
         Self {
             spec: *spec,
             batch,
@@ -84,7 +94,8 @@ impl Dims {
             proj: spec.projection(),
             q,
             chunks: len.div_ceil(q),
-            blocks: (spec.heads / spec.groups).div_ceil(HEAD_BLOCK),
+            blocks: heads.div_ceil(block),
+            block,
         }
     }
 
@@ -98,20 +109,44 @@ impl Dims {
         self.spec.head_dim * self.spec.state
     }
 
+    /// Rows of the convolution's weight: K, and zeros.
+    fn taps(&self) -> usize {
+        self.spec.conv_kernel.next_multiple_of(conv::TAPS)
+    }
+
+    /// Sequences times blocks of heads.
+    fn lanes(&self) -> usize {
+        self.batch * self.spec.groups * self.blocks
+    }
+
+    /// Whether these keep all of `threads` busy.
+    fn in_one_pass(&self, threads: usize) -> bool {
+        self.chunks == 1 || self.lanes().is_multiple_of(threads) || self.lanes() >= 4 * threads
+    }
+
+    /// Channels of a block of heads.
+    fn widest(&self) -> usize {
+        self.block * self.spec.head_dim
+    }
+
     fn units(&self) -> usize {
-        self.batch * self.chunks * self.spec.groups * self.blocks
+        self.chunks * self.lanes()
     }
 
     fn unit(&self, index: usize) -> Unit {
-        let per_chunk = self.spec.groups * self.blocks;
-        let (block, chunk) = (index % per_chunk, index / per_chunk);
-        let (b, chunk) = (chunk / self.chunks, chunk % self.chunks);
+        self.unit_of(index / self.lanes(), index % self.lanes())
+    }
+
+    fn unit_of(&self, chunk: usize, lane: usize) -> Unit {
+        let blocks = self.spec.groups * self.blocks;
+        let (b, block) = (lane / blocks, lane % blocks);
         let group = block / self.blocks;
         let per_group = self.spec.heads / self.spec.groups;
-        let first = block % self.blocks * HEAD_BLOCK;
-        let heads = group * per_group + first..group * per_group + per_group.min(first + HEAD_BLOCK);
+        let first = block % self.blocks * self.block;
+        let heads = group * per_group + first..group * per_group + per_group.min(first + self.block);
         let row = chunk * self.q;
-        Unit { b, chunk, row, n: self.q.min(self.len - row), group, block, heads }
+        let width = heads.len() * self.spec.head_dim;
+        Unit { b, chunk, row, n: self.q.min(self.len - row), group, block, heads, width }
     }
 
     /// First channel of B, respectively C, of a group inside the conv channels `[x|B|C]`.
@@ -127,17 +162,29 @@ impl Dims {
     fn state_at(&self, b: usize, chunk: usize, head: usize) -> usize {
         ((b * self.chunks + chunk) * self.spec.heads + head) * self.state()
     }
+
+    /// Numbers of such a buffer.
+    fn states(&self) -> usize {
+        self.batch * self.chunks * self.spec.heads * self.state()
+    }
+
+    /// Place of a unit's states in a buffer `[B, H, P, N]`.
+    fn running_at(&self, unit: &Unit) -> usize {
+        (unit.b * self.spec.heads + unit.heads.start) * self.state()
+    }
 }
 
 /// Parameters in fp32.
 struct Params {
-    /// `[K, C]`.
+    /// `[taps, C]`.
     conv_weight: Vec<f32>,
     /// `[C]`, zeros without a bias.
     conv_bias: Vec<f32>,
-    /// `[H]`.
+    /// `[C]`.
+    zeros: Vec<f32>,
+    /// `[H]`, and zeros that fill vectors.
     dt_bias: Vec<f32>,
-    /// `[H]`, −exp(A_log).
+    /// The same of −exp(A_log).
     a: Vec<f32>,
     /// `[H]`.
     d: Vec<f32>,
@@ -156,15 +203,20 @@ impl Params {
         let k = dims.spec.conv_kernel;
         let taps = load(&weights.conv_weight);
         assert_eq!(taps.len(), dims.c * k);
-        let mut conv_weight = Vec::with_capacity(taps.len());
+        let mut conv_weight = Vec::with_capacity(dims.taps() * dims.c);
         (0..k).for_each(|tap| conv_weight.extend(taps[tap..].iter().step_by(k)));
+        conv_weight.resize(dims.taps() * dims.c, 0.0);
         let conv_bias = weights.conv_bias.as_ref().map_or_else(|| vec![0.0; dims.c], load);
-        let a = load(&weights.a_log).iter().map(|a| -a.exp()).collect();
+        let filled = |mut values: Vec<f32>| {
+            values.resize(values.len().next_multiple_of(LANES), 0.0);
+            values
+        };
         Self {
             conv_weight,
             conv_bias,
-            dt_bias: load(&weights.dt_bias),
-            a,
+            zeros: vec![0.0; dims.c],
+            dt_bias: filled(load(&weights.dt_bias)),
+            a: filled(load(&weights.a_log).iter().map(|a| -a.exp()).collect()),
             d: load(&weights.d),
             norm_weight: load(&weights.norm_weight),
         }
@@ -209,10 +261,39 @@ impl Documents {
     }
 }
 
+/// What every part of one call reads.
+struct Call<'a> {
+    backend: &'a CpuBackend,
+    dims: Dims,
+    inputs: &'a Mamba2Inputs<Tensor>,
+    params: Params,
+    documents: Documents,
+}
+
+impl<'a> Call<'a> {
+    fn new(
+        backend: &'a CpuBackend,
+        dims: Dims,
+        inputs: &'a Mamba2Inputs<Tensor>,
+        weights: &Mamba2Weights<Tensor>,
+    ) -> Self {
+        let params = Params::new(&dims, weights);
+        let documents = Documents::new(&dims, inputs.documents.as_ref());
+        Self { backend, dims, inputs, params, documents }
+    }
+
+    /// The x channels of a unit.
+    fn tile(&self, unit: &Unit) -> Tile<'_> {
+        let channel = unit.heads.start * self.dims.spec.head_dim;
+        let &Unit { b, chunk, row, n, width, .. } = unit;
+        Tile { call: self, b, chunk, first: row, n, channel, width }
+    }
+}
+
 /// What both directions compute first.
 struct Front {
-    /// `[B·L, C]`, conv output after SiLU.
-    act: Block,
+    /// `[B·L, 2·G·N]`, B and C.
+    bc: Block,
     /// `[B, H, L]`, Δt.
     dt: Block,
     /// `[B, H, L]`, Σ Δt·A from the start of the chunk up to and including the position.
@@ -230,18 +311,13 @@ pub(crate) fn forward(
     if dims.len == 1 && !save {
         return step::step(backend, &dims, inputs, weights);
     }
-    let params = Params::new(&dims, weights);
-    let documents = Documents::new(&dims, inputs.documents.as_ref());
-    let front = conv::front(backend, &dims, inputs, &params, &documents);
-    let mut states = scan::local_states(backend, &dims, &front, &documents, 0..dims.chunks);
-    let initial = inputs.initial.as_ref().map(|s| s.ssm.f32());
-    let last =
-        scan::pass_states(backend, &dims, &front, &documents, Direction::Forwards, initial, &mut states);
-    let y = scan::outputs(backend, &dims, &front, &documents, &params, &states, initial.is_some());
-    drop((front, states));
-    let out = gate::forward(backend, &dims, inputs, &params.norm_weight, &y);
+    let call = Call::new(backend, dims, inputs, weights);
+    let front = conv::front(&call);
+    let (y, last) = scan::forward(&call, &front);
+    drop(front);
+    let out = gate::forward(backend, &dims, inputs, &call.params.norm_weight, &y);
     let state = State {
-        conv: conv::last_inputs(backend, &dims, inputs, &documents),
+        conv: conv::last_inputs(backend, &dims, inputs, &call.documents),
         ssm: Tensor::new(last, &[dims.batch, spec.heads, spec.head_dim, spec.state], DType::F32),
     };
     let saved =
@@ -255,24 +331,48 @@ mod tests {
 
     use super::*;
 
+    const SPEC: Mamba2Spec = Mamba2Spec {
+        heads: 64,
+        head_dim: 128,
+        groups: 8,
+        state: 128,
+        conv_kernel: 4,
+        chunk: 128,
+        dt_limit: (0.0, f32::INFINITY),
+        norm: NormGroup::PerGroup,
+        norm_ranks: 1,
+        norm_eps: 1e-5,
+    };
+
+    #[test]
+    fn units_share_out_the_heads() {
+        for (heads, groups) in [(1, 1), (8, 1), (13, 1), (24, 1), (49, 1), (64, 8), (80, 1), (128, 8)] {
+            let dims = Dims::of(&Mamba2Spec { heads, groups, ..SPEC }, 2, 300);
+            let mut seen = vec![0; heads];
+            for unit in (0..dims.units()).map(|index| dims.unit(index)) {
+                assert!(!unit.heads.is_empty() && unit.heads.len() <= HEAD_BLOCK);
+                assert_eq!(unit.heads.start / (heads / groups), (unit.heads.end - 1) / (heads / groups));
+                unit.heads.for_each(|head| seen[head] += 1);
+            }
+            assert!(seen.iter().all(|&times| times == 2 * dims.chunks), "{heads} heads: {seen:?}");
+        }
+    }
+
+    #[test]
+    fn two_threads_have_equal_shares_of_the_presets() {
+        for heads in [24, 32, 48, 64, 80] {
+            let dims = Dims::of(&Mamba2Spec { heads, groups: 1, ..SPEC }, 1, 2048);
+            assert!(dims.in_one_pass(1) && dims.in_one_pass(2), "{heads} heads");
+            assert!(!dims.in_one_pass(64));
+        }
+    }
+
     /// Places of states in a buffer `[B, chunks, H, P, N]` of more than 2³² elements, against exact arithmetic.
     #[test]
     fn t23_states_lie_beyond_32_bits() {
-        let spec = Mamba2Spec {
-            heads: 64,
-            head_dim: 128,
-            groups: 8,
-            state: 128,
-            conv_kernel: 4,
-            chunk: 128,
-            dt_limit: (0.0, f32::INFINITY),
-            norm: NormGroup::PerGroup,
-            norm_ranks: 1,
-            norm_eps: 1e-5,
-        };
         let (batch, chunks) = (128, 64);
         let len = chunks * MAX_CHUNK;
-        let dims = Dims::of(&spec, batch, len);
+        let dims = Dims::of(&SPEC, batch, len);
         let at = |b: u128, chunk: u128, head: u128| ((b * 64 + chunk) * 64 + head) * 128 * 128;
         assert!(at(127, 63, 63) > 1 << 32);
         for (b, chunk, head) in [(0, 0, 0), (31, 63, 63), (32, 0, 0), (127, 63, 63)] {

@@ -5,11 +5,10 @@
 
 use std::ops::Range;
 
-use super::{Dims, Documents, Front, Params, Unit};
-use crate::CpuBackend;
+use super::{Call, Dims, Documents, Front, Unit};
 use crate::isa::vectorize;
 use crate::math::{self, LANES};
-use crate::matmul::{Into, Mat, Triangle, product, small, triangular};
+use crate::matmul::{Into, Mat, Triangle, small, triangular};
 use crate::memory::Block;
 use crate::parallel::Shared;
 
@@ -73,10 +72,75 @@ impl<'a> Decays<'a> {
         }
     }
 
+    /// Decays between positions i ≥ j as products of two, so that few exponentials make them all: one from j to the first position of
+    /// a block of [`LANES`], for all blocks after j's, and one from there to i.
+    #[inline(always)]
+    pub(super) fn split(&self, to: &mut Split<'_>) {
+        let n = self.cum.len();
+        for (i, within) in to.within.iter_mut().enumerate() {
+            *within = self.cum[i] - self.cum[i / LANES * LANES];
+        }
+        to.within.iter_mut().for_each(|within| *within = math::decay(*within));
+        for (block, row) in to.blocks.chunks_exact_mut(n).enumerate() {
+            let start = self.cum[block * LANES];
+            for (to, cum) in row[..block * LANES].iter_mut().zip(self.cum) {
+                *to = math::decay(start - cum);
+            }
+        }
+        for (i, row) in to.own.chunks_exact_mut(LANES).enumerate() {
+            let own = &self.cum[i / LANES * LANES..];
+            row.iter_mut().zip(own).for_each(|(to, cum)| *to = self.cum[i] - cum);
+        }
+        to.own.iter_mut().for_each(|own| *own = math::decay(*own));
+    }
+
+    /// e^{c_i − c_j} in place j of the row that it gives, for j from `from`, a multiple of [`LANES`], to i. Up to the end of i's block
+    /// anything follows.
+    #[inline(always)]
+    pub(super) fn row<'s>(&self, i: usize, from: usize, split: &'s mut Split<'_>) -> &'s [f32] {
+        let n = self.cum.len();
+        let block = i / LANES;
+        let (before, own) = split.row.split_at_mut(block * LANES);
+        let within = split.within[i];
+        let starts = &split.blocks[block * n..][..block * LANES];
+        for (to, start) in before[from..].iter_mut().zip(&starts[from..]) {
+            *to = math::joined(within, *start);
+        }
+        own.iter_mut().zip(&split.own[i * LANES..][..LANES]).for_each(|(to, own)| *to = *own);
+        split.row
+    }
+
     /// Decay over the whole chunk.
     #[inline(always)]
     pub(super) fn whole(&self) -> f32 {
         if self.span.reach == self.cum.len() { math::decay(self.cum[self.cum.len() - 1]) } else { 0.0 }
+    }
+}
+
+/// Scratch of [`Decays::split`].
+pub(super) struct Split<'a> {
+    /// `[⌈n / LANES⌉, n]`: from each position to the first of each later block.
+    blocks: &'a mut [f32],
+    /// `[n]`: to each position from the first of its block.
+    within: &'a mut [f32],
+    /// `[n, LANES]`: from the positions of its own block.
+    own: &'a mut [f32],
+    /// `[n]`.
+    row: &'a mut [f32],
+}
+
+impl<'a> Split<'a> {
+    pub(super) fn len(n: usize) -> usize {
+        n.div_ceil(LANES) * n + (2 + LANES) * n
+    }
+
+    pub(super) fn new(n: usize, block: &mut &'a mut [f32]) -> Self {
+        Self {
+            blocks: cut(block, n.div_ceil(LANES) * n),
+            within: cut(block, n),
+            own: cut(block, n * LANES),
+            row: cut(block, n),
+        }
     }
 }
 
@@ -85,27 +149,30 @@ pub(super) fn firsts(documents: &Documents, unit: &Unit) -> Vec<usize> {
     (0..unit.n).map(|i| (documents.start(unit.b, unit.row + i) - unit.row as isize).max(0) as usize).collect()
 }
 
-/// Rows `[n, width]` of heads side by side: row i of head h = weights(h)[i] · rows(h, i).
+/// Rows `[n, width]` of heads side by side: row i of head h = weights[i] · row(i).
 #[inline(always)]
 pub(super) fn weigh<'r>(
     dst: &mut [f32],
     width: usize,
-    head: usize,
+    h: usize,
     weights: &[f32],
     row: impl Fn(usize) -> &'r [f32],
 ) {
     for (i, (dst, w)) in dst.chunks_exact_mut(width).zip(weights).enumerate() {
         let row = row(i);
-        for (d, r) in dst[head * row.len()..].iter_mut().zip(row) {
+        for (d, r) in dst[h * row.len()..].iter_mut().zip(row) {
             *d = w * r;
         }
     }
 }
 
-/// Views into the activated conv output of one unit.
+/// Views of what one unit multiplies.
 pub(super) struct Views<'a> {
-    act: &'a [f32],
-    c: usize,
+    /// `[n, heads·P]`.
+    x: &'a [f32],
+    width: usize,
+    bc: &'a [f32],
+    channels: usize,
     from: usize,
     n: usize,
     p: usize,
@@ -115,96 +182,183 @@ pub(super) struct Views<'a> {
 }
 
 impl<'a> Views<'a> {
-    pub(super) fn new(dims: &Dims, front: &'a Front, unit: &Unit) -> Self {
+    pub(super) fn new(dims: &Dims, front: &'a Front, unit: &Unit, x: &'a [f32]) -> Self {
+        let channels = dims.c - dims.e;
         Self {
-            act: front.act.as_slice(dims.rows() * dims.c),
-            c: dims.c,
-            from: (unit.b * dims.len + unit.row) * dims.c,
+            x,
+            width: unit.width,
+            bc: front.bc.as_slice(dims.rows() * channels),
+            channels,
+            from: (unit.b * dims.len + unit.row) * channels,
             n: unit.n,
             p: dims.spec.head_dim,
             state: dims.spec.state,
-            b_channel: dims.b_channel(unit.group),
-            c_channel: dims.c_channel(unit.group),
+            b_channel: dims.b_channel(unit.group) - dims.e,
+            c_channel: dims.c_channel(unit.group) - dims.e,
         }
     }
 
-    /// x of a head at one position, `[P]`.
+    /// x of the unit's head `h` at one position, `[P]`.
     #[inline(always)]
-    pub(super) fn x_row(&self, head: usize, i: usize) -> &'a [f32] {
-        &self.act[self.from + i * self.c + head * self.p..][..self.p]
+    pub(super) fn x_row(&self, h: usize, i: usize) -> &'a [f32] {
+        &self.x[i * self.width + h * self.p..][..self.p]
     }
 
     /// C of the group at one position, `[N]`.
     #[inline(always)]
     pub(super) fn c_row(&self, i: usize) -> &'a [f32] {
-        &self.act[self.from + i * self.c + self.c_channel..][..self.state]
+        &self.bc[self.from + i * self.channels + self.c_channel..][..self.state]
     }
 
-    /// x of a head, `[n, P]`.
-    pub(super) fn x(&self, head: usize) -> Mat<'a> {
-        Mat::strided(&self.act[self.from + head * self.p..], self.n, self.p, self.c)
+    /// x of the unit's head `h`, `[n, P]`.
+    pub(super) fn x(&self, h: usize) -> Mat<'a> {
+        Mat::strided(&self.x[h * self.p..], self.n, self.p, self.width)
     }
 
     /// B of the group, `[n, N]`.
     pub(super) fn b(&self) -> Mat<'a> {
-        Mat::strided(&self.act[self.from + self.b_channel..], self.n, self.state, self.c)
+        Mat::strided(&self.bc[self.from + self.b_channel..], self.n, self.state, self.channels)
     }
 
     /// C of the group, `[n, N]`.
     pub(super) fn c(&self) -> Mat<'a> {
-        Mat::strided(&self.act[self.from + self.c_channel..], self.n, self.state, self.c)
+        Mat::strided(&self.bc[self.from + self.c_channel..], self.n, self.state, self.channels)
     }
 }
 
-/// `[B, chunks, H, P, N]`: what each of `chunks` alone adds to the state by its end, Σ_j e^{c_n − c_j} Δt_j x_j B_jᵀ.
-pub(super) fn local_states(
-    backend: &CpuBackend,
-    dims: &Dims,
-    front: &Front,
-    documents: &Documents,
-    chunks: Range<usize>,
-) -> Block {
-    chunk_products(backend, dims, chunks, |unit, weighted, weights| {
-        let views = Views::new(dims, front, unit);
-        let span = Span::new(documents, unit);
-        for (h, head) in unit.heads.clone().enumerate() {
-            let decays = Decays::new(dims, front, span, unit, head);
-            vectorize!(backend.isa, || {
-                decays.leaving(weights);
-                weights.iter_mut().zip(decays.dt).for_each(|(w, dt)| *w *= dt);
-                let width = unit.heads.len() * dims.spec.head_dim;
-                weigh(weighted, width, h, weights, |j| views.x_row(head, j));
-            });
-        }
-        views.b()
-    })
+/// Numbers, cut off one after the other.
+pub(super) fn cut<'a>(block: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
+    let (front, rest) = std::mem::take(block).split_at_mut(len);
+    *block = rest;
+    front
 }
 
-/// `[B, chunks, H, P, N]`: the sums over the positions of each of `chunks` of an outer product: of the rows `[n, heads·P]`
-/// that `fill(unit, rows, scratch [n])` writes for the heads of a unit, and of those `[n, N]` of the matrix that it returns.
-/// Other chunks' places hold anything.
-pub(super) fn chunk_products<'a>(
-    backend: &CpuBackend,
-    dims: &Dims,
+/// Scan output `[B·L, E]`, D skip included, and the state after the last chunk, `[B, H, P, N]`.
+pub(super) fn forward(call: &Call<'_>, front: &Front) -> (Block, Block) {
+    let Call { backend, ref dims, inputs, .. } = *call;
+    let initial = inputs.initial.as_ref().map(|state| state.ssm.f32());
+    let mut y = backend.pool.take::<f32>(dims.rows() * dims.e);
+    let out = Shared::new(y.as_mut_slice::<f32>(dims.rows() * dims.e));
+    if !dims.in_one_pass(backend.workers.threads()) {
+        let (states, last) = entering_states(call, front, 0..dims.chunks);
+        let states = states.as_slice::<f32>(dims.states());
+        backend.workers.each(dims.units(), |index| {
+            let unit = dims.unit(index);
+            let mut block = backend.pool.take::<f32>(Scratch::len(dims));
+            let mut s = Scratch::new(dims, &unit, block.as_mut_slice(Scratch::len(dims)));
+            vectorize!(backend.isa, || call.tile(&unit).forward(s.inputs, s.x));
+            let state = &states[dims.state_at(unit.b, unit.chunk, unit.heads.start)..];
+            let enters = initial.is_some() || unit.chunk > 0;
+            outputs(call, front, &unit, enters.then_some(state), &mut s, &out);
+        });
+        return (y, last);
+    }
+    let mut last = starting_states(call, initial);
+    let len = dims.batch * dims.e * dims.spec.state;
+    let running = Shared::new(last.as_mut_slice::<f32>(len));
+    backend.workers.each(dims.lanes(), |lane| {
+        let mut block = backend.pool.take::<f32>(Scratch::len(dims));
+        let block = block.as_mut_slice(Scratch::len(dims));
+        for chunk in 0..dims.chunks {
+            let unit = dims.unit_of(chunk, lane);
+            let mut s = Scratch::new(dims, &unit, block);
+            // SAFETY: each (sequence, head) belongs to one lane.
+            let state = unsafe { running.slice(dims.running_at(&unit), unit.width * dims.spec.state) };
+            vectorize!(backend.isa, || call.tile(&unit).forward(s.inputs, s.x));
+            let enters = initial.is_some() || chunk > 0;
+            outputs(call, front, &unit, enters.then_some(&*state), &mut s, &out);
+            let into = if enters { Into::Add } else { Into::Set };
+            if enters {
+                decay_states(call, front, &unit, state);
+            }
+            add_state(call, front, &unit, s.x, into, state, s.weighted, s.entering);
+        }
+    });
+    (y, last)
+}
+
+/// The state `[B, H, P, N]` that enters the first chunks: `initial`, or zeros.
+pub(super) fn starting_states(call: &Call<'_>, initial: Option<&[f32]>) -> Block {
+    let len = call.dims.batch * call.dims.e * call.dims.spec.state;
+    let mut states = call.backend.pool.take::<f32>(len);
+    match initial {
+        Some(initial) => states.as_mut_slice::<f32>(len).copy_from_slice(initial),
+        None => states.as_mut_slice::<f32>(len).fill(0.0),
+    }
+    states
+}
+
+/// Takes the states `[heads, P, N]` of a unit from the start of its chunk to the end.
+pub(super) fn decay_states(call: &Call<'_>, front: &Front, unit: &Unit, states: &mut [f32]) {
+    let span = Span::new(&call.documents, unit);
+    for (head, states) in unit.heads.clone().zip(states.chunks_exact_mut(call.dims.state())) {
+        let decays = Decays::new(&call.dims, front, span, unit, head);
+        vectorize!(call.backend.isa, || {
+            let whole = decays.whole();
+            states.iter_mut().for_each(|s| *s *= whole);
+        });
+    }
+}
+
+/// What one unit adds to the states `[heads, P, N]` by the end of its chunk: Σ_j e^{c_n − c_j} Δt_j x_j B_jᵀ. Scratch is `weighted`
+/// `[n, heads·P]` and `weights` `[n]`.
+pub(super) fn add_state(
+    call: &Call<'_>,
+    front: &Front,
+    unit: &Unit,
+    x: &[f32],
+    into: Into,
+    states: &mut [f32],
+    weighted: &mut [f32],
+    weights: &mut [f32],
+) {
+    let Call { backend, ref dims, .. } = *call;
+    let views = Views::new(dims, front, unit, x);
+    let span = Span::new(&call.documents, unit);
+    for (h, head) in unit.heads.clone().enumerate() {
+        let decays = Decays::new(dims, front, span, unit, head);
+        vectorize!(backend.isa, || {
+            decays.leaving(weights);
+            weights.iter_mut().zip(decays.dt).for_each(|(w, dt)| *w *= dt);
+            weigh(weighted, unit.width, h, weights, |j| views.x_row(h, j));
+        });
+    }
+    let weighted = Mat::new(&*weighted, unit.n, unit.width).t();
+    small(backend, into, states, dims.spec.state, weighted, views.b());
+}
+
+/// `[B, chunks, H, P, N]`: the states that enter the chunks, from what each of `chunks` adds; and the state after the last one, if
+/// it is among them. The chunks go to all threads.
+pub(super) fn entering_states(call: &Call<'_>, front: &Front, chunks: Range<usize>) -> (Block, Block) {
+    let Call { backend, inputs, .. } = *call;
+    let mut states = chunk_products(call, chunks, |unit, states, s| {
+        vectorize!(backend.isa, || call.tile(unit).forward(s.inputs, s.x));
+        add_state(call, front, unit, s.x, Into::Set, states, s.weighted, s.entering);
+    });
+    let initial = inputs.initial.as_ref().map(|state| state.ssm.f32());
+    let last = pass_states(call, front, Direction::Forwards, initial, &mut states);
+    (states, last)
+}
+
+/// `[B, chunks, H, P, N]`: what `fill` writes for the states `[heads, P, N]` of each unit of `chunks`. Other chunks' places hold
+/// anything.
+pub(super) fn chunk_products(
+    call: &Call<'_>,
     chunks: Range<usize>,
-    fill: impl Fn(&Unit, &mut [f32], &mut [f32]) -> Mat<'a> + Sync,
+    fill: impl Fn(&Unit, &mut [f32], Scratch<'_>) + Sync,
 ) -> Block {
-    let len = dims.batch * dims.chunks * dims.spec.heads * dims.state();
-    let mut states = backend.pool.take::<f32>(len);
-    let shared = Shared::new(states.as_mut_slice::<f32>(len));
+    let Call { backend, ref dims, .. } = *call;
+    let mut states = backend.pool.take::<f32>(dims.states());
+    let shared = Shared::new(states.as_mut_slice::<f32>(dims.states()));
     backend.workers.each(dims.units(), |index| {
         let unit = dims.unit(index);
-        if !chunks.contains(&unit.chunk) {
-            return;
+        if chunks.contains(&unit.chunk) {
+            let at = dims.state_at(unit.b, unit.chunk, unit.heads.start);
+            let mut block = backend.pool.take::<f32>(Scratch::len(dims));
+            let s = Scratch::new(dims, &unit, block.as_mut_slice(Scratch::len(dims)));
+            // SAFETY: each (sequence, chunk, head) belongs to one unit, and its heads' states lie side by side.
+            fill(&unit, unsafe { shared.slice(at, unit.width * dims.spec.state) }, s);
         }
-        let (n, width) = (unit.n, unit.heads.len() * dims.spec.head_dim);
-        let mut scratch = backend.pool.take::<f32>(n * width + n);
-        let (weighted, weights) = scratch.as_mut_slice::<f32>(n * width + n).split_at_mut(n * width);
-        let rows = fill(&unit, weighted, weights);
-        let at = dims.state_at(unit.b, unit.chunk, unit.heads.start);
-        // SAFETY: each (sequence, chunk, head) belongs to one unit, and its heads' states lie side by side.
-        let states = unsafe { shared.slice(at, unit.heads.len() * dims.state()) };
-        small(backend, Into::Set, states, dims.spec.state, Mat::new(&*weighted, n, width).t(), rows);
     });
     states
 }
@@ -220,21 +374,17 @@ pub(super) enum Direction {
 /// after the last chunk, `[B, H, P, N]`, if what that one adds is there. Backwards the last chunk comes first: so cotangents of the
 /// states that leave chunks are made, and that of the state before the first one.
 pub(super) fn pass_states(
-    backend: &CpuBackend,
-    dims: &Dims,
+    call: &Call<'_>,
     front: &Front,
-    documents: &Documents,
     direction: Direction,
     initial: Option<&[f32]>,
     states: &mut Block,
 ) -> Block {
+    let Call { backend, ref dims, ref documents, .. } = *call;
     let (heads, state) = (dims.spec.heads, dims.state());
     let cum = front.cum.as_slice::<f32>(heads * dims.rows());
-    let mut last = backend.pool.zeros::<f32>(dims.batch * heads * state);
-    if let Some(initial) = initial {
-        last.as_mut_slice::<f32>(dims.batch * heads * state).copy_from_slice(initial);
-    }
-    let shared = Shared::new(states.as_mut_slice::<f32>(dims.batch * dims.chunks * heads * state));
+    let mut last = starting_states(call, initial);
+    let shared = Shared::new(states.as_mut_slice::<f32>(dims.states()));
     backend.workers.rows(last.as_mut_slice::<f32>(dims.batch * heads * state), state, 1, |index, running| {
         let (b, head) = (index / heads, index % heads);
         for step in 0..dims.chunks {
@@ -257,105 +407,100 @@ pub(super) fn pass_states(
     last
 }
 
-/// Scan output `[B·L, E]`, D skip included, from the states that enter the chunks; into the first one only an `initial` one does.
-pub(super) fn outputs(
-    backend: &CpuBackend,
-    dims: &Dims,
+/// Scan output of one unit into `out` `[B·L, E]`, D skip included, from the state `[heads, P, N]` that enters the chunk, if one does.
+fn outputs(
+    call: &Call<'_>,
     front: &Front,
-    documents: &Documents,
-    params: &Params,
-    states: &Block,
-    initial: bool,
-) -> Block {
-    let (p, n_state, e) = (dims.spec.head_dim, dims.spec.state, dims.e);
-    let states = states.as_slice::<f32>(dims.batch * dims.chunks * dims.spec.heads * dims.state());
-    let mut y = backend.pool.take::<f32>(dims.rows() * e);
-    let shared = Shared::new(y.as_mut_slice::<f32>(dims.rows() * e));
-    backend.workers.each(dims.units(), |index| {
-        let unit = dims.unit(index);
-        let (n, width) = (unit.n, unit.heads.len() * p);
-        let views = Views::new(dims, front, &unit);
-        let (span, ends) = (Span::new(documents, &unit), ends(documents, &unit));
-        let len = OutputScratch::len(n, width);
-        let mut scratch = backend.pool.take::<f32>(len);
-        let s = OutputScratch::new(n, width, scratch.as_mut_slice::<f32>(len));
-        // Both are shared by the heads of the group.
-        triangular(backend, Triangle::ResultUpper, Into::Set, s.scores, n, views.b(), views.c().t());
-        if initial || unit.chunk > 0 {
-            let entering = &states[dims.state_at(unit.b, unit.chunk, unit.heads.start)..];
-            let entering = Mat::new(entering, width, n_state).t();
-            small(backend, Into::Set, s.from_state, width, views.c(), entering);
-        } else {
-            s.from_state.fill(0.0);
+    unit: &Unit,
+    state: Option<&[f32]>,
+    s: &mut Scratch<'_>,
+    out: &Shared<'_, f32>,
+) {
+    let Call { backend, ref dims, ref documents, ref params, .. } = *call;
+    let (p, e) = (dims.spec.head_dim, dims.e);
+    let &Unit { n, width, .. } = unit;
+    let views = Views::new(dims, front, unit, s.x);
+    let (span, firsts) = (Span::new(documents, unit), firsts(documents, unit));
+    // Both are shared by the heads of the group.
+    triangular(backend, Triangle::ResultLower, Into::Set, s.scores, n, views.c(), views.b().t());
+    let y = &mut *s.weighted;
+    match state {
+        Some(state) => {
+            let state = Mat::new(state, width, dims.spec.state).t();
+            small(backend, Into::Set, y, width, views.c(), state);
         }
-        for (h, head) in unit.heads.clone().enumerate() {
-            let decays = Decays::new(dims, front, span, &unit, head);
-            let at = (unit.b * dims.len + unit.row) * e + head * p;
-            vectorize!(backend.isa, || {
-                decays.entering(s.entering);
-                for i in 0..n {
-                    // SAFETY: each (position, head) belongs to one unit.
-                    let out = unsafe { shared.slice(at + i * e, p) };
-                    let from_state = &s.from_state[i * width + h * p..][..p];
-                    let (entering, skip) = (s.entering[i], params.d[head]);
-                    for ((o, from), x) in out.iter_mut().zip(from_state).zip(views.x_row(head, i)) {
-                        *o = entering * from + skip * x;
-                    }
-                }
-                for (j, (row, &end)) in s.weights.chunks_exact_mut(n).zip(&ends).enumerate() {
-                    let (from, to) = (j / LANES * LANES, n.min(end.next_multiple_of(LANES)));
-                    row[..from].fill(0.0);
-                    row[to..].fill(0.0);
-                    let (cum, dt) = (decays.cum[j], decays.dt[j]);
-                    let (first, end) = ((j - from) as u32, (end - from) as u32);
-                    let scores = s.scores[j * n..][from..to].iter().zip(&decays.cum[from..to]);
-                    for (i, (w, (score, c))) in row[from..to].iter_mut().zip(scores).enumerate() {
-                        let live = (first <= i as u32) & ((i as u32) < end);
-                        *w = math::only(live, score * math::decay(c - cum) * dt);
-                    }
-                }
-            });
-            // Σ_j W_ij x_j.
-            let weights = Mat::new(&*s.weights, n, n).t();
-            let triangle = Triangle::LeftLower;
-            // SAFETY: as above.
-            unsafe { product(backend, triangle, Into::Add, &shared, at, e, weights, views.x(head)) };
-        }
-    });
-    y
-}
-
-/// `[n]`: the position that follows the last one of each position's document, inside the chunk.
-fn ends(documents: &Documents, unit: &Unit) -> Vec<usize> {
-    let firsts = firsts(documents, unit);
-    let mut ends = vec![unit.n; unit.n];
-    for j in (0..unit.n - 1).rev() {
-        ends[j] = if firsts[j + 1] > j { j + 1 } else { ends[j + 1] };
+        None => y.fill(0.0),
     }
-    ends
+    s.weights.fill(0.0);
+    for (h, head) in unit.heads.clone().enumerate() {
+        let decays = Decays::new(dims, front, span, unit, head);
+        let skip = params.d[head];
+        vectorize!(backend.isa, || {
+            decays.entering(s.entering);
+            for (i, (y, entering)) in y.chunks_exact_mut(width).zip(&*s.entering).enumerate() {
+                for (y, x) in y[h * p..].iter_mut().zip(views.x_row(h, i)) {
+                    *y = entering * *y + skip * x;
+                }
+            }
+            decays.split(&mut s.split);
+            for (i, (row, &first)) in s.weights.chunks_exact_mut(n).zip(&firsts).enumerate() {
+                let (from, to) = (first / LANES * LANES, n.min((i + 1).next_multiple_of(LANES)));
+                let decay = decays.row(i, from, &mut s.split);
+                let (first, diagonal) = ((first - from) as u32, (i - from) as u32);
+                let inputs =
+                    s.scores[i * n..][from..to].iter().zip(&decay[from..to]).zip(&decays.dt[from..to]);
+                for (j, (w, ((score, decay), dt))) in row[from..to].iter_mut().zip(inputs).enumerate() {
+                    let live = (first <= j as u32) & (j as u32 <= diagonal);
+                    *w = math::only(live, score * decay * dt);
+                }
+            }
+        });
+        // Σ_j W_ij x_j.
+        let weights = Mat::new(&*s.weights, n, n);
+        triangular(backend, Triangle::LeftLower, Into::Add, &mut y[h * p..], width, weights, views.x(h));
+    }
+    for (i, y) in y.chunks_exact(width).enumerate() {
+        let at = (unit.b * dims.len + unit.row + i) * e + unit.heads.start * p;
+        // SAFETY: each (position, head) belongs to one unit.
+        unsafe { out.slice(at, width) }.copy_from_slice(y);
+    }
 }
 
-/// Scratch of one unit, n positions, `width` = heads·P.
-struct OutputScratch<'a> {
-    /// `[n, n]`: B_j·C_i in row j; only i ≥ j is computed.
+/// Scratch of one unit of n positions.
+pub(super) struct Scratch<'a> {
+    /// `[K − 1 + n, heads·P]`: the convolution's inputs.
+    pub(super) inputs: &'a mut [f32],
+    /// `[n, heads·P]`.
+    pub(super) x: &'a mut [f32],
+    /// `[n, heads·P]`: C_i·S, and then the outputs; or x_j by what of it is left at the end of the chunk.
+    pub(super) weighted: &'a mut [f32],
+    /// `[n, n]`: C_i·B_j in row i; only j ≤ i is computed.
     scores: &'a mut [f32],
-    /// `[n, n]`: W_ij in row j.
+    /// `[n, n]`: W_ij in row i.
     weights: &'a mut [f32],
-    /// `[n, heads·P]`: C_i·S.
-    from_state: &'a mut [f32],
+    split: Split<'a>,
     /// `[n]`.
-    entering: &'a mut [f32],
+    pub(super) entering: &'a mut [f32],
 }
 
-impl<'a> OutputScratch<'a> {
-    fn len(n: usize, width: usize) -> usize {
-        2 * n * n + n * width + n
+impl<'a> Scratch<'a> {
+    /// Enough for any unit.
+    pub(super) fn len(dims: &Dims) -> usize {
+        let width = dims.widest();
+        (dims.spec.conv_kernel - 1 + 3 * dims.q) * width + 2 * dims.q * dims.q + dims.q + Split::len(dims.q)
     }
 
-    fn new(n: usize, width: usize, block: &'a mut [f32]) -> Self {
-        let (scores, rest) = block.split_at_mut(n * n);
-        let (weights, rest) = rest.split_at_mut(n * n);
-        let (from_state, entering) = rest.split_at_mut(n * width);
-        Self { scores, weights, from_state, entering }
+    pub(super) fn new(dims: &Dims, unit: &Unit, mut block: &'a mut [f32]) -> Self {
+        let &Unit { n, width, .. } = unit;
+        let block = &mut block;
+        Self {
+            inputs: cut(block, (dims.spec.conv_kernel - 1 + n) * width),
+            x: cut(block, n * width),
+            weighted: cut(block, n * width),
+            scores: cut(block, n * n),
+            weights: cut(block, n * n),
+            split: Split::new(n, block),
+            entering: cut(block, n),
+        }
     }
 }

@@ -292,7 +292,6 @@ unsafe fn passes<U: Unit>(
                 let live = live(panel);
                 match triangle {
                     Triangle::ResultLower if j >= i + ROWS => continue,
-                    Triangle::ResultUpper if j + cols <= i => continue,
                     // Zeros are set once and added never.
                     _ if live.is_empty() && into == Into::Add => continue,
                     _ => {}
@@ -461,7 +460,7 @@ mod tests {
                     (true, true) => Triangle::LeftLower,
                     (true, false) => Triangle::LeftUpper,
                     (false, true) => Triangle::ResultLower,
-                    (false, false) => Triangle::ResultUpper,
+                    (false, false) => continue,
                 };
                 for into in [Into::Set, Into::Add] {
                     for (dst, triangle) in [(&mut full, Triangle::None), (&mut spared, triangle)] {

@@ -98,8 +98,6 @@ pub(crate) enum Triangle {
     LeftUpper,
     /// Of the destination, what lies above the diagonal is never read: it holds anything.
     ResultLower,
-    /// The same of what lies below the diagonal.
-    ResultUpper,
 }
 
 /// Largest tile of a destination. Tiles are what threads share out; their extents decide how often an operand is packed

@@ -99,6 +99,8 @@ impl Play {
         let compute = if demand.dtype == DType::F32 { 4 } else { 2 };
         // The CPU scan's own limits: `MAX_CHUNK` and `HEAD_BLOCK` of its `mamba2`.
         let q = spec.chunk.min(128).min(demand.length).max(1);
+        let heads = spec.heads / spec.groups;
+        let block = heads.div_ceil(heads.div_ceil(12).next_power_of_two());
         Self {
             pool: Pool::default(),
             rows: (demand.batch * demand.length) as u128,
@@ -124,8 +126,8 @@ impl Play {
             k: spec.conv_kernel as u128,
             q: q as u128,
             chunks: demand.length.div_ceil(q) as u128,
-            blocks: (spec.groups * (spec.heads / spec.groups).div_ceil(8)) as u128,
-            width: ((spec.heads / spec.groups).min(8) * spec.head_dim) as u128,
+            blocks: (spec.groups * heads.div_ceil(block)) as u128,
+            width: (block * spec.head_dim) as u128,
         }
     }
 
@@ -303,15 +305,40 @@ impl Play {
 
     /// The mixer: its output `[rows, E]`, the scan's output in fp32, and the final state.
     fn mamba2(&mut self) -> (u128, u128, [u128; 2]) {
-        let Self { rows, threads, compute, e, q, width, .. } = *self;
+        let Self { rows, compute, e, q, k, width, .. } = *self;
         let front = self.front();
-        let states = self.states();
-        self.scratch(threads, q * width + q);
-        let state = self.carried();
         let y = self.pool.take(rows * e * F32);
-        self.scratch(threads, 2 * q * q + q * width + q);
-        self.pool.give(front.into_iter().chain([states]));
+        let unit = (k - 1 + 3 * q) * width + 2 * q * q + q + self.split();
+        let states = self.passes_over_chunks().then(|| {
+            let states = self.states();
+            self.scratch(self.threads, unit);
+            states
+        });
+        let state = self.carried();
+        self.scratch(self.at_once(), unit);
+        self.pool.give(front.into_iter().chain(states));
         (self.pool.take(rows * e * compute), y, state)
+    }
+
+    /// Sequences times blocks of heads.
+    fn lanes(&self) -> u128 {
+        self.batch * self.blocks
+    }
+
+    /// Whether the mixer goes over the chunks of a sequence in phases, since there are too few lanes for its threads.
+    fn passes_over_chunks(&self) -> bool {
+        self.chunks > 1 && !self.lanes().is_multiple_of(self.threads) && self.lanes() < 4 * self.threads
+    }
+
+    /// Units of the mixer that are under way at once.
+    fn at_once(&self) -> u128 {
+        let units = if self.passes_over_chunks() { self.lanes() * self.chunks } else { self.lanes() };
+        units.min(self.threads)
+    }
+
+    /// Numbers of the tables of decays of one unit.
+    fn split(&self) -> u128 {
+        self.q.div_ceil(16) * self.q + 18 * self.q
     }
 
     /// A layer's state between two stretches of a sequence.
@@ -324,33 +351,42 @@ impl Play {
         let Self { rows, batch, threads, compute, e, c, h, proj, p, n, k, q, chunks, blocks, width, .. } =
             *self;
         let front = self.front();
-        let states = self.states();
-        self.scratch(threads, q * width + q);
-        self.scratch(1, batch * e * n); // state after the last chunk
         let d_projected = self.pool.take(rows * proj * compute);
         let d_scan = self.pool.take(rows * e * F32);
         self.scratch(1, rows.div_ceil(16) * e); // partial sums of the gated norm's weight
-        let d_states = self.states();
-        self.scratch(threads, q * width + q);
+        let pieces = batch * chunks;
+        let taps = k.next_multiple_of(4);
+        let sums = [
+            blocks * rows * 2 * n,
+            h * rows,
+            h * rows,
+            pieces * h,
+            pieces * (taps + 1) * c,
+            pieces * 2 * (k - 1) * c,
+        ]
+        .map(|len| self.pool.take(len * F32));
+        let states = self.states();
+        let d_states = self.passes_over_chunks().then(|| {
+            self.scratch(threads, (k - 1 + 3 * q) * width + 2 * q * q + q + self.split());
+            self.scratch(1, batch * e * n); // state after the last chunk
+            self.states()
+        });
         let d_initial = self.pool.take(batch * e * n * F32);
-        let act = self.pool.take(rows * c * F32);
-        let per_block = self.pool.take(blocks * rows * 2 * n * F32);
-        let steps = [(); 2].map(|()| self.pool.take(h * rows * F32));
-        self.scratch(threads, 3 * q * q + q * width + 2 * q * p + q * n + 4 * q);
-        self.pool.give([d_scan, states, d_states]);
+        let unit = (k + 5 * q) * width + 3 * q * q + q * (p + n) + 4 * q + self.split();
+        self.scratch(self.at_once(), unit);
+        self.pool.give([states].into_iter().chain(d_states));
+        self.scratch(threads.min(pieces), (k - 1 + 3 * q + 1) * n);
+        self.pool.give([d_scan]);
         let d_conv = self.pool.take(batch * (k - 1) * c * F32);
-        let partial = self.pool.take(batch * chunks * (k + 1) * c * F32);
-        self.scratch(threads, (k + 2 * (q + k - 1)) * c.min(256));
-        self.pool.give([partial, d_conv]);
-        self.pool.give(front.into_iter().chain([d_initial, act, per_block]).chain(steps));
+        self.pool.give(front.into_iter().chain([d_initial, d_conv]).chain(sums));
         d_projected
     }
 
-    /// Conv output, Δt and its cumulative sum.
+    /// B and C after the convolution, Δt and its cumulative sum.
     fn front(&mut self) -> Vec<u128> {
-        let Self { rows, threads, c, h, k, .. } = *self;
-        let blocks = [rows * c, h * rows, h * rows].map(|len| self.pool.take(len * F32));
-        self.scratch(threads, (k + 1) * c + 3 * h);
+        let Self { rows, threads, c, e, h, k, q, .. } = *self;
+        let blocks = [rows * (c - e), h * rows, h * rows].map(|len| self.pool.take(len * F32));
+        self.scratch(threads, (k - 1 + q) * (c - e).min(256));
         blocks.to_vec()
     }
 
