@@ -23,7 +23,7 @@ fn every_op_agrees_with_the_oracle() {
     }
 }
 
-/// So does the mixer, which takes the chunks of a sequence in turn or at once, as there are threads.
+/// Nor do they on which way the mixer goes: the chunks of a sequence in turn, or at once where threads are many.
 #[test]
 fn bits_do_not_depend_on_the_number_of_threads() {
     for isa in Isa::available() {

@@ -82,7 +82,7 @@ impl Dims {
     fn of(spec: &Mamba2Spec, batch: usize, len: usize) -> Self {
         assert_eq!(spec.heads % spec.groups, 0);
         let q = spec.chunk.min(MAX_CHUNK).min(len).max(1);
-        // Powers of two, so that 2, 4, … threads have equal shares.
+        // As many blocks as a power of two, where heads divide so, for equal shares of 2, 4, … threads.
         let heads = spec.heads / spec.groups;
         let block = heads.div_ceil(heads.div_ceil(HEAD_BLOCK).next_power_of_two());
         Self {

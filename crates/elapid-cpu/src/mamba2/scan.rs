@@ -1,7 +1,8 @@
 //! The chunked scan, forward.
 //!
 //! Inside a chunk, with c the cumulative sum of Δt·A: y_i = Σ_{j ≤ i} (C_i·B_j) e^{c_i − c_j} Δt_j x_j + e^{c_i} S C_i,
-//! where S is the state that enters the chunk. Differences of cumulative sums are masked before `exp` (trap T18).
+//! where S is the state that enters the chunk. What exponentials make of differences that are not asked for, j > i, is masked by its
+//! bits (trap T18).
 
 use std::ops::Range;
 
@@ -17,7 +18,7 @@ pub(super) struct Decays<'a> {
     /// `[n]`, Δt.
     pub(super) dt: &'a [f32],
     /// `[n]`, cumulative sum of Δt·A.
-    pub(super) cum: &'a [f32],
+    cum: &'a [f32],
     span: Span,
 }
 

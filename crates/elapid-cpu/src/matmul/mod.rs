@@ -235,6 +235,20 @@ pub(crate) unsafe fn product(
 unsafe fn portable(backend: &CpuBackend, into: Into, dst: *mut f32, stride: usize, lhs: Mat, rhs: Mat) {
     const DEPTH: usize = 512;
     let (m, n, k) = (lhs.rows, rhs.cols, lhs.cols);
+    // Of thin operands `gemm` adds one term after the other to the destination, of others the sum of all, as everywhere else.
+    if into == Into::Add && (m == 1 || n == 1 || k <= 2) {
+        let mut sums = backend.pool.take::<f32>(m * n);
+        let sums = sums.as_mut_slice::<f32>(m * n);
+        // SAFETY: the scratch has a place for every sum; those of `dst` are the caller's.
+        unsafe {
+            portable(backend, Into::Set, sums.as_mut_ptr(), n, lhs, rhs);
+            for (i, row) in sums.chunks_exact(n).enumerate() {
+                let to = std::slice::from_raw_parts_mut(dst.add(i * stride), n);
+                to.iter_mut().zip(row).for_each(|(to, sum)| *to += sum);
+            }
+        }
+        return;
+    }
     let fp32 = matches!((lhs.data, rhs.data), (Floats::F32(_), Floats::F32(_)));
     let (depth, copied) =
         if fp32 { (k.max(1), [0, 0]) } else { (DEPTH, [m, n].map(|len| len * DEPTH.min(k))) };

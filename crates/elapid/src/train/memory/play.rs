@@ -83,7 +83,8 @@ pub(super) struct Play {
     /// Chunk length and chunks of a sequence.
     q: u128,
     chunks: u128,
-    /// Blocks of heads over all groups, and the channels of one.
+    /// G; blocks of heads over all groups, and the channels of one.
+    groups: u128,
     blocks: u128,
     width: u128,
 }
@@ -126,6 +127,7 @@ impl Play {
             k: spec.conv_kernel as u128,
             q: q as u128,
             chunks: demand.length.div_ceil(q) as u128,
+            groups: spec.groups as u128,
             blocks: (spec.groups * heads.div_ceil(block)) as u128,
             width: (block * spec.head_dim) as u128,
         }
@@ -311,7 +313,7 @@ impl Play {
         let unit = (k - 1 + 3 * q) * width + 2 * q * q + q + self.split();
         let states = self.passes_over_chunks().then(|| {
             let states = self.states();
-            self.scratch(self.threads, unit);
+            self.scratch(self.at_once(), unit);
             states
         });
         let state = self.carried();
@@ -367,7 +369,8 @@ impl Play {
         .map(|len| self.pool.take(len * F32));
         let states = self.states();
         let d_states = self.passes_over_chunks().then(|| {
-            self.scratch(threads, (k - 1 + 3 * q) * width + 2 * q * q + q + self.split());
+            let units = self.lanes() * (chunks - 1);
+            self.scratch(threads.min(units), (k - 1 + 3 * q) * width + 2 * q * q + q + self.split());
             self.scratch(1, batch * e * n); // state after the last chunk
             self.states()
         });
@@ -375,7 +378,7 @@ impl Play {
         let unit = (k + 5 * q) * width + 3 * q * q + q * (p + n) + 4 * q + self.split();
         self.scratch(self.at_once(), unit);
         self.pool.give([states].into_iter().chain(d_states));
-        self.scratch(threads.min(pieces), (k - 1 + 3 * q + 1) * n);
+        self.scratch(threads.min(pieces * self.groups * 2), (k - 1 + 3 * q + 1) * n);
         self.pool.give([d_scan]);
         let d_conv = self.pool.take(batch * (k - 1) * c * F32);
         self.pool.give(front.into_iter().chain([d_initial, d_conv]).chain(sums));
@@ -384,9 +387,11 @@ impl Play {
 
     /// B and C after the convolution, Δt and its cumulative sum.
     fn front(&mut self) -> Vec<u128> {
-        let Self { rows, threads, c, e, h, k, q, .. } = *self;
+        let Self { rows, threads, batch, chunks, c, e, h, k, q, .. } = *self;
         let blocks = [rows * (c - e), h * rows, h * rows].map(|len| self.pool.take(len * F32));
-        self.scratch(threads, (k - 1 + q) * (c - e).min(256));
+        let pieces = batch * chunks;
+        self.scratch(threads.min(pieces * (c - e).div_ceil(256)), (k - 1 + q) * (c - e).min(256));
+        self.scratch(threads.min(pieces), 2 * q * h.next_multiple_of(16));
         blocks.to_vec()
     }
 
