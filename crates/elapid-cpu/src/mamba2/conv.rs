@@ -212,7 +212,7 @@ impl Tile<'_> {
     }
 
     /// Adjoint of the convolution, from the cotangent `d` `[n, width]` of its output before SiLU. The cotangents of inputs that
-    /// only positions of this chunk see go to the columns of `d_projected`; what the others need is left in `sums`.
+    /// only positions of this chunk see go to the columns of `d_projected`; what the others need is left in [`ConvSums`].
     #[inline(always)]
     pub(super) fn adjoint(
         &self,

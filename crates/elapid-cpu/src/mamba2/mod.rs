@@ -1,7 +1,7 @@
 //! The `mamba2` op: conv + SiLU, Δt, chunked scan, D skip, gated norm, forward and adjoint.
 //!
 //! The unit of work is one chunk of one sequence times one block of heads of one group: its convolution, its scan and, in the
-//! adjoint, their cotangents, all in memory that the core's second cache holds. Where sequences and blocks of heads are enough for
+//! adjoint, their cotangents, in scratch of a few megabytes that never leaves the caches. Where sequences and blocks of heads are enough for
 //! all threads, each goes from chunk to chunk with its state in hand ([`Dims::in_one_pass`]). Otherwise the chunks of a sequence
 //! go to several threads, in three phases: states of single chunks, the recurrence over chunks, outputs of chunks. The numbers are
 //! the same bits. Source of the chunked form: Dao & Gu 2024, "Transformers are SSMs", section 6.
