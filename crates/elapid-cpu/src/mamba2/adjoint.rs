@@ -59,7 +59,6 @@ pub(crate) fn adjoint(
         front: &front,
         d_scan: d_scan.as_slice(dims.rows() * dims.e),
         d_projected: &d_projected,
-        initial: inputs.initial.as_ref().map(|state| state.ssm.f32()),
         d_last: d_state.map(|state| state.ssm.f32()),
     };
     let d_ssm = pass.units(&out.shared(dims));
@@ -130,8 +129,6 @@ struct Pass<'a> {
     /// Y `[B·L, E]`.
     d_scan: &'a [f32],
     d_projected: &'a Projected<'a>,
-    /// The state that enters the first chunk `[B, H, P, N]`, if any.
-    initial: Option<&'a [f32]>,
     /// The cotangent of the state that leaves the last chunk, if any.
     d_last: Option<&'a [f32]>,
 }
@@ -200,7 +197,7 @@ impl Pass<'_> {
         }
         // Nothing here follows the last chunk.
         let (states, _) = scan::entering_states(call, front, 0..dims.chunks - 1);
-        let asking = usize::from(self.initial.is_none())..dims.chunks;
+        let asking = usize::from(call.initial().is_none())..dims.chunks;
         let mut d_states = scan::chunk_products(call, asking, |unit, d_states, s| {
             let span = Span::new(&call.documents, unit);
             for (h, head) in unit.heads.clone().enumerate() {
@@ -219,7 +216,7 @@ impl Pass<'_> {
             let at = dims.state_at(unit.b, unit.chunk, unit.heads.start);
             let mut block = backend.pool.take::<f32>(UnitScratch::len(dims));
             let mut s = UnitScratch::new(dims, &unit, block.as_mut_slice(UnitScratch::len(dims)));
-            let state = self.enters(&unit).then_some(&states[at..]);
+            let state = call.enters(&unit).then_some(&states[at..]);
             self.unit(&unit, state, self.leaves(&unit).then_some(&d_states[at..]), &mut s, out);
         });
         d_initial
@@ -242,7 +239,7 @@ impl Pass<'_> {
                 unsafe { states.slice(at, unit.width * dims.spec.state) }
             };
             let first = dims.unit_of(0, lane);
-            if let Some(initial) = self.initial {
+            if let Some(initial) = call.initial() {
                 let state = entering(&first);
                 state.copy_from_slice(&initial[dims.running_at(&first)..][..state.len()]);
             }
@@ -251,18 +248,15 @@ impl Pass<'_> {
                 let state = entering(&dims.unit_of(chunk, lane));
                 let s = UnitScratch::new(dims, &unit, block);
                 vectorize!(backend.isa, || call.tile(&unit).forward(s.inputs, s.x));
-                let mut into = Into::Set;
-                if self.enters(&unit) {
+                if call.enters(&unit) {
                     state.copy_from_slice(entering(&unit));
-                    scan::decay_states(call, front, &unit, state);
-                    into = Into::Add;
                 }
-                scan::add_state(call, front, &unit, s.x, into, state, s.heads.weighted, s.heads.leaving);
+                scan::advance(call, front, &unit, s.x, state, s.heads.weighted, s.heads.leaving);
             }
             for chunk in (0..dims.chunks).rev() {
                 let unit = dims.unit_of(chunk, lane);
                 let mut s = UnitScratch::new(dims, &unit, block);
-                let (enters, leaves) = (self.enters(&unit), self.leaves(&unit));
+                let (enters, leaves) = (call.enters(&unit), self.leaves(&unit));
                 // SAFETY: each (sequence, head) belongs to one lane.
                 let d_state = unsafe { d_states.slice(dims.running_at(&unit), unit.width * dims.spec.state) };
                 let state = enters.then(|| &*entering(&unit));
@@ -274,11 +268,6 @@ impl Pass<'_> {
             }
         });
         d_running
-    }
-
-    /// Whether a state enters the chunk.
-    fn enters(&self, unit: &Unit) -> bool {
-        self.initial.is_some() || unit.chunk > 0
     }
 
     /// Whether the state that leaves the chunk has a cotangent.
@@ -315,9 +304,8 @@ impl Pass<'_> {
             let (b, chunk, group) = (piece / dims.chunks, piece % dims.chunks, part / 2);
             let (from, channel) =
                 if part % 2 == 0 { (0, dims.b_channel(group)) } else { (width, dims.c_channel(group)) };
-            let first = chunk * dims.q;
-            let n = dims.q.min(dims.len - first);
-            let tile = Tile { call, b, chunk, first, n, channel, width };
+            let tile = Tile::new(call, b, chunk, channel, width);
+            let (first, n) = (tile.first, tile.n);
             let len = tile.inputs_len() + (2 * n + 1) * width;
             let mut block = backend.pool.take::<f32>(len);
             let (inputs, rest) = block.as_mut_slice::<f32>(len).split_at_mut(tile.inputs_len());

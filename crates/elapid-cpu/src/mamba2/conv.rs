@@ -93,18 +93,24 @@ fn activate_with_slope(x: &mut [f32], slope: &mut [f32]) {
 
 /// Some channels of one chunk of a sequence.
 pub(super) struct Tile<'a> {
-    pub(super) call: &'a Call<'a>,
-    pub(super) b: usize,
+    call: &'a Call<'a>,
+    b: usize,
     /// Chunk, its first position, its positions.
-    pub(super) chunk: usize,
+    chunk: usize,
     pub(super) first: usize,
     pub(super) n: usize,
     /// First channel and their number.
-    pub(super) channel: usize,
-    pub(super) width: usize,
+    channel: usize,
+    width: usize,
 }
 
-impl Tile<'_> {
+impl<'a> Tile<'a> {
+    /// `width` channels of a chunk from `channel` on.
+    pub(super) fn new(call: &'a Call<'a>, b: usize, chunk: usize, channel: usize, width: usize) -> Self {
+        let first = chunk * call.dims.q;
+        Self { call, b, chunk, first, n: call.dims.q.min(call.dims.len - first), channel, width }
+    }
+
     /// Numbers of the inputs.
     pub(super) fn inputs_len(&self) -> usize {
         (self.call.dims.spec.conv_kernel - 1 + self.n) * self.width
@@ -300,7 +306,7 @@ pub(super) fn front(call: &Call<'_>) -> Front {
         let n = dims.q.min(dims.len - first);
         if part < tiles {
             let (from, width) = (part * CHANNELS, CHANNELS.min(channels - part * CHANNELS));
-            let tile = Tile { call, b, chunk, first, n, channel: dims.e + from, width };
+            let tile = Tile::new(call, b, chunk, dims.e + from, width);
             let mut scratch = backend.pool.take::<f32>(tile.inputs_len());
             let raw = scratch.as_mut_slice::<f32>(tile.inputs_len());
             vectorize!(backend.isa, || {

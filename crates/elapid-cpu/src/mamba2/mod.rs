@@ -284,9 +284,17 @@ impl<'a> Call<'a> {
 
     /// The x channels of a unit.
     fn tile(&self, unit: &Unit) -> Tile<'_> {
-        let channel = unit.heads.start * self.dims.spec.head_dim;
-        let &Unit { b, chunk, row, n, width, .. } = unit;
-        Tile { call: self, b, chunk, first: row, n, channel, width }
+        Tile::new(self, unit.b, unit.chunk, unit.heads.start * self.dims.spec.head_dim, unit.width)
+    }
+
+    /// The state that enters the first chunk `[B, H, P, N]`, if any.
+    fn initial(&self) -> Option<&[f32]> {
+        self.inputs.initial.as_ref().map(|state| state.ssm.f32())
+    }
+
+    /// Whether a state enters the chunk.
+    fn enters(&self, unit: &Unit) -> bool {
+        unit.chunk > 0 || self.inputs.initial.is_some()
     }
 }
 

@@ -236,8 +236,7 @@ pub(super) fn cut<'a>(block: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
 
 /// Scan output `[B·L, E]`, D skip included, and the state after the last chunk, `[B, H, P, N]`.
 pub(super) fn forward(call: &Call<'_>, front: &Front) -> (Block, Block) {
-    let Call { backend, ref dims, inputs, .. } = *call;
-    let initial = inputs.initial.as_ref().map(|state| state.ssm.f32());
+    let Call { backend, ref dims, .. } = *call;
     let mut y = backend.pool.take::<f32>(dims.rows() * dims.e);
     let out = Shared::new(y.as_mut_slice::<f32>(dims.rows() * dims.e));
     if !dims.in_one_pass(backend.workers.threads()) {
@@ -249,12 +248,11 @@ pub(super) fn forward(call: &Call<'_>, front: &Front) -> (Block, Block) {
             let mut s = Scratch::new(dims, &unit, block.as_mut_slice(Scratch::len(dims)));
             vectorize!(backend.isa, || call.tile(&unit).forward(s.inputs, s.x));
             let state = &states[dims.state_at(unit.b, unit.chunk, unit.heads.start)..];
-            let enters = initial.is_some() || unit.chunk > 0;
-            outputs(call, front, &unit, enters.then_some(state), &mut s, &out);
+            outputs(call, front, &unit, call.enters(&unit).then_some(state), &mut s, &out);
         });
         return (y, last);
     }
-    let mut last = starting_states(call, initial);
+    let mut last = starting_states(call, call.initial());
     let len = dims.batch * dims.e * dims.spec.state;
     let running = Shared::new(last.as_mut_slice::<f32>(len));
     backend.workers.each(dims.lanes(), |lane| {
@@ -266,13 +264,8 @@ pub(super) fn forward(call: &Call<'_>, front: &Front) -> (Block, Block) {
             // SAFETY: each (sequence, head) belongs to one lane.
             let state = unsafe { running.slice(dims.running_at(&unit), unit.width * dims.spec.state) };
             vectorize!(backend.isa, || call.tile(&unit).forward(s.inputs, s.x));
-            let enters = initial.is_some() || chunk > 0;
-            outputs(call, front, &unit, enters.then_some(&*state), &mut s, &out);
-            let into = if enters { Into::Add } else { Into::Set };
-            if enters {
-                decay_states(call, front, &unit, state);
-            }
-            add_state(call, front, &unit, s.x, into, state, s.weighted, s.entering);
+            outputs(call, front, &unit, call.enters(&unit).then_some(&*state), &mut s, &out);
+            advance(call, front, &unit, s.x, state, s.weighted, s.entering);
         }
     });
     (y, last)
@@ -301,9 +294,27 @@ pub(super) fn decay_states(call: &Call<'_>, front: &Front, unit: &Unit, states: 
     }
 }
 
+/// Turns the states `[heads, P, N]` that enter the chunk of a unit, if any do, into those that leave it. Scratch is as for
+/// [`add_state`].
+pub(super) fn advance(
+    call: &Call<'_>,
+    front: &Front,
+    unit: &Unit,
+    x: &[f32],
+    states: &mut [f32],
+    weighted: &mut [f32],
+    weights: &mut [f32],
+) {
+    let into = if call.enters(unit) { Into::Add } else { Into::Set };
+    if into == Into::Add {
+        decay_states(call, front, unit, states);
+    }
+    add_state(call, front, unit, x, into, states, weighted, weights);
+}
+
 /// What one unit adds to the states `[heads, P, N]` by the end of its chunk: Σ_j e^{c_n − c_j} Δt_j x_j B_jᵀ. Scratch is `weighted`
 /// `[n, heads·P]` and `weights` `[n]`.
-pub(super) fn add_state(
+fn add_state(
     call: &Call<'_>,
     front: &Front,
     unit: &Unit,
@@ -331,13 +342,12 @@ pub(super) fn add_state(
 /// `[B, chunks, H, P, N]`: the states that enter the chunks, from what each of `chunks` adds; and the state after the last one, if
 /// it is among them. The chunks go to all threads.
 pub(super) fn entering_states(call: &Call<'_>, front: &Front, chunks: Range<usize>) -> (Block, Block) {
-    let Call { backend, inputs, .. } = *call;
+    let backend = call.backend;
     let mut states = chunk_products(call, chunks, |unit, states, s| {
         vectorize!(backend.isa, || call.tile(unit).forward(s.inputs, s.x));
         add_state(call, front, unit, s.x, Into::Set, states, s.weighted, s.entering);
     });
-    let initial = inputs.initial.as_ref().map(|state| state.ssm.f32());
-    let last = pass_states(call, front, Direction::Forwards, initial, &mut states);
+    let last = pass_states(call, front, Direction::Forwards, call.initial(), &mut states);
     (states, last)
 }
 

@@ -307,10 +307,10 @@ impl Play {
 
     /// The mixer: its output `[rows, E]`, the scan's output in fp32, and the final state.
     fn mamba2(&mut self) -> (u128, u128, [u128; 2]) {
-        let Self { rows, compute, e, q, k, width, .. } = *self;
+        let Self { rows, compute, e, .. } = *self;
         let front = self.front();
         let y = self.pool.take(rows * e * F32);
-        let unit = (k - 1 + 3 * q) * width + 2 * q * q + q + self.split();
+        let unit = self.unit();
         let states = self.passes_over_chunks().then(|| {
             let states = self.states();
             self.scratch(self.at_once(), unit);
@@ -336,6 +336,12 @@ impl Play {
     fn at_once(&self) -> u128 {
         let units = if self.passes_over_chunks() { self.lanes() * self.chunks } else { self.lanes() };
         units.min(self.threads)
+    }
+
+    /// Scratch of one unit forward.
+    fn unit(&self) -> u128 {
+        let Self { q, k, width, .. } = *self;
+        (k - 1 + 3 * q) * width + 2 * q * q + q + self.split()
     }
 
     /// Numbers of the tables of decays of one unit.
@@ -370,7 +376,7 @@ impl Play {
         let states = self.states();
         let d_states = self.passes_over_chunks().then(|| {
             let units = self.lanes() * (chunks - 1);
-            self.scratch(threads.min(units), (k - 1 + 3 * q) * width + 2 * q * q + q + self.split());
+            self.scratch(threads.min(units), self.unit());
             self.scratch(1, batch * e * n); // state after the last chunk
             self.states()
         });
