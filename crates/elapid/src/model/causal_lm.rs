@@ -168,8 +168,9 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
                 return self.parameter(backend, &Slot { row: slot.row, offset, shape: vec![count] });
             }
             if gathered.0 != name {
-                let whole = shard::gather(backend, &self.masters, &self.layout, slot, info);
-                gathered = (name.to_owned(), whole);
+                // One tensor at a time: the last one goes first.
+                gathered = (name.to_owned(), Vec::new());
+                gathered.1 = shard::gather(backend, &self.masters, &self.layout, slot, info);
             }
             gathered.1[first..first + count].to_vec()
         };

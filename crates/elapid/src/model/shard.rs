@@ -223,8 +223,8 @@ fn of_segments(segments: &[Segment], Share { ranks, rank }: Share) -> Vec<Cut> {
     cuts
 }
 
-/// Elements of a rank's part that are gathered at a time.
-const STRETCH: usize = 1 << 20;
+/// Elements that are gathered at a time, of all ranks together: every rank of a process holds so many.
+const STRETCH: usize = 1 << 18;
 
 /// The values of one parameter of `buffer` from all tensor-parallel ranks, which call this together; `slot` and `info`
 /// are of `layout`. Row-major, fp32, on the host.
@@ -253,8 +253,9 @@ pub(super) fn gather_parts<B: Backend>(
     slot: &Slot,
     mut sink: impl FnMut(usize, &[f32]),
 ) {
-    for first in (0..slot.len()).step_by(STRETCH) {
-        let shape = vec![STRETCH.min(slot.len() - first)];
+    let stretch = (STRETCH / backend.group_size(Group::Tp)).max(1);
+    for first in (0..slot.len()).step_by(stretch) {
+        let shape = vec![stretch.min(slot.len() - first)];
         let part = backend.view(buffer, &Slot { row: slot.row, offset: slot.offset + first, shape });
         sink(first, &backend.values(&backend.all_gather(&part, 0, Group::Tp)));
     }
