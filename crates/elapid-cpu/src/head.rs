@@ -1,6 +1,7 @@
 //! `head_loss`: vocabulary projection and cross entropy in blocks of positions.
 
 use elapid_tensor::{DType, IGNORE_LABEL, Sink};
+use half::bf16;
 
 use crate::CpuBackend;
 use crate::comm::bytes_mut;
@@ -8,10 +9,12 @@ use crate::isa::vectorize;
 use crate::math;
 use crate::matmul::{Into, Mat, matmul};
 use crate::parallel::Shared;
-use crate::tensor::{Buffer, Tensor};
+use crate::tensor::{Buffer, Floats, Tensor, narrow};
 
 /// Logits of one block hold at most this many numbers (64 MiB), but never less than 16 positions.
 const BLOCK: usize = 16 << 20;
+/// A block has a multiple of so many positions where it may: a product over positions takes as many in one pass.
+const POSITIONS: usize = 256;
 
 pub(crate) fn forward(
     backend: &CpuBackend,
@@ -58,10 +61,16 @@ fn blocks(
     let place = |label: i32| (label as usize).checked_sub(first_token).filter(|place| *place < valid);
     let adjoint = d_weight.is_some();
 
-    let most = (BLOCK / width).max(16);
+    let most = match (BLOCK / width).max(16) {
+        most if most > POSITIONS => most / POSITIONS * POSITIONS,
+        most => most,
+    };
     // Even shares: a short last block would read the whole head for a few positions.
     let most = rows.div_ceil(rows.div_ceil(most).max(1));
     let mut logits = backend.pool.take::<f32>(most * width);
+    // The logits' cotangents, rounded once for both products.
+    let rounds = adjoint && x.dtype() == DType::Bf16;
+    let mut rounded = rounds.then(|| backend.pool.take::<bf16>(most * width));
     let mut loss = 0.0f64;
     let mut first = 0;
     while first < rows {
@@ -72,45 +81,44 @@ fn blocks(
         matmul(backend, Into::Set, logits, width, x, weight.t());
         let mut parts = vec![Part::default(); n];
         let mut losses = vec![0.0f32; n];
-        let (shared_parts, shared_losses) = (Shared::new(&mut parts), Shared::new(&mut losses));
+        let shared_parts = Shared::new(&mut parts);
+        let mut rounded = rounded.as_mut().map(|block| block.as_mut_slice::<bf16>(n * width));
+        let results = Results {
+            losses: Shared::new(&mut losses),
+            adjoint,
+            rounded: rounded.as_mut().map(|rounded| Shared::new(rounded)),
+        };
         backend.workers.rows(logits, width, 4, |from, chunk| {
             for (i, row) in (from..).zip(chunk.chunks_exact_mut(width)) {
-                let (row, padding) = row.split_at_mut(valid);
-                padding.fill(0.0);
                 vectorize!(backend.isa, || {
-                    let part = Part::of(row, labels[i], place(labels[i]));
-                    if tp.size() == 1 {
-                        let loss = part.finish(part, row, labels[i], place(labels[i]), adjoint);
-                        // SAFETY: each position belongs to one piece.
-                        unsafe { shared_losses.slice(i, 1)[0] = loss };
-                    }
-                    // SAFETY: as above.
+                    row[valid..].fill(0.0);
+                    let part = Part::of(&mut row[..valid], labels[i], place(labels[i]));
+                    // SAFETY: each position belongs to one piece.
                     unsafe { shared_parts.slice(i, 1)[0] = part };
+                    if tp.size() == 1 {
+                        // SAFETY: as above.
+                        unsafe { results.put(i, part, part, row, valid, labels[i], place(labels[i])) };
+                    }
                 });
             }
         });
         if tp.size() > 1 {
             let wholes = Part::over_ranks(backend, &parts);
-            let shared = Shared::new(&mut losses);
             backend.workers.rows(logits, width, 4, |from, chunk| {
                 for (i, row) in (from..).zip(chunk.chunks_exact_mut(width)) {
-                    let row = &mut row[..valid];
+                    let (label, place) = (labels[i], place(labels[i]));
                     // SAFETY: each position belongs to one piece.
-                    let loss = unsafe { &mut shared.slice(i, 1)[0] };
-                    *loss = vectorize!(backend.isa, || parts[i].finish(
-                        wholes[i],
-                        row,
-                        labels[i],
-                        place(labels[i]),
-                        adjoint
-                    ));
+                    vectorize!(backend.isa, || unsafe {
+                        results.put(i, parts[i], wholes[i], row, valid, label, place)
+                    });
                 }
             });
         }
         loss += losses.iter().map(|&l| f64::from(l)).sum::<f64>();
         if let (Some(Sink { buffer, slot }), Some(dx)) = (&mut d_weight, &mut dx) {
             let buffer: &mut Buffer = buffer;
-            let d_logits = Mat::new(&*logits, n, width);
+            let d_logits = rounded.as_deref().map_or(Floats::F32(logits), Floats::Bf16);
+            let d_logits = Mat::new(d_logits, n, width);
             let dx = &mut dx.as_mut_slice::<f32>(rows * d)[first * d..][..n * d];
             matmul(backend, Into::Set, dx, d, d_logits, weight);
             matmul(backend, Into::Add, buffer.slot_mut(slot), d, d_logits.t(), x);
@@ -119,6 +127,44 @@ fn blocks(
     }
     let loss = backend.scalars(&[loss as f32], &[]);
     (loss, dx.map(|dx| backend.cast_to(&Tensor::new(dx, x.shape(), DType::F32), x.dtype())))
+}
+
+/// Where the results of a block go.
+struct Results<'a> {
+    /// `[n]`.
+    losses: Shared<'a, f32>,
+    /// Whether the logits' cotangents are wanted, and where they are rounded to, `[n, width]`, if at all.
+    adjoint: bool,
+    rounded: Option<Shared<'a, bf16>>,
+}
+
+impl Results<'_> {
+    /// The loss of position `i`, from its part and the whole of all ranks, and, in place of `row`, of which only the `valid` first count,
+    /// the cotangents.
+    ///
+    /// # Safety
+    /// No other piece may have this position.
+    #[inline(always)]
+    unsafe fn put(
+        &self,
+        i: usize,
+        part: Part,
+        whole: Part,
+        row: &mut [f32],
+        valid: usize,
+        label: i32,
+        place: Option<usize>,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe { self.losses.slice(i, 1)[0] = whole.loss(label) };
+        if self.adjoint {
+            part.derive(whole, &mut row[..valid], label, place);
+        }
+        if let Some(rounded) = &self.rounded {
+            // SAFETY: as above.
+            narrow(row, unsafe { rounded.slice(i * row.len(), row.len()) });
+        }
+    }
 }
 
 /// What the cross entropy of a position needs to know of its logits, of one rank or of all.
@@ -170,26 +216,25 @@ impl Part {
         (0..n).map(whole).collect()
     }
 
-    /// −log softmax(row)[label] with the logits of all ranks in `whole`. With `adjoint` the row, as [`Self::of`] left
-    /// it, is overwritten by its derivative softmax(row) − onehot(label). An ignored label gives 0 and zeros.
-    #[inline(always)]
-    fn finish(self, whole: Self, row: &mut [f32], label: i32, place: Option<usize>, adjoint: bool) -> f32 {
-        if label == IGNORE_LABEL {
-            if adjoint {
-                row.fill(0.0);
-            }
-            return 0.0;
-        }
-        if adjoint {
-            let shrink = if self.max == whole.max { 1.0 } else { math::exp(self.max - whole.max) };
-            let scale = shrink / whole.sum;
-            row.iter_mut().for_each(|x| *x *= scale);
-            if let Some(place) = place {
-                row[place] -= 1.0;
-            }
-        }
+    /// −log softmax(row)[label], of all ranks' logits; 0 for an ignored label.
+    fn loss(self, label: i32) -> f32 {
         // The difference first: ln + max would round to the digits of max.
-        whole.sum.ln() + (whole.max - whole.logit)
+        if label == IGNORE_LABEL { 0.0 } else { self.sum.ln() + (self.max - self.logit) }
+    }
+
+    /// Overwrites the row, as [`Self::of`] left it, by the derivative of the loss: softmax(row) − onehot(label) with the logits of all
+    /// ranks in `whole`, zeros for an ignored label.
+    #[inline(always)]
+    fn derive(self, whole: Self, row: &mut [f32], label: i32, place: Option<usize>) {
+        if label == IGNORE_LABEL {
+            return row.fill(0.0);
+        }
+        let shrink = if self.max == whole.max { 1.0 } else { math::exp(self.max - whole.max) };
+        let scale = shrink / whole.sum;
+        row.iter_mut().for_each(|x| *x *= scale);
+        if let Some(place) = place {
+            row[place] -= 1.0;
+        }
     }
 }
 
@@ -219,8 +264,7 @@ mod tests {
 
     fn cross_entropy(row: &mut [f32], label: i32) -> f32 {
         let place = Some(label as usize);
-        let part = Part::of(row, label, place);
-        part.finish(part, row, label, place, true)
+        Part::of(row, label, place).loss(label)
     }
 
     #[test]

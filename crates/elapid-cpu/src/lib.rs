@@ -30,6 +30,7 @@ use elapid_tensor::{
 use half::bf16;
 
 pub use isa::{Isa, features};
+pub use matmul::tile_extents;
 pub use peaks::Peaks;
 pub use tensor::{Buffer, Tensor};
 

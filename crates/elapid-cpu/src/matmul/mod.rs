@@ -100,11 +100,6 @@ pub(crate) enum Triangle {
     ResultLower,
 }
 
-/// Largest tile of a destination. Tiles are what threads share out; their extents decide how often an operand is packed
-/// again.
-const TILE_ROWS: usize = 256;
-const TILE_COLS: usize = 512;
-
 /// `dst [rows, cols]` (row-major, rows `stride` apart) = or += `lhs · rhs`, over all workers. Sums are fp32. Where one
 /// operand is bf16 and the CPU multiplies pairs of bf16, the other is rounded to it.
 pub(crate) fn matmul(backend: &CpuBackend, into: Into, dst: &mut [f32], stride: usize, lhs: Mat, rhs: Mat) {
@@ -148,7 +143,9 @@ fn tiles(backend: &CpuBackend, lhs: Mat, rhs: Mat, f: impl Fn(usize, usize, Mat,
     if m == 0 || n == 0 {
         return;
     }
-    let (tile_m, tile_n) = (even(m, TILE_ROWS), even(n, TILE_COLS));
+    // `gemm` may sum in another order in a tile of other extents: there they are those for so many threads, whatever their number.
+    let threads = if backend.isa.multiplies() { backend.workers.threads() } else { 8 };
+    let (tile_m, tile_n) = tile_extents(m, n, threads);
     let (down, across) = (m.div_ceil(tile_m), n.div_ceil(tile_n));
     backend.workers.each(down * across, |piece| {
         let (i, j) = (piece / across * tile_m, piece % across * tile_n);
@@ -156,9 +153,22 @@ fn tiles(backend: &CpuBackend, lhs: Mat, rhs: Mat, f: impl Fn(usize, usize, Mat,
     });
 }
 
-/// Even shares of `len`, no larger than `most`.
-fn even(len: usize, most: usize) -> usize {
-    len.div_ceil(len.div_ceil(most))
+/// Extents of the tiles with which so many threads are done with a product `[m, n]` first. No sum of the kernels here depends on them.
+pub fn tile_extents(m: usize, n: usize, threads: usize) -> (usize, usize) {
+    /// Multiply-adds that take as long as packing a number.
+    const PACKING: usize = 16;
+    /// Most numbers of a tile: its sums stay in the second cache.
+    const LARGEST: usize = 1 << 18;
+    let all = (64..=512).step_by(32).flat_map(|rows| (96..=768).step_by(48).map(move |cols| (rows, cols)));
+    let time = |&(rows, cols): &(usize, usize)| {
+        let tiles = m.div_ceil(rows).saturating_mul(n.div_ceil(cols));
+        tiles.div_ceil(threads).saturating_mul(rows * cols + PACKING * (rows + cols))
+    };
+    let (rows, cols) = all
+        .filter(|(rows, cols)| rows * cols <= LARGEST)
+        .min_by_key(time)
+        .expect("the smallest ones are small enough");
+    (rows.min(m), cols.min(n))
 }
 
 /// One product on the calling thread.

@@ -42,6 +42,12 @@ pub(super) trait Number {
     /// # Safety
     /// As above.
     unsafe fn narrow(from: *const Self, mask: __mmask16) -> __m512i;
+
+    /// The `count` numbers from `from` on as sixteen units of two bf16; zeros for what they lack of 32.
+    ///
+    /// # Safety
+    /// As above, of `count` places.
+    unsafe fn pairs(from: *const Self, count: usize) -> __m512i;
 }
 
 impl Number for f32 {
@@ -65,6 +71,18 @@ impl Number for f32 {
         let quiet = _mm512_set1_epi32(0x0040_0000);
         _mm512_srli_epi32::<16>(_mm512_mask_or_epi32(rounded, nan, bits, quiet))
     }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn pairs(from: *const Self, count: usize) -> __m512i {
+        // SAFETY: the masks keep to `count` places.
+        unsafe {
+            let low = Self::narrow(from, mask(count));
+            let high = Self::narrow(from.wrapping_add(LANES), mask(count.saturating_sub(LANES)));
+            let low = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(low));
+            _mm512_inserti64x4::<1>(low, _mm512_cvtepi32_epi16(high))
+        }
+    }
 }
 
 impl Number for bf16 {
@@ -80,6 +98,15 @@ impl Number for bf16 {
     unsafe fn narrow(from: *const Self, mask: __mmask16) -> __m512i {
         // SAFETY: the caller's promise.
         _mm512_cvtepu16_epi32(unsafe { _mm256_maskz_loadu_epi16(mask, from.cast()) })
+    }
+
+    /// Two that follow each other are a unit as they are.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn pairs(from: *const Self, count: usize) -> __m512i {
+        let mask = if count >= 2 * LANES { !0 } else { (1 << count) - 1 };
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_maskz_loadu_epi16(mask, from.cast()) }
     }
 }
 
@@ -154,11 +181,7 @@ unsafe fn pack_from<T: Number, U: Unit, const WIDTH: usize>(
                         *row = if U::NUMBERS == 1 {
                             T::wide(at, mask(k - first))
                         } else {
-                            let low = T::narrow(at, mask(k - first));
-                            let rest = (k - first).saturating_sub(LANES);
-                            let high = T::narrow(at.wrapping_add(LANES), mask(rest));
-                            let low = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(low));
-                            _mm512_inserti64x4::<1>(low, _mm512_cvtepi32_epi16(high))
+                            T::pairs(at, k - first)
                         };
                     }
                 }

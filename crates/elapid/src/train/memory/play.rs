@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use elapid_cpu::tile_extents;
 use elapid_tensor::{Checkpointing, DType};
 
 use super::Demand;
@@ -152,7 +153,7 @@ impl Play {
 
         // head_loss computes value and adjoint at once.
         let dx = self.pool.take(rows * d * F32);
-        self.head();
+        self.head(true);
         let dy = self.round(dx, rows * d);
         self.pool.give([hidden]);
         let held = self.pool.live;
@@ -180,7 +181,7 @@ impl Play {
         }
         let hidden = self.pool.take(span * d * compute); // final norm
         let hidden = self.gather(hidden, d * compute);
-        self.head();
+        self.head(false);
         self.pool.give([x, hidden]);
     }
 
@@ -229,13 +230,16 @@ impl Play {
         all
     }
 
-    /// What head_loss needs for a moment: the logits of a block of positions.
-    fn head(&mut self) {
-        let Self { rows, v, .. } = *self;
-        let most = ((16 << 20) / v).max(16); // `BLOCK` of the backend's `head`
+    /// What head_loss needs for a moment: the logits of a block of positions and, in the adjoint, their rounded cotangents.
+    fn head(&mut self, adjoint: bool) {
+        let Self { rows, v, compute, .. } = *self;
+        // `BLOCK` and `POSITIONS` of the backend's `head`.
+        let most = ((16 << 20) / v).max(16);
+        let most = if most > 256 { most / 256 * 256 } else { most };
         let block = rows.div_ceil(rows.div_ceil(most));
         let logits = self.pool.take(block * v * F32);
-        self.pool.give([logits]);
+        let rounded = (adjoint && compute != F32).then(|| self.pool.take(block * v * compute));
+        self.pool.give([logits].into_iter().chain(rounded));
     }
 
     /// One layer: its output and what the ops save. The last of what is saved, the layer's input, is the caller's.
@@ -294,13 +298,15 @@ impl Play {
     }
 
     /// The output `[rows, output]`, or of the adjoint the cotangent of the input. Where it is rounded, a tile of its fp32 sums is
-    /// held by each thread for a moment: `TILE_ROWS` by `TILE_COLS` of the backend's `matmul` at most.
+    /// held by each thread for a moment.
     fn linear(&mut self, output: u128) -> u128 {
         let Self { rows, threads, compute, .. } = *self;
         let y = self.pool.take(rows * output * compute);
         if compute != F32 {
-            let even = |len: u128, most: u128| len.div_ceil(len.div_ceil(most));
-            self.scratch(threads, even(rows, 256) * even(output, 512));
+            let [rows, output, count] =
+                [rows, output, threads].map(|n| usize::try_from(n).unwrap_or(usize::MAX));
+            let (rows, cols) = tile_extents(rows, output, count);
+            self.scratch(threads, (rows * cols) as u128);
         }
         y
     }
