@@ -1,6 +1,6 @@
 //! Adjoint of the `mamba2` op.
 //!
-//! Saved is the scan's output; conv, Δt and chunk states are computed again. With R_ij = (C_i·B_j) e^{c_i − c_j} inside
+//! Saved are the scan's output and the states that enter chunks; conv and Δt are computed again. With R_ij = (C_i·B_j) e^{c_i − c_j} inside
 //! a chunk, S the state that enters it, Ŝ the cotangent of the state that leaves it, and Y the cotangent of y:
 //!
 //! - cotangent of Δt_j x_j: u_j = Σ_i R_ij Y_i + e^{c_n − c_j} Ŝ B_j, so dx_j = Δt_j u_j + D Y_j and dΔt_j = x_j·u_j;
@@ -11,12 +11,14 @@
 
 mod unit;
 
+use std::ops::Range;
+
 use elapid_tensor::{DType, Mamba2Grads, Mamba2Inputs, Mamba2Sinks, Mamba2Spec, Mamba2Weights, State};
-use half::bf16;
 
 use self::unit::UnitScratch;
 use super::conv::{self, ConvSums, Tile, add};
 use super::scan::{self, Decays, Direction, Span, Views, weigh};
+use super::target::{self, Target};
 use super::{Call, Dims, Front, Unit, gate};
 use crate::CpuBackend;
 use crate::isa::vectorize;
@@ -24,7 +26,7 @@ use crate::math;
 use crate::matmul::{Into, Mat, small};
 use crate::memory::Block;
 use crate::parallel::Shared;
-use crate::tensor::{Buffer, Tensor, narrow};
+use crate::tensor::{Buffer, Floats, Tensor};
 
 pub(crate) fn adjoint(
     backend: &CpuBackend,
@@ -41,30 +43,42 @@ pub(crate) fn adjoint(
     let dims = &call.dims;
     let front = conv::front(&call);
 
-    let len = dims.rows() * dims.proj;
     let dtype = inputs.projected.dtype();
-    let mut projected = match dtype {
-        DType::Bf16 => backend.pool.take::<bf16>(len),
-        _ => backend.pool.take::<f32>(len),
-    };
-    let d_projected = match dtype {
-        DType::Bf16 => Projected::Bf16(Shared::new(projected.as_mut_slice(len))),
-        _ => Projected::F32(Shared::new(projected.as_mut_slice(len))),
-    };
-    let (d_scan, d_norm) =
-        gate::adjoint(backend, dims, inputs, &call.params, saved[0].f32(), dy, &d_projected);
+    let len = dims.rows() * dims.proj;
+    let mut projected = target::take(backend, dtype, len);
+    let d_projected = Target::new(&mut projected, dtype, len);
+    let [y, states] = saved else { panic!("the forward op saves two tensors") };
+    let mut gate = gate::Adjoint::new(&call, y.f32(), dy);
     let mut out = ScanGrads::new(&call);
-    let pass = Pass {
-        call: &call,
-        front: &front,
-        d_scan: d_scan.as_slice(dims.rows() * dims.e),
-        d_projected: &d_projected,
-        d_last: d_state.map(|state| state.ssm.f32()),
-    };
-    let d_ssm = pass.units(&out.shared(dims));
-    pass.groups(&mut out);
-    let heads = pass.steps(&out);
-    drop(d_scan);
+    let threads = backend.workers.threads();
+    let span = dims.len.min(dims.part(threads) * dims.q);
+    let mut d_scan = backend.pool.take::<f32>(dims.batch * span * dims.e);
+    let d_scan = d_scan.as_mut_slice::<f32>(dims.batch * span * dims.e);
+    let d_last = d_state.map(|state| state.ssm.f32());
+    let outputs = out.shared(dims);
+    let mut d_ssm = scan::starting_states(&call, d_last);
+    for part in dims.parts(threads).rev() {
+        gate.part(part.clone(), d_scan, span, &d_projected);
+        let pass = Pass {
+            call: &call,
+            front: &front,
+            states: states.floats(),
+            d_scan,
+            span,
+            first: part.start * dims.q,
+            d_projected: &d_projected,
+            d_last,
+            out: &outputs,
+        };
+        if dims.in_one_pass(threads) {
+            pass.lanes(part, &mut d_ssm);
+        } else {
+            d_ssm = pass.phases();
+        }
+    }
+    let d_norm = gate.finish();
+    groups(&call, &d_projected, &mut out);
+    let heads = steps(&call, &front, &d_projected, &out);
     let (d_conv, d_conv_state) = out.conv.finish(&call, d_state, &d_projected);
 
     let mut accumulate = |slot, gradient: &[f32]| add(grads.slot_mut(slot), gradient);
@@ -89,48 +103,20 @@ pub(crate) fn adjoint(
     }
 }
 
-/// The cotangent of the projection `[B·L, E + C + H]`, whose columns several phases write.
-pub(super) enum Projected<'a> {
-    F32(Shared<'a, f32>),
-    Bf16(Shared<'a, bf16>),
-}
-
-impl Projected<'_> {
-    /// Where to put as many numbers from `at` on as `spare` has: there, or in `spare` while they are to be rounded; then call [`Self::done`].
-    ///
-    /// # Safety
-    /// No other piece may touch this range meanwhile.
-    #[inline(always)]
-    pub(super) unsafe fn row<'r>(&'r self, at: usize, spare: &'r mut [f32]) -> &'r mut [f32] {
-        match self {
-            // SAFETY: the caller's promise.
-            Self::F32(shared) => unsafe { shared.slice(at, spare.len()) },
-            Self::Bf16(_) => spare,
-        }
-    }
-
-    /// Rounds what [`Self::row`] gave.
-    ///
-    /// # Safety
-    /// As there.
-    #[inline(always)]
-    pub(super) unsafe fn done(&self, at: usize, row: &[f32]) {
-        if let Self::Bf16(shared) = self {
-            // SAFETY: the caller's promise.
-            narrow(row, unsafe { shared.slice(at, row.len()) });
-        }
-    }
-}
-
-/// What every phase reads.
+/// What the units of some chunks read, and where they write.
 struct Pass<'a> {
     call: &'a Call<'a>,
     front: &'a Front,
-    /// Y `[B·L, E]`.
+    /// The states that enter chunks, `[B, chunks, H, P, N]`.
+    states: Floats<'a>,
+    /// Y `[B, span, E]`, from position `first` of each sequence on.
     d_scan: &'a [f32],
-    d_projected: &'a Projected<'a>,
+    span: usize,
+    first: usize,
+    d_projected: &'a Target<'a>,
     /// The cotangent of the state that leaves the last chunk, if any.
     d_last: Option<&'a [f32]>,
+    out: &'a Outputs<'a>,
 }
 
 /// What the units give before heads, blocks and chunks are put together.
@@ -188,15 +174,10 @@ struct HeadGrads {
 }
 
 impl Pass<'_> {
-    /// The adjoints of all units; gives the cotangent of the initial state, `[B, H, P, N]`.
-    fn units(&self, out: &Outputs<'_>) -> Block {
+    /// The adjoints of all units, whose chunks go to all threads; gives the cotangent of the initial state, `[B, H, P, N]`.
+    fn phases(&self) -> Block {
         let Pass { call, front, .. } = *self;
         let Call { backend, ref dims, .. } = *call;
-        if dims.in_one_pass(backend.workers.threads()) {
-            return self.lanes(out);
-        }
-        // Nothing here follows the last chunk.
-        let (states, _) = scan::entering_states(call, front, 0..dims.chunks - 1);
         let asking = usize::from(call.initial().is_none())..dims.chunks;
         let mut d_states = scan::chunk_products(call, asking, |unit, d_states, s| {
             let span = Span::new(&call.documents, unit);
@@ -210,64 +191,37 @@ impl Pass<'_> {
             self.ask(unit, Into::Set, s.weighted, d_states);
         });
         let d_initial = scan::pass_states(call, front, Direction::Backwards, self.d_last, &mut d_states);
-        let [states, d_states] = [&states, &d_states].map(|block| block.as_slice::<f32>(dims.states()));
+        let d_states = d_states.as_slice::<f32>(dims.states());
         backend.workers.each(dims.units(), |index| {
             let unit = dims.unit(index);
-            let at = dims.state_at(unit.b, unit.chunk, unit.heads.start);
             let mut block = backend.pool.take::<f32>(UnitScratch::len(dims));
             let mut s = UnitScratch::new(dims, &unit, block.as_mut_slice(UnitScratch::len(dims)));
-            let state = call.enters(&unit).then_some(&states[at..]);
-            self.unit(&unit, state, self.leaves(&unit).then_some(&d_states[at..]), &mut s, out);
+            self.unit(&unit, &d_states[dims.first_state(&unit)..], &mut s);
         });
         d_initial
     }
 
-    /// The same, one block of heads of a sequence after the other on each thread.
-    fn lanes(&self, out: &Outputs<'_>) -> Block {
+    /// The same for some chunks, one block of heads of a sequence after the other on each thread, from the cotangents of the states that
+    /// leave them to those of the states that enter them, `[B, H, P, N]`.
+    fn lanes(&self, chunks: Range<usize>, d_states: &mut Block) {
         let Pass { call, front, .. } = *self;
         let Call { backend, ref dims, .. } = *call;
-        let mut states = backend.pool.take::<f32>(dims.states());
-        let states = Shared::new(states.as_mut_slice::<f32>(dims.states()));
-        let mut d_running = scan::starting_states(call, self.d_last);
-        let d_states = Shared::new(d_running.as_mut_slice::<f32>(dims.batch * dims.e * dims.spec.state));
+        let d_states = Shared::new(d_states.as_mut_slice::<f32>(dims.batch * dims.e * dims.spec.state));
         backend.workers.each(dims.lanes(), |lane| {
             let mut block = backend.pool.take::<f32>(UnitScratch::len(dims));
             let block = block.as_mut_slice(UnitScratch::len(dims));
-            let entering = |unit: &Unit| {
-                let at = dims.state_at(unit.b, unit.chunk, unit.heads.start);
-                // SAFETY: each (sequence, chunk, head) belongs to one lane, which asks for two chunks' at once.
-                unsafe { states.slice(at, unit.width * dims.spec.state) }
-            };
-            let first = dims.unit_of(0, lane);
-            if let Some(initial) = call.initial() {
-                let state = entering(&first);
-                state.copy_from_slice(&initial[dims.running_at(&first)..][..state.len()]);
-            }
-            for chunk in 1..dims.chunks {
-                let unit = dims.unit_of(chunk - 1, lane);
-                let state = entering(&dims.unit_of(chunk, lane));
-                let s = UnitScratch::new(dims, &unit, block);
-                vectorize!(backend.isa, || call.tile(&unit).forward(s.inputs, s.x));
-                if call.enters(&unit) {
-                    state.copy_from_slice(entering(&unit));
-                }
-                scan::advance(call, front, &unit, s.x, state, s.heads.weighted, s.heads.leaving);
-            }
-            for chunk in (0..dims.chunks).rev() {
+            for chunk in chunks.clone().rev() {
                 let unit = dims.unit_of(chunk, lane);
                 let mut s = UnitScratch::new(dims, &unit, block);
-                let (enters, leaves) = (call.enters(&unit), self.leaves(&unit));
                 // SAFETY: each (sequence, head) belongs to one lane.
                 let d_state = unsafe { d_states.slice(dims.running_at(&unit), unit.width * dims.spec.state) };
-                let state = enters.then(|| &*entering(&unit));
-                self.unit(&unit, state, leaves.then_some(&*d_state), &mut s, out);
-                if enters {
+                self.unit(&unit, d_state, &mut s);
+                if call.enters(&unit) {
                     scan::decay_states(call, front, &unit, d_state);
                     self.ask(&unit, Into::Add, s.heads.weighted, d_state);
                 }
             }
         });
-        d_running
     }
 
     /// Whether the state that leaves the chunk has a cotangent.
@@ -275,11 +229,17 @@ impl Pass<'_> {
         self.d_last.is_some() || unit.chunk + 1 < self.call.dims.chunks
     }
 
+    /// Place of Y of a head at the first position of the chunk.
+    fn dy_at(&self, unit: &Unit, head: usize) -> usize {
+        let dims = &self.call.dims;
+        (unit.b * self.span + unit.row - self.first) * dims.e + head * dims.spec.head_dim
+    }
+
     /// Y of a head at position `i` of the chunk, `[P]`.
     #[inline(always)]
     fn dy_row(&self, unit: &Unit, head: usize, i: usize) -> &[f32] {
         let dims = &self.call.dims;
-        let at = (unit.b * dims.len + unit.row + i) * dims.e + head * dims.spec.head_dim;
+        let at = self.dy_at(unit, head) + i * dims.e;
         &self.d_scan[at..at + dims.spec.head_dim]
     }
 
@@ -290,95 +250,93 @@ impl Pass<'_> {
         let weighted = Mat::new(weighted, unit.n, unit.width).t();
         small(call.backend, into, d_states, call.dims.spec.state, weighted, c);
     }
+}
 
-    /// The adjoint of the convolution in the channels of B and C, from the sums over the blocks of heads of each group.
-    fn groups(&self, out: &mut ScanGrads) {
-        let Pass { call, d_projected, .. } = *self;
-        let Call { backend, ref dims, .. } = *call;
-        let (rows, width, groups) = (dims.rows(), dims.spec.state, dims.spec.groups);
-        let ScanGrads { blocks, conv, .. } = out;
-        let blocks = blocks.as_slice::<f32>(groups * dims.blocks * rows * 2 * width);
-        let conv = conv.shared(dims);
-        backend.workers.each(dims.batch * dims.chunks * 2 * groups, |piece| {
-            let (piece, part) = (piece / (2 * groups), piece % (2 * groups));
-            let (b, chunk, group) = (piece / dims.chunks, piece % dims.chunks, part / 2);
-            let (from, channel) =
-                if part % 2 == 0 { (0, dims.b_channel(group)) } else { (width, dims.c_channel(group)) };
-            let tile = Tile::new(call, b, chunk, channel, width);
-            let (first, n) = (tile.first, tile.n);
-            let len = tile.inputs_len() + (2 * n + 1) * width;
-            let mut block = backend.pool.take::<f32>(len);
-            let (inputs, rest) = block.as_mut_slice::<f32>(len).split_at_mut(tile.inputs_len());
-            let (act, rest) = rest.split_at_mut(n * width);
-            let (d, sum) = rest.split_at_mut(n * width);
-            vectorize!(backend.isa, || {
-                tile.forward_with_slope(inputs, act, d);
-                for (i, d) in d.chunks_exact_mut(width).enumerate() {
-                    sum.fill(0.0);
-                    for block in group * dims.blocks..(group + 1) * dims.blocks {
-                        let row = block * rows + b * dims.len + first + i;
-                        add(sum, &blocks[row * 2 * width + from..][..width]);
-                    }
-                    d.iter_mut().zip(&*sum).for_each(|(d, sum)| *d *= sum);
+/// The adjoint of the convolution in the channels of B and C, from the sums over the blocks of heads of each group.
+fn groups(call: &Call<'_>, d_projected: &Target<'_>, out: &mut ScanGrads) {
+    let Call { backend, ref dims, .. } = *call;
+    let (rows, width, groups) = (dims.rows(), dims.spec.state, dims.spec.groups);
+    let ScanGrads { blocks, conv, .. } = out;
+    let blocks = blocks.as_slice::<f32>(groups * dims.blocks * rows * 2 * width);
+    let conv = conv.shared(dims);
+    backend.workers.each(dims.batch * dims.chunks * 2 * groups, |piece| {
+        let (piece, part) = (piece / (2 * groups), piece % (2 * groups));
+        let (b, chunk, group) = (piece / dims.chunks, piece % dims.chunks, part / 2);
+        let (from, channel) =
+            if part % 2 == 0 { (0, dims.b_channel(group)) } else { (width, dims.c_channel(group)) };
+        let tile = Tile::new(call, b, chunk, channel, width);
+        let (first, n) = (tile.first, tile.n);
+        let len = tile.inputs_len() + (2 * n + 1) * width;
+        let mut block = backend.pool.take::<f32>(len);
+        let (inputs, rest) = block.as_mut_slice::<f32>(len).split_at_mut(tile.inputs_len());
+        let (act, rest) = rest.split_at_mut(n * width);
+        let (d, sum) = rest.split_at_mut(n * width);
+        vectorize!(backend.isa, || {
+            tile.forward_with_slope(inputs, act, d);
+            for (i, d) in d.chunks_exact_mut(width).enumerate() {
+                sum.fill(0.0);
+                for block in group * dims.blocks..(group + 1) * dims.blocks {
+                    let row = block * rows + b * dims.len + first + i;
+                    add(sum, &blocks[row * 2 * width + from..][..width]);
                 }
-                tile.adjoint(inputs, d, sum, d_projected, &conv);
-            });
+                d.iter_mut().zip(&*sum).for_each(|(d, sum)| *d *= sum);
+            }
+            tile.adjoint(inputs, d, sum, d_projected, &conv);
         });
-    }
+    });
+}
 
-    /// Through Δt = clamp(softplus(dt + dt_bias)) and A: the dt columns of `d_projected` and the per-head parameters.
-    fn steps(&self, out: &ScanGrads) -> HeadGrads {
-        let Pass { call, front, d_projected, .. } = *self;
-        let Call { backend, ref dims, inputs, ref params, .. } = *call;
-        let heads = dims.spec.heads;
-        let len = heads * dims.rows();
-        let (ddt, da) = (out.dt.as_slice::<f32>(len), out.da.as_slice::<f32>(len));
-        let dt = front.dt.as_slice::<f32>(len);
-        let d = out.d.as_slice::<f32>(dims.batch * dims.chunks * heads);
-        let (low, high) = dims.spec.dt_limit;
-        let pieces = dims.batch * dims.chunks;
-        let mut partial = vec![0.0f64; pieces * 2 * heads];
-        backend.workers.rows(&mut partial, 2 * heads, 1, |piece, sums| {
-            let (b, first) = (piece / dims.chunks, piece % dims.chunks * dims.q);
-            let (dt_bias, a_log) = sums.split_at_mut(heads);
-            let padded = params.dt_bias.len();
-            let mut scratch = backend.pool.take::<f32>(2 * padded + heads);
-            let (raw, rest) = scratch.as_mut_slice::<f32>(2 * padded + heads).split_at_mut(padded);
-            let (slope, spare) = rest.split_at_mut(padded);
-            raw.fill(0.0);
-            vectorize!(backend.isa, || {
-                for l in first..dims.len.min(first + dims.q) {
-                    let row = b * dims.len + l;
-                    conv::load_dt(dims, inputs, row, &mut raw[..heads]);
-                    for ((slope, raw), bias) in slope.iter_mut().zip(&*raw).zip(&params.dt_bias) {
-                        let x = raw + bias;
-                        let step = math::softplus(x);
-                        *slope = if (low <= step) & (step <= high) { math::sigmoid(x) } else { 0.0 };
-                    }
-                    let at = row * dims.proj + dims.e + dims.c;
-                    // SAFETY: pieces cover disjoint rows.
-                    let to = unsafe { d_projected.row(at, spare) };
-                    for (h, (d_raw, slope)) in to.iter_mut().zip(&*slope).enumerate() {
-                        let at = (b * heads + h) * dims.len + l;
-                        *d_raw = slope * (ddt[at] + params.a[h] * da[at]);
-                        dt_bias[h] += f64::from(*d_raw);
-                        a_log[h] += f64::from(dt[at] * da[at]) * f64::from(params.a[h]);
-                    }
-                    // SAFETY: as above.
-                    unsafe { d_projected.done(at, to) };
+/// Through Δt = clamp(softplus(dt + dt_bias)) and A: the dt columns of `d_projected` and the per-head parameters.
+fn steps(call: &Call<'_>, front: &Front, d_projected: &Target<'_>, out: &ScanGrads) -> HeadGrads {
+    let Call { backend, ref dims, inputs, ref params, .. } = *call;
+    let heads = dims.spec.heads;
+    let len = heads * dims.rows();
+    let (ddt, da) = (out.dt.as_slice::<f32>(len), out.da.as_slice::<f32>(len));
+    let dt = front.dt.as_slice::<f32>(len);
+    let d = out.d.as_slice::<f32>(dims.batch * dims.chunks * heads);
+    let (low, high) = dims.spec.dt_limit;
+    let pieces = dims.batch * dims.chunks;
+    let mut partial = vec![0.0f64; pieces * 2 * heads];
+    backend.workers.rows(&mut partial, 2 * heads, 1, |piece, sums| {
+        let (b, first) = (piece / dims.chunks, piece % dims.chunks * dims.q);
+        let (dt_bias, a_log) = sums.split_at_mut(heads);
+        let padded = params.dt_bias.len();
+        let mut scratch = backend.pool.take::<f32>(2 * padded + heads);
+        let (raw, rest) = scratch.as_mut_slice::<f32>(2 * padded + heads).split_at_mut(padded);
+        let (slope, spare) = rest.split_at_mut(padded);
+        raw.fill(0.0);
+        vectorize!(backend.isa, || {
+            for l in first..dims.len.min(first + dims.q) {
+                let row = b * dims.len + l;
+                conv::load_dt(dims, inputs, row, &mut raw[..heads]);
+                for ((slope, raw), bias) in slope.iter_mut().zip(&*raw).zip(&params.dt_bias) {
+                    let x = raw + bias;
+                    let step = math::softplus(x);
+                    *slope = if (low <= step) & (step <= high) { math::sigmoid(x) } else { 0.0 };
                 }
-            });
+                let at = row * dims.proj + dims.e + dims.c;
+                // SAFETY: pieces cover disjoint rows.
+                let to = unsafe { d_projected.row(at, spare) };
+                for (h, (d_raw, slope)) in to.iter_mut().zip(&*slope).enumerate() {
+                    let at = (b * heads + h) * dims.len + l;
+                    *d_raw = slope * (ddt[at] + params.a[h] * da[at]);
+                    dt_bias[h] += f64::from(*d_raw);
+                    a_log[h] += f64::from(dt[at] * da[at]) * f64::from(params.a[h]);
+                }
+                // SAFETY: as above.
+                unsafe { d_projected.done(at, to) };
+            }
         });
-        let sum = |from: usize, h: usize| {
-            let of_pieces = partial.iter().skip(from * heads + h).step_by(2 * heads);
-            of_pieces.sum::<f64>() as f32
-        };
-        HeadGrads {
-            dt_bias: (0..heads).map(|h| sum(0, h)).collect(),
-            a_log: (0..heads).map(|h| sum(1, h)).collect(),
-            d: (0..heads)
-                .map(|h| d.iter().skip(h).step_by(heads).map(|&d| f64::from(d)).sum::<f64>() as f32)
-                .collect(),
-        }
+    });
+    let sum = |from: usize, h: usize| {
+        let of_pieces = partial.iter().skip(from * heads + h).step_by(2 * heads);
+        of_pieces.sum::<f64>() as f32
+    };
+    HeadGrads {
+        dt_bias: (0..heads).map(|h| sum(0, h)).collect(),
+        a_log: (0..heads).map(|h| sum(1, h)).collect(),
+        d: (0..heads)
+            .map(|h| d.iter().skip(h).step_by(heads).map(|&d| f64::from(d)).sum::<f64>() as f32)
+            .collect(),
     }
 }

@@ -2,7 +2,7 @@
 
 use elapid_tensor::{DType, Mamba2Inputs, State};
 
-use super::{Call, Dims, Documents, Front, Projected};
+use super::{Call, Dims, Documents, Front, Target};
 use crate::CpuBackend;
 use crate::isa::vectorize;
 use crate::math;
@@ -225,7 +225,7 @@ impl<'a> Tile<'a> {
         inputs: &[f32],
         d: &[f32],
         spare: &mut [f32],
-        d_projected: &Projected<'_>,
+        d_projected: &Target<'_>,
         (grads, edges): &(Shared<'_, f32>, Shared<'_, f32>),
     ) {
         let Self { call, b, chunk, first, n, channel, width } = *self;
@@ -428,7 +428,7 @@ impl ConvSums {
         &self,
         call: &Call<'_>,
         d_state: Option<&State<Tensor>>,
-        d_projected: &Projected<'_>,
+        d_projected: &Target<'_>,
     ) -> (ConvGrads, Block) {
         let Call { backend, ref dims, .. } = *call;
         let [grads_len, edges_len] = Self::lens(dims);

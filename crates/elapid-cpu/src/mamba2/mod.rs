@@ -11,18 +11,20 @@ mod conv;
 mod gate;
 mod scan;
 mod step;
+mod target;
 
 use std::ops::Range;
 
 use elapid_tensor::{DType, Mamba2Inputs, Mamba2Output, Mamba2Spec, Mamba2Weights, State};
 
-use adjoint::Projected;
 pub(crate) use adjoint::adjoint;
 use conv::Tile;
+use target::Target;
 
 use crate::CpuBackend;
 use crate::math::LANES;
 use crate::memory::Block;
+use crate::parallel::Shared;
 use crate::tensor::Tensor;
 
 /// Most heads of one unit. More heads share one C·Bᵀ, fewer give more units (docs/lab.md).
@@ -31,6 +33,9 @@ const HEAD_BLOCK: usize = 12;
 /// Longest chunk of this device, whatever the model's `chunk_size`: the result is the same, and beyond it the square
 /// of the chunk costs more than its larger products gain (docs/lab.md).
 const MAX_CHUNK: usize = 128;
+
+/// Chunks of a sequence that scan and gate take together: what one hands to the other does not leave the caches.
+const PART: usize = 2;
 
 /// Extents of one call.
 #[derive(Clone, Copy)]
@@ -124,6 +129,21 @@ impl Dims {
         self.chunks == 1 || self.lanes().is_multiple_of(threads) || self.lanes() >= 4 * threads
     }
 
+    /// Chunks that scan and gate take together. All, where chunks go to all threads, or where ranks come together for the gate.
+    fn part(&self, threads: usize) -> usize {
+        if self.in_one_pass(threads) && self.spec.norm_ranks == 1 {
+            PART.min(self.chunks)
+        } else {
+            self.chunks
+        }
+    }
+
+    /// The parts of all sequences.
+    fn parts(&self, threads: usize) -> impl DoubleEndedIterator<Item = Range<usize>> + use<> {
+        let (chunks, part) = (self.chunks, self.part(threads));
+        (0..chunks.div_ceil(part)).map(move |i| i * part..chunks.min((i + 1) * part))
+    }
+
     /// Channels of a block of heads.
     fn widest(&self) -> usize {
         self.block * self.spec.head_dim
@@ -161,6 +181,11 @@ impl Dims {
     /// Place of the state of (sequence, chunk, head) in a buffer `[B, chunks, H, P, N]`.
     fn state_at(&self, b: usize, chunk: usize, head: usize) -> usize {
         ((b * self.chunks + chunk) * self.spec.heads + head) * self.state()
+    }
+
+    /// That of a unit's.
+    fn first_state(&self, unit: &Unit) -> usize {
+        self.state_at(unit.b, unit.chunk, unit.heads.start)
     }
 
     /// Numbers of such a buffer.
@@ -321,16 +346,31 @@ pub(crate) fn forward(
     }
     let call = Call::new(backend, dims, inputs, weights);
     let front = conv::front(&call);
-    let (y, last) = scan::forward(&call, &front);
+    let dtype = inputs.projected.dtype();
+    let len = dims.rows() * dims.e;
+    let mut y = backend.pool.take::<f32>(len);
+    let mut out = target::take(backend, dtype, len);
+    let mut states = save.then(|| target::take(backend, dtype, dims.states()));
+    let last = {
+        let y = Shared::new(y.as_mut_slice::<f32>(len));
+        let out = Target::new(&mut out, dtype, len);
+        let states = states.as_mut().map(|block| Target::new(block, dtype, dims.states()));
+        let (z, norm_weight) = (inputs.projected.floats(), &call.params.norm_weight);
+        scan::forward(&call, &front, &y, states.as_ref(), |part| {
+            gate::forward(backend, &dims, z, norm_weight, part, &y, &out);
+        })
+    };
     drop(front);
-    let out = gate::forward(backend, &dims, inputs, &call.params.norm_weight, &y);
     let state = State {
         conv: conv::last_inputs(backend, &dims, inputs, &call.documents),
         ssm: Tensor::new(last, &[dims.batch, spec.heads, spec.head_dim, spec.state], DType::F32),
     };
-    let saved =
-        if save { vec![Tensor::new(y, &[dims.batch, dims.len, dims.e], DType::F32)] } else { Vec::new() };
-    Mamba2Output { y: out, state, saved }
+    let tensor = |block, dtype| Tensor::new(block, &[dims.batch, dims.len, dims.e], dtype);
+    let saved = states.map(|states| {
+        let shape = [dims.batch, dims.chunks, spec.heads, spec.head_dim, spec.state];
+        vec![tensor(y, DType::F32), Tensor::new(states, &shape, dtype)]
+    });
+    Mamba2Output { y: tensor(out, dtype), state, saved: saved.unwrap_or_default() }
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use super::{Call, Dims, Documents, Front, Unit};
+use super::{Call, Dims, Documents, Front, Target, Unit};
 use crate::isa::vectorize;
 use crate::math::{self, LANES};
 use crate::matmul::{Into, Mat, Triangle, small, triangular};
@@ -234,41 +234,58 @@ pub(super) fn cut<'a>(block: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
     front
 }
 
-/// Scan output `[B·L, E]`, D skip included, and the state after the last chunk, `[B, H, P, N]`.
-pub(super) fn forward(call: &Call<'_>, front: &Front) -> (Block, Block) {
+/// Scan output `[B·L, E]`, D skip included, into `y`, and the states that enter the chunks, `[B, chunks, H, P, N]`, into `states`; gives
+/// the state after the last chunk, `[B, H, P, N]`. Calls `done` when chunks of all sequences have their output.
+pub(super) fn forward(
+    call: &Call<'_>,
+    front: &Front,
+    y: &Shared<'_, f32>,
+    states: Option<&Target<'_>>,
+    done: impl Fn(Range<usize>),
+) -> Block {
     let Call { backend, ref dims, .. } = *call;
-    let mut y = backend.pool.take::<f32>(dims.rows() * dims.e);
-    let out = Shared::new(y.as_mut_slice::<f32>(dims.rows() * dims.e));
-    if !dims.in_one_pass(backend.workers.threads()) {
-        let (states, last) = entering_states(call, front, 0..dims.chunks);
-        let states = states.as_slice::<f32>(dims.states());
+    let threads = backend.workers.threads();
+    // One unit, from the state that enters it.
+    let unit_of = |unit: &Unit, state: &[f32], s: &mut Scratch<'_>| {
+        let state = call.enters(unit).then_some(state);
+        if let (Some(states), Some(state)) = (states, state) {
+            // SAFETY: each (sequence, chunk, head) belongs to one unit.
+            vectorize!(backend.isa, || unsafe { states.put(dims.first_state(unit), state) });
+        }
+        vectorize!(backend.isa, || call.tile(unit).forward(s.inputs, s.x));
+        outputs(call, front, unit, state, s, y);
+    };
+    if !dims.in_one_pass(threads) {
+        let (entering, last) = entering_states(call, front);
+        let entering = entering.as_slice::<f32>(dims.states());
         backend.workers.each(dims.units(), |index| {
             let unit = dims.unit(index);
             let mut block = backend.pool.take::<f32>(Scratch::len(dims));
             let mut s = Scratch::new(dims, &unit, block.as_mut_slice(Scratch::len(dims)));
-            vectorize!(backend.isa, || call.tile(&unit).forward(s.inputs, s.x));
-            let state = &states[dims.state_at(unit.b, unit.chunk, unit.heads.start)..];
-            outputs(call, front, &unit, call.enters(&unit).then_some(state), &mut s, &out);
+            unit_of(&unit, &entering[dims.first_state(&unit)..][..unit.width * dims.spec.state], &mut s);
         });
-        return (y, last);
+        done(0..dims.chunks);
+        return last;
     }
     let mut last = starting_states(call, call.initial());
     let len = dims.batch * dims.e * dims.spec.state;
     let running = Shared::new(last.as_mut_slice::<f32>(len));
-    backend.workers.each(dims.lanes(), |lane| {
-        let mut block = backend.pool.take::<f32>(Scratch::len(dims));
-        let block = block.as_mut_slice(Scratch::len(dims));
-        for chunk in 0..dims.chunks {
-            let unit = dims.unit_of(chunk, lane);
-            let mut s = Scratch::new(dims, &unit, block);
-            // SAFETY: each (sequence, head) belongs to one lane.
-            let state = unsafe { running.slice(dims.running_at(&unit), unit.width * dims.spec.state) };
-            vectorize!(backend.isa, || call.tile(&unit).forward(s.inputs, s.x));
-            outputs(call, front, &unit, call.enters(&unit).then_some(&*state), &mut s, &out);
-            advance(call, front, &unit, s.x, state, s.weighted, s.entering);
-        }
-    });
-    (y, last)
+    for part in dims.parts(threads) {
+        backend.workers.each(dims.lanes(), |lane| {
+            let mut block = backend.pool.take::<f32>(Scratch::len(dims));
+            let block = block.as_mut_slice(Scratch::len(dims));
+            for chunk in part.clone() {
+                let unit = dims.unit_of(chunk, lane);
+                let mut s = Scratch::new(dims, &unit, block);
+                // SAFETY: each (sequence, head) belongs to one lane.
+                let state = unsafe { running.slice(dims.running_at(&unit), unit.width * dims.spec.state) };
+                unit_of(&unit, state, &mut s);
+                advance(call, front, &unit, s.x, state, s.weighted, s.entering);
+            }
+        });
+        done(part);
+    }
+    last
 }
 
 /// The state `[B, H, P, N]` that enters the first chunks: `initial`, or zeros.
@@ -296,7 +313,7 @@ pub(super) fn decay_states(call: &Call<'_>, front: &Front, unit: &Unit, states: 
 
 /// Turns the states `[heads, P, N]` that enter the chunk of a unit, if any do, into those that leave it. Scratch is as for
 /// [`add_state`].
-pub(super) fn advance(
+fn advance(
     call: &Call<'_>,
     front: &Front,
     unit: &Unit,
@@ -339,11 +356,10 @@ fn add_state(
     small(backend, into, states, dims.spec.state, weighted, views.b());
 }
 
-/// `[B, chunks, H, P, N]`: the states that enter the chunks, from what each of `chunks` adds; and the state after the last one, if
-/// it is among them. The chunks go to all threads.
-pub(super) fn entering_states(call: &Call<'_>, front: &Front, chunks: Range<usize>) -> (Block, Block) {
+/// `[B, chunks, H, P, N]`: the states that enter the chunks, and the state after the last one. The chunks go to all threads.
+fn entering_states(call: &Call<'_>, front: &Front) -> (Block, Block) {
     let backend = call.backend;
-    let mut states = chunk_products(call, chunks, |unit, states, s| {
+    let mut states = chunk_products(call, 0..call.dims.chunks, |unit, states, s| {
         vectorize!(backend.isa, || call.tile(unit).forward(s.inputs, s.x));
         add_state(call, front, unit, s.x, Into::Set, states, s.weighted, s.entering);
     });
@@ -364,7 +380,7 @@ pub(super) fn chunk_products(
     backend.workers.each(dims.units(), |index| {
         let unit = dims.unit(index);
         if chunks.contains(&unit.chunk) {
-            let at = dims.state_at(unit.b, unit.chunk, unit.heads.start);
+            let at = dims.first_state(&unit);
             let mut block = backend.pool.take::<f32>(Scratch::len(dims));
             let s = Scratch::new(dims, &unit, block.as_mut_slice(Scratch::len(dims)));
             // SAFETY: each (sequence, chunk, head) belongs to one unit, and its heads' states lie side by side.

@@ -5,6 +5,7 @@
 
 use elapid_tensor::{DType, Mamba2Inputs, Mamba2Output, Mamba2Weights, State};
 
+use super::target::{self, Target};
 use super::{Dims, Documents, conv, gate};
 use crate::CpuBackend;
 use crate::isa::vectorize;
@@ -81,7 +82,15 @@ pub(super) fn step(
             }
         });
     });
-    let y = gate::forward(backend, dims, inputs, weights.norm_weight.f32(), &y);
+    let dtype = inputs.projected.dtype();
+    let mut out = target::take(backend, dtype, dims.rows() * dims.e);
+    {
+        let y = Shared::new(y.as_mut_slice::<f32>(dims.rows() * dims.e));
+        let out = Target::new(&mut out, dtype, dims.rows() * dims.e);
+        let z = inputs.projected.floats();
+        gate::forward(backend, dims, z, weights.norm_weight.f32(), 0..dims.chunks, &y, &out);
+    }
+    let y = Tensor::new(out, &[dims.batch, dims.len, dims.e], dtype);
     let conv = conv::last_inputs(backend, dims, inputs, &Documents::new(dims, None));
     let ssm = Tensor::new(ssm, &[dims.batch, heads, p, n_state], DType::F32);
     Mamba2Output { y, state: State { conv, ssm }, saved: Vec::new() }

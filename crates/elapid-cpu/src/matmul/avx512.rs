@@ -52,17 +52,20 @@ trait Unit {
     /// Numbers of a unit.
     const NUMBERS: usize;
 
-    /// A left operand that needs no panels: its numbers are units, and follow each other along k. Rows whole pages apart would drive
-    /// each other out of the first cache.
-    fn in_place<'a>(lhs: &Mat<'a>) -> Option<&'a [f32]> {
-        match lhs.data {
-            Floats::F32(data)
-                if Self::NUMBERS == 1 && lhs.col_stride == 1 && !lhs.row_stride.is_multiple_of(1024) =>
-            {
-                Some(data)
-            }
-            _ => None,
-        }
+    /// A left operand that needs no panels, and how many units its rows are apart: its numbers are units, and follow each other along k.
+    /// Rows whole pages apart would drive each other out of the first cache.
+    fn in_place(lhs: &Mat) -> Option<(*const f32, usize)> {
+        /// fp32 numbers.
+        const PAGE: usize = 1024;
+        let data = match lhs.data {
+            Floats::F32(data) if Self::NUMBERS == 1 => data.as_ptr(),
+            Floats::Bf16(data) if Self::NUMBERS == 2 => data.as_ptr().cast(),
+            _ => return None,
+        };
+        // A unit must not reach over the end of a row.
+        let whole = lhs.cols.is_multiple_of(Self::NUMBERS) && lhs.row_stride.is_multiple_of(Self::NUMBERS);
+        let apart = lhs.row_stride / Self::NUMBERS;
+        (lhs.col_stride == 1 && whole && !apart.is_multiple_of(PAGE)).then_some((data, apart))
     }
 
     /// Sums of one tile.
@@ -300,10 +303,9 @@ unsafe fn passes<U: Unit>(
                 let tile = Tile {
                     units: live.len(),
                     a: match in_place {
-                        Some(data) => Left::InPlace(
-                            data.as_ptr().wrapping_add(i * lhs.row_stride + live.start),
-                            lhs.row_stride,
-                        ),
+                        Some((data, apart)) => {
+                            Left::InPlace(data.wrapping_add(i * apart + live.start), apart)
+                        }
                         None => Left::Packed(a[panel * ROWS * units + live.start * ROWS..].as_ptr()),
                     },
                     b: b[live.start * COLS..].as_ptr(),

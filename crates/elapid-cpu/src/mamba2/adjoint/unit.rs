@@ -2,27 +2,23 @@
 
 use super::super::scan::{self, Decays, Span, Split, Views, cut, weigh};
 use super::super::{Call, Dims, Unit};
-use super::{Outputs, Pass};
+use super::Pass;
 use crate::isa::vectorize;
 use crate::mamba2::conv::add;
 use crate::math::{self, LANES};
 use crate::matmul::{Into, Mat, Triangle, small, triangular};
+use crate::tensor::Floats;
 
 impl Pass<'_> {
-    /// The adjoint of one unit, from the state that enters its chunk and the cotangent of the one that leaves it, `[heads, P, N]`,
-    /// where there is one.
-    pub(super) fn unit(
-        &self,
-        unit: &Unit,
-        state: Option<&[f32]>,
-        d_state: Option<&[f32]>,
-        s: &mut UnitScratch<'_>,
-        out: &Outputs<'_>,
-    ) {
-        let Pass { call, front, .. } = *self;
+    /// The adjoint of one unit, from the cotangent `[heads, P, N]` of the state that leaves its chunk, where there is one.
+    pub(super) fn unit(&self, unit: &Unit, d_state: &[f32], s: &mut UnitScratch<'_>) {
+        let Pass { call, front, out, .. } = *self;
         let Call { backend, ref dims, ref documents, ref params, .. } = *call;
         let (rows, heads, n_state) = (dims.rows(), dims.spec.heads, dims.spec.state);
         let &Unit { n, width, .. } = unit;
+        let first = dims.first_state(unit);
+        let state = call.enters(unit).then(|| self.states.part(first, width * n_state));
+        let d_state = self.leaves(unit).then_some(&d_state[..width * n_state]);
         let tile = call.tile(unit);
         vectorize!(backend.isa, || tile.forward_with_slope(s.inputs, s.x, s.slope));
         let views = Views::new(dims, front, unit, s.x);
@@ -48,7 +44,7 @@ impl Pass<'_> {
                 head,
                 h,
                 firsts: &firsts,
-                state: state.map(|state| &state[at.clone()]),
+                state: state.map(|state| state.part(at.start, at.len())),
                 d_state: d_state.map(|d_state| &d_state[at]),
                 skip: params.d[head],
             };
@@ -94,8 +90,7 @@ impl Pass<'_> {
         let &Unit { n, width, .. } = io.unit;
         let (p, n_state, last) = (dims.spec.head_dim, dims.spec.state, n - 1);
         let dy_row = |i: usize| self.dy_row(io.unit, io.head, i);
-        let dy_from = (io.unit.b * dims.len + io.unit.row) * dims.e + io.head * p;
-        let dy = Mat::strided(&self.d_scan[dy_from..], n, p, dims.e);
+        let dy = Mat::strided(&self.d_scan[self.dy_at(io.unit, io.head)..], n, p, dims.e);
 
         triangular(backend, Triangle::ResultLower, Into::Set, s.kernel, n, dy, views.x(io.h).t());
         d_cum.fill(0.0);
@@ -168,7 +163,7 @@ impl Pass<'_> {
             small(backend, Into::Set, s.from_state, n_state, weighted, Mat::new(state, p, n_state));
             vectorize!(backend.isa, || {
                 if let Some(d_state) = io.d_state {
-                    d_cum[last] += decays.whole() * math::dot(state, d_state);
+                    d_cum[last] += decays.whole() * math::dot(state.row(0, s.state), d_state);
                 }
                 for (i, dc) in s.from_state.chunks_exact(n_state).enumerate() {
                     d_cum[i] += math::dot(dc, views.c_row(i));
@@ -189,9 +184,9 @@ impl Pass<'_> {
 /// Scratch of one unit, n positions, `width` = heads·P.
 pub(super) struct UnitScratch<'a> {
     /// `[K − 1 + n, width]`: the convolution's inputs.
-    pub(super) inputs: &'a mut [f32],
+    inputs: &'a mut [f32],
     /// `[n, width]`.
-    pub(super) x: &'a mut [f32],
+    x: &'a mut [f32],
     /// `[n, width]`: slopes of SiLU, and then the cotangent of what it was applied to.
     slope: &'a mut [f32],
     /// `[width]`.
@@ -209,16 +204,18 @@ pub(super) struct HeadScratch<'a> {
     kernel: &'a mut [f32],
     /// `[n, width]`: Ŝ·B_j, and, once a head has read its own, e^{c_n − c_j} Δt_j x_j.
     from_end: &'a mut [f32],
-    /// `[n, width]`, e^{c_i} Y_i; before, what single chunks add to states.
+    /// `[n, width]`, e^{c_i} Y_i.
     pub(super) weighted: &'a mut [f32],
     /// `[n, P]`, u without what comes from the end of the chunk.
     u: &'a mut [f32],
     /// `[n, N]`.
     from_state: &'a mut [f32],
+    /// `[P, N]`: a state in fp32.
+    state: &'a mut [f32],
     /// `[n]`, e^{c_i}.
     entering: &'a mut [f32],
     /// `[n]`, e^{c_n − c_j}.
-    pub(super) leaving: &'a mut [f32],
+    leaving: &'a mut [f32],
     /// `[n]`: what flows through the exponentials of one row.
     flow: &'a mut [f32],
     /// `[n]`: its sums.
@@ -233,6 +230,7 @@ impl<'a> UnitScratch<'a> {
         (dims.spec.conv_kernel + 5 * n) * width
             + 3 * n * n
             + n * (dims.spec.head_dim + dims.spec.state)
+            + dims.state()
             + 4 * n
             + Split::len(n)
     }
@@ -253,6 +251,7 @@ impl<'a> UnitScratch<'a> {
                 weighted: cut(block, n * width),
                 u: cut(block, n * dims.spec.head_dim),
                 from_state: cut(block, n * dims.spec.state),
+                state: cut(block, dims.state()),
                 entering: cut(block, n),
                 leaving: cut(block, n),
                 flow: cut(block, n),
@@ -272,7 +271,7 @@ struct HeadIo<'a> {
     /// `[n]`: the first position of each position's document.
     firsts: &'a [usize],
     /// S `[P, N]`, if a state enters the chunk.
-    state: Option<&'a [f32]>,
+    state: Option<Floats<'a>>,
     /// Ŝ `[P, N]`, if the state that leaves the chunk has a cotangent.
     d_state: Option<&'a [f32]>,
     /// D.
