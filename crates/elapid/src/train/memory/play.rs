@@ -88,6 +88,8 @@ pub(super) struct Play {
     groups: u128,
     blocks: u128,
     width: u128,
+    /// Ranks that share a mean of the gated norm.
+    norm_ranks: usize,
 }
 
 const F32: u128 = 4;
@@ -131,6 +133,7 @@ impl Play {
             groups: spec.groups as u128,
             blocks: (spec.groups * heads.div_ceil(block)) as u128,
             width: (block * spec.head_dim) as u128,
+            norm_ranks: spec.norm_ranks,
         }
     }
 
@@ -248,9 +251,9 @@ impl Play {
         let normed = self.pool.take(span * d * compute);
         let normed = self.gather(normed, d * compute);
         let projected = self.linear(proj);
-        let (y, scanned, state) = self.mamba2();
+        let (y, scanned, state) = self.mamba2(save);
         if !save {
-            self.pool.give([scanned]);
+            self.pool.give(scanned.iter().copied());
         }
         let out = self.linear(d);
         let out = self.reduce(out, d * compute);
@@ -260,7 +263,8 @@ impl Play {
             self.pool.give([normed, projected, y]);
             return (sum, Vec::new());
         }
-        (sum, vec![normed, projected, scanned, y])
+        let [scanned, states] = scanned[..] else { panic!("the mixer saves two blocks") };
+        (sum, vec![normed, projected, scanned, states, y])
     }
 
     /// The adjoint of one layer: from the cotangent of its output to that of its input.
@@ -275,8 +279,8 @@ impl Play {
                 Some(out)
             }
         };
-        let [normed, projected, scanned, y] = saved[..] else {
-            panic!("a layer saves four blocks and its input")
+        let [normed, projected, scanned, states, y] = saved[..] else {
+            panic!("a layer saves five blocks and its input")
         };
         // add: the residual's share is dy itself.
         let mut d_out = self.cast(span * d, residual, compute);
@@ -287,7 +291,7 @@ impl Play {
         let dy_mixer = self.linear(e);
         self.pool.give(d_out.into_iter().chain([y]));
         let d_projected = self.mamba2_adjoint();
-        self.pool.give([projected, scanned, dy_mixer]);
+        self.pool.give([projected, scanned, states, dy_mixer]);
         let d_normed = self.linear(d);
         self.pool.give([d_projected, normed]);
         let d_normed = self.reduce(d_normed, d * compute);
@@ -311,21 +315,36 @@ impl Play {
         y
     }
 
-    /// The mixer: its output `[rows, E]`, the scan's output in fp32, and the final state.
-    fn mamba2(&mut self) -> (u128, u128, [u128; 2]) {
+    /// The mixer: its output `[rows, E]`; the scan's output in fp32 and, if asked for, the states that enter chunks; the final state.
+    fn mamba2(&mut self, save: bool) -> (u128, Vec<u128>, [u128; 2]) {
         let Self { rows, compute, e, .. } = *self;
         let front = self.front();
-        let y = self.pool.take(rows * e * F32);
+        let mut saved = vec![self.pool.take(rows * e * F32)];
+        let y = self.pool.take(rows * e * compute);
+        if save {
+            saved.push(self.states(compute));
+        }
         let unit = self.unit();
         let states = self.passes_over_chunks().then(|| {
-            let states = self.states();
+            let states = self.states(F32);
             self.scratch(self.at_once(), unit);
             states
         });
         let state = self.carried();
         self.scratch(self.at_once(), unit);
+        self.scratch(self.at_the_gate(), 2 * e);
         self.pool.give(front.into_iter().chain(states));
-        (self.pool.take(rows * e * compute), y, state)
+        (y, saved, state)
+    }
+
+    /// Pieces of the gate that are under way at once.
+    fn at_the_gate(&self) -> u128 {
+        self.threads.min(self.batch * self.part().min(self.chunks) * self.q.div_ceil(16))
+    }
+
+    /// Chunks of a part: `PART` of the backend's `mamba2`.
+    fn part(&self) -> u128 {
+        if self.passes_over_chunks() || self.norm_ranks > 1 { self.chunks } else { self.chunks.min(2) }
     }
 
     /// Sequences times blocks of heads.
@@ -366,8 +385,7 @@ impl Play {
             *self;
         let front = self.front();
         let d_projected = self.pool.take(rows * proj * compute);
-        let d_scan = self.pool.take(rows * e * F32);
-        self.scratch(1, rows.div_ceil(16) * e); // partial sums of the gated norm's weight
+        let partial = self.pool.take(batch * chunks * q.div_ceil(16) * e * F32); // of the gated norm's weight
         let pieces = batch * chunks;
         let taps = k.next_multiple_of(4);
         let sums = [
@@ -379,21 +397,22 @@ impl Play {
             pieces * 2 * (k - 1) * c,
         ]
         .map(|len| self.pool.take(len * F32));
-        let states = self.states();
+        let d_scan = self.pool.take(batch * (self.part() * q).min(rows / batch) * e * F32);
+        let d_running = self.pool.take(batch * e * n * F32);
+        self.scratch(self.at_the_gate(), 5 * e);
         let d_states = self.passes_over_chunks().then(|| {
             let units = self.lanes() * (chunks - 1);
+            let d_states = self.states(F32);
             self.scratch(threads.min(units), self.unit());
-            self.scratch(1, batch * e * n); // state after the last chunk
-            self.states()
+            let d_initial = self.pool.take(batch * e * n * F32);
+            [d_states, d_initial]
         });
-        let d_initial = self.pool.take(batch * e * n * F32);
-        let unit = (k + 5 * q) * width + 3 * q * q + q * (p + n) + 4 * q + self.split();
+        let unit = (k + 5 * q) * width + 3 * q * q + q * (p + n) + p * n + 4 * q + self.split();
         self.scratch(self.at_once(), unit);
-        self.pool.give([states].into_iter().chain(d_states));
+        self.pool.give([partial].into_iter().chain(d_states.into_iter().flatten()));
         self.scratch(threads.min(pieces * self.groups * 2), (k - 1 + 3 * q + 1) * n);
-        self.pool.give([d_scan]);
         let d_conv = self.pool.take(batch * (k - 1) * c * F32);
-        self.pool.give(front.into_iter().chain([d_initial, d_conv]).chain(sums));
+        self.pool.give(front.into_iter().chain([d_scan, d_running, d_conv]).chain(sums));
         d_projected
     }
 
@@ -408,8 +427,8 @@ impl Play {
     }
 
     /// `[B, chunks, H, P, N]`.
-    fn states(&mut self) -> u128 {
-        self.pool.take(self.batch * self.chunks * self.e * self.n * F32)
+    fn states(&mut self, width: u128) -> u128 {
+        self.pool.take(self.batch * self.chunks * self.e * self.n * width)
     }
 
     /// `count` pieces of `len` numbers at a time, for a moment.
