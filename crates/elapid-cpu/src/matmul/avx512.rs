@@ -219,7 +219,7 @@ unsafe fn dots_of<T: Number>(x: &[f32], weight: &[T], out: &mut [f32]) {
         let mut sums = [[_mm512_setzero_ps(); 2]; FEW];
         for from in (0..len).step_by(2 * LANES) {
             for row in rows {
-                _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(from).cast::<i8>().wrapping_add(AHEAD));
+                _mm_prefetch::<_MM_HINT_NTA>(row.wrapping_add(from).cast::<i8>().wrapping_add(AHEAD));
             }
             for half in 0..2 {
                 let at = from + half * LANES;
