@@ -38,6 +38,16 @@ fn load_inputs(
     }
 }
 
+/// to = from + Σ w · x over taps.
+#[inline(always)]
+fn products(to: &mut [f32], from: &[f32], w: [&[f32]; TAPS], x: [&[f32]; TAPS]) {
+    let len = to.len();
+    let (from, w, x) = (&from[..len], w.map(|w| &w[..len]), x.map(|x| &x[..len]));
+    for (i, to) in to.iter_mut().enumerate() {
+        *to = from[i] + w[0][i] * x[0][i] + w[1][i] * x[1][i] + w[2][i] * x[2][i] + w[3][i] * x[3][i];
+    }
+}
+
 /// to += Σ w · x over taps.
 #[inline(always)]
 fn add_products(to: &mut [f32], w: [&[f32]; TAPS], x: [&[f32]; TAPS]) {
@@ -127,9 +137,9 @@ impl<'a> Tile<'a> {
     /// The convolution at position `i` of the chunk, before SiLU.
     #[inline(always)]
     fn row(&self, inputs: &[f32], i: usize, to: &mut [f32]) {
-        let params = &self.call.params;
-        to.copy_from_slice(&params.conv_bias[self.channel..][..self.width]);
-        for tap in (0..self.call.dims.spec.conv_kernel).step_by(TAPS) {
+        let bias = &self.call.params.conv_bias[self.channel..];
+        products(to, bias, self.four_taps(0), self.four_inputs(inputs, i, 0));
+        for tap in (TAPS..self.call.dims.spec.conv_kernel).step_by(TAPS) {
             add_products(to, self.four_taps(tap), self.four_inputs(inputs, i, tap));
         }
     }
@@ -177,6 +187,16 @@ impl<'a> Tile<'a> {
         let j = (i + k - 1).wrapping_sub(tap);
         let sees = tap < k && documents.sees(self.b, self.first + j, (self.first + i) as isize);
         if sees { self.row_of(d, j) } else { &params.zeros[..self.width] }
+    }
+
+    #[inline(always)]
+    fn four_served<'x>(&'x self, d: &'x [f32], i: usize, tap: usize) -> [&'x [f32]; TAPS] {
+        [
+            self.served(d, i, tap),
+            self.served(d, i, tap + 1),
+            self.served(d, i, tap + 2),
+            self.served(d, i, tap + 3),
+        ]
     }
 
     /// Row `i` of `[n, width]`.
@@ -260,15 +280,9 @@ impl<'a> Tile<'a> {
                 let at = (b * dims.len + first + i) * dims.proj + dims.e + channel;
                 // SAFETY: tiles cover disjoint positions and channels.
                 let row = unsafe { d_projected.row(at, &mut spare[..width]) };
-                row.fill(0.0);
-                for tap in (0..k).step_by(TAPS) {
-                    let served = [
-                        self.served(d, i, tap),
-                        self.served(d, i, tap + 1),
-                        self.served(d, i, tap + 2),
-                        self.served(d, i, tap + 3),
-                    ];
-                    add_products(row, self.four_taps(tap), served);
+                products(row, &call.params.zeros, self.four_taps(0), self.four_served(d, i, 0));
+                for tap in (TAPS..k).step_by(TAPS) {
+                    add_products(row, self.four_taps(tap), self.four_served(d, i, tap));
                 }
                 // SAFETY: as above.
                 unsafe { d_projected.done(at, row) };

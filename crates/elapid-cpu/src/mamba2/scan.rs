@@ -9,7 +9,7 @@ use std::ops::Range;
 use super::{Call, Dims, Documents, Front, Target, Unit};
 use crate::isa::vectorize;
 use crate::math::{self, LANES};
-use crate::matmul::{Into, Mat, Triangle, small, triangular};
+use crate::matmul::{Into, Mat, Triangle, product, small, triangular};
 use crate::memory::Block;
 use crate::parallel::Shared;
 
@@ -450,13 +450,11 @@ fn outputs(
     let (span, firsts) = (Span::new(documents, unit), firsts(documents, unit));
     // Both are shared by the heads of the group.
     triangular(backend, Triangle::ResultLower, Into::Set, s.scores, n, views.c(), views.b().t());
-    let y = &mut *s.weighted;
-    match state {
-        Some(state) => {
-            let state = Mat::new(state, width, dims.spec.state).t();
-            small(backend, Into::Set, y, width, views.c(), state);
-        }
-        None => y.fill(0.0),
+    let at = |i: usize, h: usize| (unit.b * dims.len + unit.row + i) * e + (unit.heads.start + h) * p;
+    if let Some(state) = state {
+        let state = Mat::new(state, width, dims.spec.state).t();
+        // SAFETY: each (position, head) belongs to one unit.
+        unsafe { product(backend, Triangle::None, Into::Set, out, at(0, 0), e, views.c(), state) };
     }
     s.weights.fill(0.0);
     for (h, head) in unit.heads.clone().enumerate() {
@@ -464,9 +462,14 @@ fn outputs(
         let skip = params.d[head];
         vectorize!(backend.isa, || {
             decays.entering(s.entering);
-            for (i, (y, entering)) in y.chunks_exact_mut(width).zip(&*s.entering).enumerate() {
-                for (y, x) in y[h * p..].iter_mut().zip(views.x_row(h, i)) {
-                    *y = entering * *y + skip * x;
+            for (i, entering) in s.entering.iter().enumerate() {
+                // SAFETY: as above.
+                let y = unsafe { out.slice(at(i, h), p) };
+                match state {
+                    Some(_) => {
+                        y.iter_mut().zip(views.x_row(h, i)).for_each(|(y, x)| *y = entering * *y + skip * x)
+                    }
+                    None => y.iter_mut().zip(views.x_row(h, i)).for_each(|(y, x)| *y = skip * x),
                 }
             }
             decays.split(&mut s.split);
@@ -484,12 +487,8 @@ fn outputs(
         });
         // Σ_j W_ij x_j.
         let weights = Mat::new(&*s.weights, n, n);
-        triangular(backend, Triangle::LeftLower, Into::Add, &mut y[h * p..], width, weights, views.x(h));
-    }
-    for (i, y) in y.chunks_exact(width).enumerate() {
-        let at = (unit.b * dims.len + unit.row + i) * e + unit.heads.start * p;
-        // SAFETY: each (position, head) belongs to one unit.
-        unsafe { out.slice(at, width) }.copy_from_slice(y);
+        // SAFETY: as above.
+        unsafe { product(backend, Triangle::LeftLower, Into::Add, out, at(0, h), e, weights, views.x(h)) };
     }
 }
 
@@ -499,7 +498,7 @@ pub(super) struct Scratch<'a> {
     pub(super) inputs: &'a mut [f32],
     /// `[n, heads·P]`.
     pub(super) x: &'a mut [f32],
-    /// `[n, heads·P]`: C_i·S, and then the outputs; or x_j by what of it is left at the end of the chunk.
+    /// `[n, heads·P]`: x_j by what of it is left at the end of the chunk.
     pub(super) weighted: &'a mut [f32],
     /// `[n, n]`: C_i·B_j in row i; only j ≤ i is computed.
     scores: &'a mut [f32],
