@@ -39,6 +39,7 @@ use courier::Courier;
 pub use courier::Pending;
 use memory::Pool;
 use parallel::{ROWS, Workers};
+use tensor::Floats;
 
 /// How a [`CpuBackend`] works. But for the instruction set of matrix products, none of what concerns one rank changes
 /// results.
@@ -115,23 +116,27 @@ impl CpuBackend {
         self.isa
     }
 
-    /// Measured rate of fp32 matrix products of this machine with these threads, in FLOP/s: what model FLOPs
+    /// Measured rate of matrix products of `dtype` on this machine with these threads, in FLOP/s: what model FLOPs
     /// utilisation is a share of. Takes a few hundred milliseconds at most.
-    pub fn measure_peak(&self) -> f64 {
+    pub fn measure_peak(&self, dtype: DType) -> f64 {
         const N: usize = 1024;
-        let (a, b) = (vec![0.5f32; N * N], vec![0.25f32; N * N]);
+        let (wide, narrow);
+        let operand = match dtype {
+            DType::Bf16 => {
+                narrow = vec![bf16::from_f32(0.5); N * N];
+                Floats::Bf16(&narrow)
+            }
+            _ => {
+                wide = vec![0.5f32; N * N];
+                Floats::F32(&wide)
+            }
+        };
+        let operand = matmul::Mat::new(operand, N, N);
         let mut c = vec![0.0f32; N * N];
         let mut best = f64::INFINITY;
         for _ in 0..6 {
             let start = std::time::Instant::now();
-            matmul::matmul(
-                self,
-                matmul::Into::Set,
-                &mut c,
-                N,
-                matmul::Mat::new(&*a, N, N),
-                matmul::Mat::new(&*b, N, N),
-            );
+            matmul::matmul(self, matmul::Into::Set, &mut c, N, operand, operand);
             best = best.min(start.elapsed().as_secs_f64());
         }
         2.0 * (N * N * N) as f64 / best

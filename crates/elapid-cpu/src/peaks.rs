@@ -3,6 +3,8 @@
 use std::hint::black_box;
 use std::time::Instant;
 
+use elapid_tensor::DType;
+
 use crate::CpuBackend;
 use crate::isa::{Isa, vectorize};
 
@@ -16,6 +18,8 @@ pub struct Peaks {
     pub matrix: f64,
     /// fp32 matrix products ([`CpuBackend::measure_peak`]), in FLOP/s.
     pub product: f64,
+    /// The same of bf16 operands.
+    pub bf16_product: f64,
     /// Dot products of bf16 pairs (`vdpbf16ps`) that stay in registers, in FLOP/s; None on a path without them.
     pub bf16: Option<f64>,
     /// Reading memory, in bytes a second.
@@ -38,7 +42,8 @@ impl Peaks {
             // What was seen of the widest vectors before is theirs as well.
             false => fma.max(backend.fma_rate(Isa::best())).max(self.matrix),
         };
-        Self { fma, matrix, product: backend.measure_peak(), bf16: backend.bf16_rate(), ..self }
+        let [product, bf16_product] = [DType::F32, DType::Bf16].map(|dtype| backend.measure_peak(dtype));
+        Self { fma, matrix, product, bf16_product, bf16: backend.bf16_rate(), ..self }
     }
 }
 
@@ -51,7 +56,7 @@ impl CpuBackend {
     /// caches hold.
     pub fn measure_peaks(&self, buffer: usize) -> Peaks {
         let (read, triad) = self.bandwidths(buffer / size_of::<f32>() / 3);
-        Peaks { fma: 0.0, matrix: 0.0, product: 0.0, bf16: None, read, triad }.on(self)
+        Peaks { fma: 0.0, matrix: 0.0, product: 0.0, bf16_product: 0.0, bf16: None, read, triad }.on(self)
     }
 
     fn fma_rate(&self, isa: Isa) -> f64 {

@@ -227,9 +227,14 @@ fn check_setup(report: &Value, bench: &str) {
     assert!(SETUP.iter().all(|field| keys(report).contains(field)), "{report}");
     assert_eq!((&report["bench"], &report["model"]), (&json!(bench), &json!("tiny")));
     let peaks = &report["peaks"];
-    for rate in
-        ["fp32_fma_gflops", "fp32_matrix_gflops", "fp32_product_gflops", "read_gb_per_s", "triad_gb_per_s"]
-    {
+    for rate in [
+        "fp32_fma_gflops",
+        "fp32_matrix_gflops",
+        "fp32_product_gflops",
+        "bf16_product_gflops",
+        "read_gb_per_s",
+        "triad_gb_per_s",
+    ] {
         assert!(peaks[rate].as_f64().is_some_and(|rate| rate > 0.0), "{peaks}");
     }
 }

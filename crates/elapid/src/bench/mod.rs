@@ -109,14 +109,20 @@ impl Limits {
         Self { peaks: self.peaks.on(backend), dtype: self.dtype }
     }
 
+    /// Rate of matrix products in the compute dtype, in FLOP/s.
+    fn product(&self) -> f64 {
+        if self.dtype == DType::Bf16 { self.peaks.bf16_product } else { self.peaks.product }
+    }
+
     /// What a benchmark prints of them.
     fn rates_at_most(&self) -> Value {
-        let Peaks { fma, matrix, product, bf16, read, triad } = self.peaks;
+        let Peaks { fma, matrix, product, bf16_product, bf16, read, triad } = self.peaks;
         let giga = |rate: f64| rate / 1e9;
         json!({
             "fp32_fma_gflops": giga(fma),
             "fp32_matrix_gflops": giga(matrix),
             "fp32_product_gflops": giga(product),
+            "bf16_product_gflops": giga(bf16_product),
             "bf16_dot_gflops": bf16.map(giga),
             "read_gb_per_s": giga(read),
             "triad_gb_per_s": giga(triad),
@@ -226,8 +232,15 @@ mod tests {
     }
 
     fn limits(dtype: DType) -> Limits {
-        let peaks =
-            Peaks { fma: 50.0, matrix: 100.0, product: 80.0, bf16: Some(200.0), read: 10.0, triad: 8.0 };
+        let peaks = Peaks {
+            fma: 50.0,
+            matrix: 100.0,
+            product: 80.0,
+            bf16_product: 150.0,
+            bf16: Some(200.0),
+            read: 10.0,
+            triad: 8.0,
+        };
         Limits { peaks, dtype }
     }
 

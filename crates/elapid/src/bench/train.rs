@@ -112,7 +112,7 @@ fn train_on(
 
     rank.barrier();
     let limits = Limits::measure(timed.inner(), setup.compute(), ranks_here);
-    let product: u64 = rank.gather_numbers(limits.peaks.product as u64).iter().sum();
+    let product: u64 = rank.gather_numbers(limits.product() as u64).iter().sum();
     rank.sum(&mut between);
     let [collectives, waited] = between.map(|time| time / (steps * mesh.size()) as f64);
     let flops = setup.config.flops_per_token();

@@ -48,13 +48,14 @@ pub(crate) fn cpu_on(threads: Option<usize>, isa: Isa) -> Result<CpuBackend, Err
     })
 }
 
-/// FLOP/s of this rank. One that has the machine for itself measures once in a process for each number of threads; those
-/// that share it measure side by side.
-pub(super) fn peak(rank: &Rank, backend: &CpuBackend) -> f64 {
+/// FLOP/s of this rank in products of `dtype`. One that has the machine for itself measures once in a process for each number of threads;
+/// those that share it measure side by side.
+pub(super) fn peak(rank: &Rank, backend: &CpuBackend, dtype: DType) -> f64 {
     if rank.ranks_here() > 1 {
-        return backend.measure_peak();
+        return backend.measure_peak(dtype);
     }
-    static MEASURED: Mutex<BTreeMap<usize, f64>> = Mutex::new(BTreeMap::new());
+    static MEASURED: Mutex<BTreeMap<(usize, bool), f64>> = Mutex::new(BTreeMap::new());
     let mut measured = MEASURED.lock().expect("measuring does not panic");
-    *measured.entry(backend.threads()).or_insert_with(|| backend.measure_peak())
+    let key = (backend.threads(), dtype == DType::Bf16);
+    *measured.entry(key).or_insert_with(|| backend.measure_peak(dtype))
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use elapid_cpu::CpuBackend;
+use elapid_tensor::DType;
 use serde_json::Value;
 
 use super::device::{self, DeviceTrainer, Devices};
@@ -116,9 +117,12 @@ fn train_on(run: &Run, rank: &Rank, devices: Option<&Devices>) -> Result<Outcome
     let (peak, what) = match &driver {
         Some(driver) => (f64::NAN, driver.describe()),
         None => {
-            let peak = rank.gather_numbers(peak(rank, &backend) as u64).into_iter().sum::<u64>() as f64;
+            let dtype = run.args.dtype.compute();
+            let peak =
+                rank.gather_numbers(peak(rank, &backend, dtype) as u64).into_iter().sum::<u64>() as f64;
             let (threads, isa, rate) = (backend.threads(), backend.isa(), peak / 1e9);
-            (peak, format!("CPU, {threads} threads, {isa:?}, {rate:.0} GFLOP/s in fp32 products"))
+            let of = if dtype == DType::Bf16 { "bf16" } else { "fp32" };
+            (peak, format!("CPU, {threads} threads, {isa:?}, {rate:.0} GFLOP/s in {of} products"))
         }
     };
     start::print(run, &data, held_out.as_ref(), &model, &what, &memory);
