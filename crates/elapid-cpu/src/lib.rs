@@ -420,7 +420,7 @@ impl Backend for CpuBackend {
     fn mamba2(
         &self,
         spec: &Mamba2Spec,
-        inputs: &Mamba2Inputs<Tensor>,
+        inputs: Mamba2Inputs<Tensor>,
         weights: &Mamba2Weights<Tensor>,
         save: bool,
     ) -> Mamba2Output<Tensor> {

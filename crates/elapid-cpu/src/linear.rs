@@ -59,12 +59,13 @@ pub(crate) fn product(backend: &CpuBackend, x: &Tensor, weight: &Tensor, bias: O
 
 /// The product as one dot product an output, in pieces of outputs.
 fn few_rows(backend: &CpuBackend, x: &[f32], weight: &Tensor, out: &mut [f32], rows: usize) {
-    const OUTPUTS: usize = 64;
     let (output, input) = (weight.shape()[0], weight.shape()[1]);
+    // Long pieces, since memory is slow where a stream begins, but enough of them for equal shares.
+    let most = (output / (4 * backend.threads())).clamp(64, 4096).next_multiple_of(4);
     let shared = crate::parallel::Shared::new(out);
-    backend.workers.each(output.div_ceil(OUTPUTS), |piece| {
-        let first = piece * OUTPUTS;
-        let outputs = OUTPUTS.min(output - first);
+    backend.workers.each(output.div_ceil(most), |piece| {
+        let first = piece * most;
+        let outputs = most.min(output - first);
         let weight = weight.floats().part(first * input, outputs * input);
         for row in 0..rows {
             // SAFETY: each output belongs to one piece.

@@ -22,6 +22,14 @@ impl Tensor {
         Self { block: Arc::new(block), offset: 0, shape: shape.to_vec(), dtype }
     }
 
+    /// Its memory, if nobody else has a part in it.
+    pub(crate) fn into_block(self) -> Result<Block, Self> {
+        if self.offset > 0 {
+            return Err(self);
+        }
+        Arc::try_unwrap(self.block).map_err(|block| Self { block, ..self })
+    }
+
     /// Extents.
     pub fn shape(&self) -> &[usize] {
         &self.shape

@@ -350,10 +350,12 @@ pub trait Backend: Sized + Sync + 'static {
     /// Δt = clamp(softplus(dt + dt_bias)), the selective scan
     /// `S_t = exp(Δt·A)·S_{t−1} + Δt·x_t B_tᵀ`, `y_t = S_t C_t + D·x_t`, then `rms_norm(y · silu(z)) · weight`.
     /// Source: Dao & Gu 2024, "Transformers are SSMs", section 7 and listing 1.
+    ///
+    /// An initial state that nobody else holds may become the final one in place.
     fn mamba2(
         &self,
         spec: &Mamba2Spec,
-        inputs: &Mamba2Inputs<Self::Tensor>,
+        inputs: Mamba2Inputs<Self::Tensor>,
         weights: &Mamba2Weights<Self::Tensor>,
         save: bool,
     ) -> Mamba2Output<Self::Tensor>;

@@ -144,7 +144,7 @@ pub type LayerBody<'a, B> = dyn for<'t> Fn(
         &mut Tape<'t, B>,
         usize,
         Var<<B as Backend>::Tensor>,
-        Option<&State<<B as Backend>::Tensor>>,
+        Option<State<<B as Backend>::Tensor>>,
     ) -> (Var<<B as Backend>::Tensor>, State<<B as Backend>::Tensor>)
     + 'a;
 
@@ -355,27 +355,31 @@ impl<'a, B: Backend> Tape<'a, B> {
         spec: &Mamba2Spec,
         projected: &Var<B::Tensor>,
         documents: Option<&B::Tensor>,
-        initial: Option<&State<Var<B::Tensor>>>,
+        initial: Option<State<Var<B::Tensor>>>,
         weights: &Mamba2Weights<Weight<B::Tensor>>,
     ) -> (Var<B::Tensor>, State<Var<B::Tensor>>) {
+        let initial_ids = initial.as_ref().map(|s| (s.conv.id, s.ssm.id));
         let inputs = Mamba2Inputs {
             projected: projected.value.clone(),
             documents: documents.cloned(),
-            initial: initial.map(|s| State { conv: s.conv.value.clone(), ssm: s.ssm.value.clone() }),
+            initial: initial.map(|s| State { conv: s.conv.value, ssm: s.ssm.value }),
         };
         let values = weights.as_ref().map(|w| w.value.clone());
-        let out = self.backend.mamba2(spec, &inputs, &values, self.grads.is_some());
+        let save = self.grads.is_some();
+        let kept = save.then(|| inputs.clone());
+        let out = self.backend.mamba2(spec, inputs, &values, save);
         let site = self.site("mamba2", Some(&weights.conv_weight.slot));
         for value in [&out.y, &out.state.conv, &out.state.ssm] {
             self.show(&site, value);
         }
         let y = self.variable(out.y);
         let state = State { conv: self.variable(out.state.conv), ssm: self.variable(out.state.ssm) };
-        if let (Some(y_id), Some(conv_id), Some(ssm_id)) = (y.id, state.conv.id, state.ssm.id) {
+        if let (Some(inputs), Some(y_id), Some(conv_id), Some(ssm_id)) =
+            (kept, y.id, state.conv.id, state.ssm.id)
+        {
             let (spec, saved) = (*spec, out.saved);
             let slots = weights.as_ref().map(|w| w.slot.clone());
             let projected_id = projected.id;
-            let initial_ids = initial.map(|s| (s.conv.id, s.ssm.id));
             // What is needed of them is their form, not what they hold.
             let [y_form, conv_form, ssm_form] = [&y, &state.conv, &state.ssm]
                 .map(|var| (self.backend.shape(&var.value), self.backend.dtype(&var.value)));
@@ -454,6 +458,8 @@ impl<'a, B: Backend> Tape<'a, B> {
         if let Some(recorder) = self.backend.layer_loop().filter(|_| n > 0 && alone) {
             return self.layers_as_loop(recorder, n, x, states, checkpointing, &body);
         }
+        // Out of `states`, so that a layer may write its state where the last one was.
+        let mut befores = states.as_deref_mut().map(std::mem::take).unwrap_or_default().into_iter();
         for layer in 0..n {
             self.layer = Some(layer);
             if self.done.is_some() {
@@ -463,19 +469,15 @@ impl<'a, B: Backend> Tape<'a, B> {
                     }
                 }));
             }
-            let before = states.as_ref().and_then(|s| s.get(layer)).cloned();
+            let before = befores.next();
             let (out, after) = if self.grads.is_some() && checkpointing == Checkpointing::Block {
                 self.layer_run_again(layer, x, before, &body)
             } else {
-                body(self, layer, x, before.as_ref())
+                body(self, layer, x, before)
             };
             x = out;
             if let Some(states) = states.as_deref_mut() {
-                states.truncate(n);
-                match states.get_mut(layer) {
-                    Some(state) => *state = after,
-                    None => states.push(after),
-                }
+                states.push(after);
             }
         }
         self.layer = None;
@@ -497,14 +499,14 @@ impl<'a, B: Backend> Tape<'a, B> {
         let (out, after, dx) = match self.grads.as_deref_mut() {
             None => {
                 let mut inner = Tape::inference(self.backend);
-                let (out, after) = body(&mut inner, 0, Var::constant(input), before.as_ref());
+                let (out, after) = body(&mut inner, 0, Var::constant(input), before);
                 (out, after, None)
             }
             Some(grads) => {
                 let mut inner = Tape::training(self.backend, grads);
                 let input = inner.variable(input);
                 let (out, after) = match checkpointing {
-                    Checkpointing::None => body(&mut inner, 0, input.clone(), before.as_ref()),
+                    Checkpointing::None => body(&mut inner, 0, input.clone(), before),
                     Checkpointing::Block => inner.layer_run_again(0, input.clone(), before, body),
                 };
                 let dy = recorder.turn(&out.value);
@@ -536,14 +538,14 @@ impl<'a, B: Backend> Tape<'a, B> {
         let input = Var::constant(x.value.clone());
         let mut inner = Tape::inference(self.backend).watched(self.watch);
         inner.layer = Some(layer);
-        let (out, after) = body(&mut inner, layer, input, before.as_ref());
+        let (out, after) = body(&mut inner, layer, input, before.clone());
         let body = body.clone();
         let out = self.record(out.value, move |pass, dy| {
             let (again, dy) = pass.backend.again(&x.value, dy);
             let mut inner = Tape::training(pass.backend, pass.grads).watched(pass.watch);
             inner.layer = Some(layer);
             let input = inner.variable(again);
-            let (out, _) = body(&mut inner, layer, input.clone(), before.as_ref());
+            let (out, _) = body(&mut inner, layer, input.clone(), before.clone());
             let dx = inner.backward(&[(&out, dy)], &[&input]).remove(0);
             if let Some(dx) = dx {
                 pass.give(x.id, dx);

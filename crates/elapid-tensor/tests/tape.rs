@@ -84,15 +84,14 @@ fn trunk<'a>(
     let body = move |tape: &mut Tape<'_, OracleBackend>,
                      layer: usize,
                      x: Var<OracleTensor>,
-                     before: Option<&State<OracleTensor>>| {
+                     before: Option<State<OracleTensor>>| {
         let [norm, in_proj, in_bias, conv_weight, conv_bias, dt_bias, a_log, d, norm_weight, out_proj] =
             layers[layer].clone();
         let mixer = Mamba2Weights { conv_weight, conv_bias: Some(conv_bias), dt_bias, a_log, d, norm_weight };
-        let before =
-            before.map(|s| State { conv: Var::constant(s.conv.clone()), ssm: Var::constant(s.ssm.clone()) });
+        let before = before.map(|s| State { conv: Var::constant(s.conv), ssm: Var::constant(s.ssm) });
         let normed = tape.rms_norm(&x, &norm, EPS, DType::F32);
         let projected = tape.linear(&normed, &in_proj, Some(&in_bias));
-        let (y, after) = tape.mamba2(&SPEC, &projected, Some(&documents), before.as_ref(), &mixer);
+        let (y, after) = tape.mamba2(&SPEC, &projected, Some(&documents), before, &mixer);
         let y = tape.linear(&y, &out_proj, None);
         (tape.add(&x, &y), State { conv: after.conv.value, ssm: after.ssm.value })
     };
@@ -260,7 +259,7 @@ fn cotangents_flow_from_the_final_state_to_the_initial_one() {
     let values: Vec<f32> = params.values[..B * width].iter().map(|&x| x as f32).collect();
     let projected = tape.leaf(OracleBackend.tensor(&values, &[B, 1, width], DType::F32));
     let initial = State { conv: tape.leaf(before.conv), ssm: tape.leaf(before.ssm) };
-    let (y, after) = tape.mamba2(&SPEC, &projected, None, Some(&initial), &mixer);
+    let (y, after) = tape.mamba2(&SPEC, &projected, None, Some(initial), &mixer);
     let ones = |var: &Var<OracleTensor>| {
         let shape = OracleBackend.shape(&var.value);
         OracleBackend.tensor(&vec![1.0; shape.iter().product()], &shape, DType::F32)

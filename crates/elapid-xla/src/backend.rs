@@ -454,11 +454,11 @@ impl Backend for XlaBackend {
     fn mamba2(
         &self,
         spec: &Mamba2Spec,
-        inputs: &Mamba2Inputs<XlaTensor>,
+        inputs: Mamba2Inputs<XlaTensor>,
         weights: &Mamba2Weights<XlaTensor>,
         save: bool,
     ) -> Mamba2Output<XlaTensor> {
-        ops::mamba2::forward(self.scope("mamba2", Some(&weights.d)), spec, inputs, weights, save)
+        ops::mamba2::forward(self.scope("mamba2", Some(&weights.d)), spec, &inputs, weights, save)
     }
 
     fn mamba2_adjoint(

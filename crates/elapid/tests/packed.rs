@@ -376,7 +376,7 @@ fn chained<B: Backend>(
         for x in &mut stream {
             let normed = tape.rms_norm(x, &norm, eps, DType::F32);
             let projected = tape.linear(&normed, &in_proj, None);
-            let (y, after) = tape.mamba2(&config.spec(), &projected, None, before.as_ref(), &mixer);
+            let (y, after) = tape.mamba2(&config.spec(), &projected, None, before.take(), &mixer);
             let out = tape.linear(&y, &out_proj, None);
             *x = tape.add(x, &out);
             before = Some(after);

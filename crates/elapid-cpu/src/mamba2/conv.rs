@@ -8,17 +8,18 @@ use crate::isa::vectorize;
 use crate::math;
 use crate::memory::Block;
 use crate::parallel::Shared;
-use crate::tensor::Tensor;
+use crate::tensor::{Floats, Tensor};
 
 /// Taps that one loop over channels takes at a time. Where a kernel has fewer, zeros stand for the others.
 pub(super) const TAPS: usize = 4;
 
 /// Copies the conv inputs of positions `from..` of sequence `b` into the rows of `dst`, as many channels from `channel` on as a
-/// row of `width` holds; `from` may reach K−1 positions back before the sequence, into the initial state.
+/// row of `width` holds; `from` may reach K−1 positions back before the sequence, into the initial state `[B, K−1, C]`.
 #[inline(always)]
 fn load_inputs(
     dims: &Dims,
-    inputs: &Mamba2Inputs<Tensor>,
+    projected: Floats<'_>,
+    initial: Option<&[f32]>,
     b: usize,
     from: isize,
     (channel, width): (usize, usize),
@@ -28,10 +29,10 @@ fn load_inputs(
     for (l, row) in (from..).zip(dst.chunks_exact_mut(width)) {
         if l >= 0 {
             let at = (b * dims.len + l as usize) * dims.proj + dims.e;
-            inputs.projected.floats().load(at + channel, row);
-        } else if let Some(state) = &inputs.initial {
+            projected.load(at + channel, row);
+        } else if let Some(initial) = initial {
             let at = (b * before + (l + before as isize) as usize) * dims.c;
-            row.copy_from_slice(&state.conv.f32()[at + channel..][..width]);
+            row.copy_from_slice(&initial[at + channel..][..width]);
         } else {
             row.fill(0.0);
         }
@@ -131,7 +132,8 @@ impl<'a> Tile<'a> {
     fn load(&self, to: &mut [f32]) {
         let Self { call, b, first, channel, width, .. } = *self;
         let from = first as isize - (call.dims.spec.conv_kernel as isize - 1);
-        load_inputs(&call.dims, call.inputs, b, from, (channel, width), to);
+        let initial = call.inputs.initial.as_ref().map(|state| state.conv.f32());
+        load_inputs(&call.dims, call.inputs.projected.floats(), initial, b, from, (channel, width), to);
     }
 
     /// The convolution at position `i` of the chunk, before SiLU.
@@ -385,7 +387,8 @@ pub(super) fn load_dt(dims: &Dims, inputs: &Mamba2Inputs<Tensor>, row: usize, ds
 pub(super) fn last_inputs(
     backend: &CpuBackend,
     dims: &Dims,
-    inputs: &Mamba2Inputs<Tensor>,
+    projected: &Tensor,
+    initial: Option<&Tensor>,
     documents: &Documents,
 ) -> Tensor {
     let (c, before, len) = (dims.c, dims.spec.conv_kernel - 1, dims.len);
@@ -394,7 +397,7 @@ pub(super) fn last_inputs(
     for b in 0..dims.batch {
         let rows = &mut rows[b * before * c..][..before * c];
         let from = len as isize - before as isize;
-        load_inputs(dims, inputs, b, from, (0, c), rows);
+        load_inputs(dims, projected.floats(), initial.map(Tensor::f32), b, from, (0, c), rows);
         for (l, row) in (from..).zip(rows.chunks_exact_mut(c)) {
             if !documents.sees(b, len - 1, l) {
                 row.fill(0.0);

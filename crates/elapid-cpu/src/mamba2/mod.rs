@@ -336,7 +336,7 @@ struct Front {
 pub(crate) fn forward(
     backend: &CpuBackend,
     spec: &Mamba2Spec,
-    inputs: &Mamba2Inputs<Tensor>,
+    inputs: Mamba2Inputs<Tensor>,
     weights: &Mamba2Weights<Tensor>,
     save: bool,
 ) -> Mamba2Output<Tensor> {
@@ -344,6 +344,7 @@ pub(crate) fn forward(
     if dims.len == 1 && !save {
         return step::step(backend, &dims, inputs, weights);
     }
+    let inputs = &inputs;
     let call = Call::new(backend, dims, inputs, weights);
     let front = conv::front(&call);
     let dtype = inputs.projected.dtype();
@@ -362,7 +363,13 @@ pub(crate) fn forward(
     };
     drop(front);
     let state = State {
-        conv: conv::last_inputs(backend, &dims, inputs, &call.documents),
+        conv: conv::last_inputs(
+            backend,
+            &dims,
+            &inputs.projected,
+            inputs.initial.as_ref().map(|state| &state.conv),
+            &call.documents,
+        ),
         ssm: Tensor::new(last, &[dims.batch, spec.heads, spec.head_dim, spec.state], DType::F32),
     };
     let tensor = |block, dtype| Tensor::new(block, &[dims.batch, dims.len, dims.e], dtype);

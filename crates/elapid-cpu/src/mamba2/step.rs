@@ -1,7 +1,7 @@
 //! One position at a time, with constant state: decoding.
 //!
 //! A position costs a few microseconds a head, so everything that needs no other head happens where the state is updated:
-//! convolution, Δt, the update itself, which reads the old state and writes the new one, and its output.
+//! convolution, Δt, the update itself, in place of the old state, and its output.
 
 use elapid_tensor::{DType, Mamba2Inputs, Mamba2Output, Mamba2Weights, State};
 
@@ -10,6 +10,7 @@ use super::{Dims, Documents, conv, gate};
 use crate::CpuBackend;
 use crate::isa::vectorize;
 use crate::math;
+use crate::memory::Block;
 use crate::parallel::Shared;
 use crate::tensor::Tensor;
 
@@ -20,17 +21,19 @@ const HEADS: usize = 4;
 pub(super) fn step(
     backend: &CpuBackend,
     dims: &Dims,
-    inputs: &Mamba2Inputs<Tensor>,
+    inputs: Mamba2Inputs<Tensor>,
     weights: &Mamba2Weights<Tensor>,
 ) -> Mamba2Output<Tensor> {
     let (heads, p, n_state, k) =
         (dims.spec.heads, dims.spec.head_dim, dims.spec.state, dims.spec.conv_kernel);
     let per_group = heads / dims.spec.groups;
     let blocks = per_group.div_ceil(HEADS);
-    let initial = inputs.initial.as_ref().map(|initial| initial.ssm.f32());
+    let Mamba2Inputs { projected, initial, .. } = inputs;
+    let (conv_state, ssm) = initial.map(|State { conv, ssm }| (conv, ssm)).unzip();
+    let (projected, conv_state) = (&projected, conv_state.as_ref());
 
     let count = dims.batch * heads * dims.state();
-    let mut ssm = backend.pool.take::<f32>(count);
+    let mut ssm = state(backend, ssm, count);
     let mut y = backend.pool.take::<f32>(dims.batch * dims.e);
     let shared_ssm = Shared::new(ssm.as_mut_slice::<f32>(count));
     let shared_y = Shared::new(y.as_mut_slice::<f32>(dims.batch * dims.e));
@@ -52,7 +55,7 @@ pub(super) fn step(
             (shared_ssm.slice(index * dims.state(), count * dims.state()), shared_y.slice(index * p, width))
         };
         vectorize!(backend.isa, || {
-            let side = Side { dims, inputs, weights, b };
+            let side = Side { dims, projected, conv_state, weights, b };
             let [from_b, from_c] = [dims.b_channel(group), dims.c_channel(group)];
             for (channel, out) in [(first * p, &mut *x), (from_b, &mut *b_row), (from_c, &mut *c_row)] {
                 side.convolve(channel, scratch, out);
@@ -62,44 +65,56 @@ pub(super) fn step(
             let (skip, spare) = rest.split_at_mut(count);
             side.steps(first, dt, decay, spare);
             weights.d.floats().load(first, skip);
-            let old = initial.map(|initial| &initial[(b * heads + first) * dims.state()..][..states.len()]);
             // Heads take turns, so that the states of all of them are fetched ahead.
             for i in 0..p {
                 for head in 0..count {
                     let at = head * dims.state() + i * n_state;
                     let (s, x) = (&mut states[at..at + n_state], x[head * p + i]);
                     let (decay, weight) = (decay[head], dt[head] * x);
-                    match old {
-                        Some(old) => {
-                            for ((s, old), b) in s.iter_mut().zip(&old[at..]).zip(&*b_row) {
-                                *s = decay * old + weight * b;
-                            }
-                        }
-                        None => s.iter_mut().zip(&*b_row).for_each(|(s, b)| *s = weight * b),
-                    }
+                    s.iter_mut().zip(&*b_row).for_each(|(s, b)| *s = decay * *s + weight * b);
                     y[head * p + i] = math::dot(s, c_row) + skip[head] * x;
                 }
             }
         });
     });
-    let dtype = inputs.projected.dtype();
+    let dtype = projected.dtype();
     let mut out = target::take(backend, dtype, dims.rows() * dims.e);
     {
         let y = Shared::new(y.as_mut_slice::<f32>(dims.rows() * dims.e));
         let out = Target::new(&mut out, dtype, dims.rows() * dims.e);
-        let z = inputs.projected.floats();
+        let z = projected.floats();
         gate::forward(backend, dims, z, weights.norm_weight.f32(), 0..dims.chunks, &y, &out);
     }
     let y = Tensor::new(out, &[dims.batch, dims.len, dims.e], dtype);
-    let conv = conv::last_inputs(backend, dims, inputs, &Documents::new(dims, None));
+    let conv = conv::last_inputs(backend, dims, projected, conv_state, &Documents::new(dims, None));
     let ssm = Tensor::new(ssm, &[dims.batch, heads, p, n_state], DType::F32);
     Mamba2Output { y, state: State { conv, ssm }, saved: Vec::new() }
+}
+
+/// Memory for the states `[B, H, P, N]`, which holds the old ones, or zeros. It is theirs, unless somebody else holds them too: then
+/// no line is fetched only to be overwritten.
+fn state(backend: &CpuBackend, old: Option<Tensor>, count: usize) -> Block {
+    let copy = |old: &Tensor| {
+        let mut block = backend.pool.take::<f32>(count);
+        block.as_mut_slice::<f32>(count).copy_from_slice(old.f32());
+        block
+    };
+    match old {
+        Some(old) => old.into_block().unwrap_or_else(|old| copy(&old)),
+        None => {
+            let mut block = backend.pool.take::<f32>(count);
+            block.as_mut_slice::<f32>(count).fill(0.0);
+            block
+        }
+    }
 }
 
 /// The position of one sequence.
 struct Side<'a> {
     dims: &'a Dims,
-    inputs: &'a Mamba2Inputs<Tensor>,
+    projected: &'a Tensor,
+    /// `[B, K − 1, C]`.
+    conv_state: Option<&'a Tensor>,
     weights: &'a Mamba2Weights<Tensor>,
     b: usize,
 }
@@ -108,7 +123,7 @@ impl Side<'_> {
     /// Convolution and SiLU of the channels from `channel` on; `scratch` holds K + 1 numbers a channel.
     #[inline(always)]
     fn convolve(&self, channel: usize, scratch: &mut [f32], out: &mut [f32]) {
-        let Self { dims, inputs, weights, b } = *self;
+        let Self { dims, projected, conv_state, weights, b } = *self;
         let (k, width) = (dims.spec.conv_kernel, out.len());
         let (taps, rest) = scratch.split_at_mut(k * width);
         // `[C, K]`, as the weight lies.
@@ -118,11 +133,11 @@ impl Side<'_> {
             None => out.fill(0.0),
         }
         for tap in 0..k {
-            let x = match &inputs.initial {
+            let x = match conv_state {
                 _ if tap + 1 == k => {
-                    inputs.projected.floats().row(b * dims.proj + dims.e + channel, &mut rest[..width])
+                    projected.floats().row(b * dims.proj + dims.e + channel, &mut rest[..width])
                 }
-                Some(state) => &state.conv.f32()[(b * (k - 1) + tap) * dims.c + channel..][..width],
+                Some(state) => &state.f32()[(b * (k - 1) + tap) * dims.c + channel..][..width],
                 None => continue,
             };
             for ((out, w), x) in out.iter_mut().zip(taps[tap..].iter().step_by(k)).zip(x) {
@@ -135,8 +150,8 @@ impl Side<'_> {
     /// Δt and e^(Δt·A) of the heads from `first` on.
     #[inline(always)]
     fn steps(&self, first: usize, dt: &mut [f32], decay: &mut [f32], spare: &mut [f32]) {
-        let Self { dims, inputs, weights, b } = *self;
-        inputs.projected.floats().load(b * dims.proj + dims.e + dims.c + first, dt);
+        let Self { dims, projected, weights, b, .. } = *self;
+        projected.floats().load(b * dims.proj + dims.e + dims.c + first, dt);
         weights.a_log.floats().load(first, decay);
         weights.dt_bias.floats().load(first, spare);
         for ((dt, decay), bias) in dt.iter_mut().zip(decay).zip(spare) {

@@ -242,14 +242,14 @@ impl Backend for OracleBackend {
     fn mamba2(
         &self,
         spec: &Mamba2Spec,
-        inputs: &Mamba2Inputs<OracleTensor>,
+        inputs: Mamba2Inputs<OracleTensor>,
         weights: &Mamba2Weights<OracleTensor>,
         _save: bool,
     ) -> Mamba2Output<OracleTensor> {
         assert_eq!(spec.norm_ranks, 1, "the oracle is one rank");
         let batch = inputs.projected.shape[0];
         let weights = weights.as_ref().map(|w| w.values.as_slice());
-        let (y, last) = super::mamba2(spec, batch, &slices(inputs), &weights);
+        let (y, last) = super::mamba2(spec, batch, &slices(&inputs), &weights);
         let y = make(y, &inputs.projected.shape_to(spec.inner()), inputs.projected.dtype);
         Mamba2Output { y, state: state(spec, batch, last), saved: Vec::new() }
     }

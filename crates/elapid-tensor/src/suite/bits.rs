@@ -109,7 +109,7 @@ fn mixer<B: Backend>(backend: &B, dtype: DType, state: usize, l: usize) -> Vec<f
         layout([&[channels, 1, 4], &[channels], &heads, &heads, &heads, &[inner]]);
     let slots = Mamba2Weights { conv_weight, conv_bias: Some(conv_bias), dt_bias, a_log, d, norm_weight };
     let mut grads = backend.buffer(shape, F32);
-    let out = backend.mamba2(&spec, &inputs, &weights, true);
+    let out = backend.mamba2(&spec, inputs.clone(), &weights, true);
     let sinks = slots.as_ref();
     let adjoint =
         backend.mamba2_adjoint(&spec, &inputs, &weights, &out.saved, &dy, Some(&d_state), &mut grads, &sinks);

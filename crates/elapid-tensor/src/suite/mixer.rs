@@ -291,8 +291,8 @@ fn run<B: Backend>(backend: &B, case: Case, dtype: DType) -> Vec<Report> {
     let host = weights.as_ref().map(|w| &w.host[..]);
 
     let (y, last) = oracle::mamba2(spec, batch, &host_inputs, &host);
-    let out = backend.mamba2(spec, &inputs, &device, true);
-    let inference = backend.mamba2(spec, &inputs, &device, false);
+    let out = backend.mamba2(spec, inputs.clone(), &device, true);
+    let inference = backend.mamba2(spec, inputs.clone(), &device, false);
     check.holds("nothing saved unless asked for", inference.saved.is_empty());
     for (when, out) in [("", &out), (" without saving", &inference)] {
         let mut compare = |name: &str, got, want, shape: &[usize], kind| {

@@ -148,9 +148,9 @@ fn layer(setup: &Setup, one: &ModelConfig, rows: &mut Rows<'_>) {
         norm_weight: &slots.norm_weight,
     };
     let shape = format!("H {}, P {}, G {}, N {}", spec.heads, spec.head_dim, spec.groups, spec.state);
-    rows.run("mamba2", &shape, || drop(timed.mamba2(&spec, &inputs, &weights, true)));
+    rows.run("mamba2", &shape, || drop(timed.mamba2(&spec, inputs.clone(), &weights, true)));
     if rows.asked("mamba2 adjoint") {
-        let saved = timed.mamba2(&spec, &inputs, &weights, true).saved;
+        let saved = timed.mamba2(&spec, inputs.clone(), &weights, true).saved;
         let dy = random(spec.inner(), compute);
         rows.run("mamba2 adjoint", &shape, || {
             timed.mamba2_adjoint(&spec, &inputs, &weights, &saved, &dy, None, &mut grads, &sinks);

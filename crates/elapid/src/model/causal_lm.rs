@@ -414,12 +414,9 @@ impl<B: Backend> Mamba2ForCausalLM<B> {
                 let normed = tape.rms_norm(&x, &block.norm, eps, compute); // [B, L, D]
                 let normed = span.enter(tape, &normed);
                 let projected = tape.linear(&normed, &block.in_proj, block.in_proj_bias.as_ref()); // [B, L, E+C+H]
-                let before = before.map(|state| State {
-                    conv: Var::constant(state.conv.clone()),
-                    ssm: Var::constant(state.ssm.clone()),
-                });
-                let (y, after) =
-                    tape.mamba2(&spec, &projected, documents.as_ref(), before.as_ref(), &block.mixer); // [B, L, E]
+                let before = before
+                    .map(|state| State { conv: Var::constant(state.conv), ssm: Var::constant(state.ssm) });
+                let (y, after) = tape.mamba2(&spec, &projected, documents.as_ref(), before, &block.mixer); // [B, L, E]
                 let out = tape.linear(&y, &block.out_proj, None); // [B, L, D]
                 let out = span.leave(tape, &out);
                 let mut out = tape.add(&x, &out);
