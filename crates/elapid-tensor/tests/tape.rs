@@ -259,7 +259,7 @@ fn cotangents_flow_from_the_final_state_to_the_initial_one() {
     let values: Vec<f32> = params.values[..B * width].iter().map(|&x| x as f32).collect();
     let projected = tape.leaf(OracleBackend.tensor(&values, &[B, 1, width], DType::F32));
     let initial = State { conv: tape.leaf(before.conv), ssm: tape.leaf(before.ssm) };
-    let (y, after) = tape.mamba2(&SPEC, &projected, None, Some(initial), &mixer);
+    let (y, after) = tape.mamba2(&SPEC, &projected, None, Some(initial.clone()), &mixer);
     let ones = |var: &Var<OracleTensor>| {
         let shape = OracleBackend.shape(&var.value);
         OracleBackend.tensor(&vec![1.0; shape.iter().product()], &shape, DType::F32)
