@@ -268,7 +268,15 @@ mod tests {
     #[test]
     fn a_kernel_whose_check_is_red_is_not_even_run() {
         let timed = Timed::new(crate::train::cpu(Some(1)).unwrap());
-        let peaks = Peaks { fma: 1e9, matrix: 1e9, product: 1e9, bf16: None, read: 1e9, triad: 1e9 };
+        let peaks = Peaks {
+            fma: 1e9,
+            matrix: 1e9,
+            product: 1e9,
+            bf16_product: 1e9,
+            bf16: None,
+            read: 1e9,
+            triad: 1e9,
+        };
         let limits = Limits { peaks, dtype: DType::F32 };
         let finding = |error| {
             let (op, case, tensor) = ("add", "B1".to_owned(), "sum".to_owned());
