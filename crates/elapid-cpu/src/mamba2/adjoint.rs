@@ -281,8 +281,8 @@ fn groups(call: &Call<'_>, d_projected: &Target<'_>, out: &mut ScanGrads) {
                 }
                 d.iter_mut().zip(&*sum).for_each(|(d, sum)| *d *= sum);
             }
-            tile.adjoint(inputs, d, sum, d_projected, &conv);
         });
+        vectorize!(backend.isa, || tile.adjoint(inputs, d, sum, d_projected, &conv));
     });
 }
 
