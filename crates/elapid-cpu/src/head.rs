@@ -13,7 +13,7 @@ use crate::tensor::{Buffer, Floats, Tensor, narrow};
 
 /// Logits of one block hold at most this many numbers (64 MiB), but never less than 16 positions.
 const BLOCK: usize = 16 << 20;
-/// A block has a multiple of so many positions where it may: a product over positions takes as many in one pass.
+/// A block has no more positions than these, or than a multiple of them: a product over positions takes as many in one pass in bf16.
 const POSITIONS: usize = 256;
 
 pub(crate) fn forward(
@@ -125,6 +125,7 @@ fn blocks(
         }
         first += n;
     }
+    drop((logits, rounded));
     let loss = backend.scalars(&[loss as f32], &[]);
     (loss, dx.map(|dx| backend.cast_to(&Tensor::new(dx, x.shape(), DType::F32), x.dtype())))
 }
@@ -217,6 +218,7 @@ impl Part {
     }
 
     /// −log softmax(row)[label], of all ranks' logits; 0 for an ignored label.
+    #[inline(always)]
     fn loss(self, label: i32) -> f32 {
         // The difference first: ln + max would round to the digits of max.
         if label == IGNORE_LABEL { 0.0 } else { self.sum.ln() + (self.max - self.logit) }

@@ -60,8 +60,10 @@ pub(crate) fn product(backend: &CpuBackend, x: &Tensor, weight: &Tensor, bias: O
 /// The product as one dot product an output, in pieces of outputs.
 fn few_rows(backend: &CpuBackend, x: &[f32], weight: &Tensor, out: &mut [f32], rows: usize) {
     let (output, input) = (weight.shape()[0], weight.shape()[1]);
-    // Long pieces, since memory is slow where a stream begins, but enough of them for equal shares.
-    let most = (output / (4 * backend.threads())).clamp(64, 4096).next_multiple_of(4);
+    // Pieces of several rows stay in the caches from row to row. Those of one row are long, since memory is slow where a stream begins, but
+    // enough for equal shares.
+    let longest = if rows == 1 { 4096 } else { 64 };
+    let most = (output / (4 * backend.threads())).clamp(64, longest).next_multiple_of(4);
     let shared = crate::parallel::Shared::new(out);
     backend.workers.each(output.div_ceil(most), |piece| {
         let first = piece * most;
@@ -70,7 +72,7 @@ fn few_rows(backend: &CpuBackend, x: &[f32], weight: &Tensor, out: &mut [f32], r
         for row in 0..rows {
             // SAFETY: each output belongs to one piece.
             let out = unsafe { shared.slice(row * output + first, outputs) };
-            dots(backend, &x[row * input..][..input], weight, out);
+            dots(backend, &x[row * input..][..input], weight, rows == 1, out);
         }
     });
 }

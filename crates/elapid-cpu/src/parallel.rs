@@ -1,5 +1,5 @@
-//! Work in pieces. The pieces depend on the problem alone, never on the number of threads, and what several pieces
-//! contribute to one number is summed in the order of the pieces: so results are the same bits on any machine size.
+//! Work in pieces. What several pieces contribute to one number is summed in the order of the pieces, which then depend on the problem
+//! alone; where pieces depend on the number of threads, no sum goes over them. So results are the same bits on any machine size.
 
 mod workers;
 

@@ -230,6 +230,7 @@ impl Pass<'_> {
     }
 
     /// Place of Y of a head at the first position of the chunk.
+    #[inline(always)]
     fn dy_at(&self, unit: &Unit, head: usize) -> usize {
         let dims = &self.call.dims;
         (unit.b * self.span + unit.row - self.first) * dims.e + head * dims.spec.head_dim

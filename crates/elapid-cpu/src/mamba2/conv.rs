@@ -132,7 +132,10 @@ impl<'a> Tile<'a> {
     fn load(&self, to: &mut [f32]) {
         let Self { call, b, first, channel, width, .. } = *self;
         let from = first as isize - (call.dims.spec.conv_kernel as isize - 1);
-        let initial = call.inputs.initial.as_ref().map(|state| state.conv.f32());
+        let initial = match &call.inputs.initial {
+            Some(state) => Some(state.conv.f32()),
+            None => None,
+        };
         load_inputs(&call.dims, call.inputs.projected.floats(), initial, b, from, (channel, width), to);
     }
 

@@ -92,7 +92,7 @@ pub(super) fn forward(
     let squares = over_ranks(backend, dims, groups, |row, sums, scratch| {
         vectorize!(backend.isa, || {
             let (v, scratch) = scratch.split_at_mut(e);
-            // SAFETY: the scan has written it.
+            // SAFETY: each row belongs to one piece, and the scan is done.
             v.copy_from_slice(unsafe { y.slice(row * e, e) });
             gate(v, z.row(row * dims.proj, scratch));
             sums.iter_mut().zip(v.chunks_exact(width)).for_each(|(sum, v)| *sum = math::dot(v, v));

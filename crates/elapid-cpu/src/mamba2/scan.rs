@@ -249,8 +249,9 @@ pub(super) fn forward(
     let unit_of = |unit: &Unit, state: &[f32], s: &mut Scratch<'_>| {
         let state = call.enters(unit).then_some(state);
         if let (Some(states), Some(state)) = (states, state) {
+            let at = dims.first_state(unit);
             // SAFETY: each (sequence, chunk, head) belongs to one unit.
-            vectorize!(backend.isa, || unsafe { states.put(dims.first_state(unit), state) });
+            vectorize!(backend.isa, || unsafe { states.put(at, state) });
         }
         vectorize!(backend.isa, || call.tile(unit).forward(s.inputs, s.x));
         outputs(call, front, unit, state, s, y);

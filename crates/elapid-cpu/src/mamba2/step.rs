@@ -91,8 +91,8 @@ pub(super) fn step(
     Mamba2Output { y, state: State { conv, ssm }, saved: Vec::new() }
 }
 
-/// Memory for the states `[B, H, P, N]`, which holds the old ones, or zeros. It is theirs, unless somebody else holds them too: then
-/// no line is fetched only to be overwritten.
+/// Memory for the states `[B, H, P, N]`, which holds the old ones, or zeros. It is theirs where nobody else holds them, so that no line is
+/// fetched only to be overwritten; otherwise a copy.
 fn state(backend: &CpuBackend, old: Option<Tensor>, count: usize) -> Block {
     let copy = |old: &Tensor| {
         let mut block = backend.pool.take::<f32>(count);
@@ -100,6 +100,9 @@ fn state(backend: &CpuBackend, old: Option<Tensor>, count: usize) -> Block {
         block
     };
     match old {
+        Some(old) if (old.dtype(), old.len()) != (DType::F32, count) => {
+            panic!("the initial state must be [B, H, P, N] in fp32")
+        }
         Some(old) => old.into_block().unwrap_or_else(|old| copy(&old)),
         None => {
             let mut block = backend.pool.take::<f32>(count);
@@ -158,5 +161,30 @@ impl Side<'_> {
             *dt = conv::clamped(math::softplus(*dt + *bias), dims.spec.dt_limit);
             *decay = math::decay(*dt * -decay.exp());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::CpuOptions;
+
+    #[test]
+    fn the_only_holder_of_a_state_gives_its_memory_away() {
+        let backend = CpuBackend::new(&CpuOptions::default()).unwrap();
+        let old = || {
+            let mut block = backend.pool.take::<f32>(6);
+            block.as_mut_slice::<f32>(6).fill(2.0);
+            Tensor::new(block, &[1, 1, 2, 3], DType::F32)
+        };
+        let place = |block: &Block| block.as_slice::<f32>(6).as_ptr();
+        let alone = old();
+        let at = alone.f32().as_ptr();
+        assert_eq!(place(&state(&backend, Some(alone), 6)), at);
+        let held = old();
+        let copy = state(&backend, Some(held.clone()), 6);
+        assert_ne!(place(&copy), held.f32().as_ptr());
+        assert_eq!(copy.as_slice::<f32>(6), held.f32());
+        assert_eq!(state(&backend, None, 6).as_slice::<f32>(6), [0.0; 6]);
     }
 }

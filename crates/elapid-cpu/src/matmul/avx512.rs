@@ -65,7 +65,8 @@ trait Unit {
         // A unit must not reach over the end of a row.
         let whole = lhs.cols.is_multiple_of(Self::NUMBERS) && lhs.row_stride.is_multiple_of(Self::NUMBERS);
         let apart = lhs.row_stride / Self::NUMBERS;
-        (lhs.col_stride == 1 && whole && !apart.is_multiple_of(PAGE)).then_some((data, apart))
+        let fits = lhs.col_stride == 1 && whole && data.is_aligned();
+        (fits && !apart.is_multiple_of(PAGE)).then_some((data, apart))
     }
 
     /// Sums of one tile.
@@ -194,12 +195,14 @@ impl Unit for Pairs {
 ///
 /// # Safety
 /// The CPU must have AVX-512; `weight` must hold a row for every place of `out`.
-pub(super) unsafe fn dots(x: &[f32], weight: Floats, out: &mut [f32]) {
+pub(super) unsafe fn dots(x: &[f32], weight: Floats, once: bool, out: &mut [f32]) {
     // SAFETY: the caller's promise.
     unsafe {
-        match weight {
-            Floats::F32(weight) => dots_of(x, weight, out),
-            Floats::Bf16(weight) => dots_of(x, weight, out),
+        match (weight, once) {
+            (Floats::F32(weight), false) => dots_of::<_, _MM_HINT_T0>(x, weight, out),
+            (Floats::F32(weight), true) => dots_of::<_, _MM_HINT_NTA>(x, weight, out),
+            (Floats::Bf16(weight), false) => dots_of::<_, _MM_HINT_T0>(x, weight, out),
+            (Floats::Bf16(weight), true) => dots_of::<_, _MM_HINT_NTA>(x, weight, out),
         }
     }
 }
@@ -207,7 +210,7 @@ pub(super) unsafe fn dots(x: &[f32], weight: Floats, out: &mut [f32]) {
 /// # Safety
 /// As for [`dots`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn dots_of<T: Number>(x: &[f32], weight: &[T], out: &mut [f32]) {
+unsafe fn dots_of<T: Number, const HINT: i32>(x: &[f32], weight: &[T], out: &mut [f32]) {
     const FEW: usize = 4;
     /// Bytes ahead of their use that numbers are asked for: what arrives while one line of memory is waited for.
     const AHEAD: usize = 2048;
@@ -219,7 +222,7 @@ unsafe fn dots_of<T: Number>(x: &[f32], weight: &[T], out: &mut [f32]) {
         let mut sums = [[_mm512_setzero_ps(); 2]; FEW];
         for from in (0..len).step_by(2 * LANES) {
             for row in rows {
-                _mm_prefetch::<_MM_HINT_NTA>(row.wrapping_add(from).cast::<i8>().wrapping_add(AHEAD));
+                _mm_prefetch::<HINT>(row.wrapping_add(from).cast::<i8>().wrapping_add(AHEAD));
             }
             for half in 0..2 {
                 let at = from + half * LANES;
@@ -366,32 +369,39 @@ mod tests {
         narrow: Vec<bf16>,
         rows: usize,
         cols: usize,
+        /// Numbers between rows. Pairs of bf16 are multiplied in place where rows are an even number apart.
+        gap: usize,
         transposed: bool,
         bf16: bool,
     }
 
-    const GAP: usize = 3;
-
     impl Operand {
-        fn new(rng: &mut impl RngExt, rows: usize, cols: usize, transposed: bool, bf16: bool) -> Self {
-            let len = rows * cols + GAP * rows.max(cols);
+        fn new(
+            rng: &mut impl RngExt,
+            (rows, cols): (usize, usize),
+            gap: usize,
+            transposed: bool,
+            bf16: bool,
+        ) -> Self {
+            let len = rows * cols + gap * rows.max(cols);
             let wide: Vec<f32> = (0..len).map(|_| rng.random_range(-1.0..1.0)).collect();
             let mut narrow = vec![half::bf16::ZERO; len];
             crate::tensor::narrow(&wide, &mut narrow);
-            Self { wide, narrow, rows, cols, transposed, bf16 }
+            Self { wide, narrow, rows, cols, gap, transposed, bf16 }
         }
 
         fn mat(&self) -> Mat<'_> {
             let data = if self.bf16 { Floats::Bf16(&self.narrow) } else { Floats::F32(&self.wide) };
             if self.transposed {
-                Mat::strided(data, self.cols, self.rows, self.rows + GAP).t()
+                Mat::strided(data, self.cols, self.rows, self.rows + self.gap).t()
             } else {
-                Mat::strided(data, self.rows, self.cols, self.cols + GAP)
+                Mat::strided(data, self.rows, self.cols, self.cols + self.gap)
             }
         }
 
         fn at(&self, i: usize, j: usize, rounded: bool) -> f64 {
-            let at = if self.transposed { j * (self.rows + GAP) + i } else { i * (self.cols + GAP) + j };
+            let at =
+                if self.transposed { j * (self.rows + self.gap) + i } else { i * (self.cols + self.gap) + j };
             f64::from(if rounded || self.bf16 { self.narrow[at].to_f32() } else { self.wide[at] })
         }
     }
@@ -404,11 +414,12 @@ mod tests {
         let sizes =
             [(1, 1, 1), (8, 48, 16), (7, 33, 15), (9, 15, 257), (40, 110, 600), (13, 49, 1021), (65, 1, 31)];
         for (m, n, k) in sizes {
-            for case in 0..32 {
+            for case in 0..64 {
                 let bit = |bit: usize| case >> bit & 1 == 1;
+                let gap = if bit(5) { 4 } else { 3 };
                 let (lhs, rhs) = (
-                    Operand::new(&mut rng, m, k, bit(0), bit(1)),
-                    Operand::new(&mut rng, k, n, bit(2), bit(3)),
+                    Operand::new(&mut rng, (m, k), gap, bit(0), bit(1)),
+                    Operand::new(&mut rng, (k, n), gap, bit(2), bit(3)),
                 );
                 let into = if bit(4) { Into::Add } else { Into::Set };
                 let stride = n + 2;
@@ -446,18 +457,19 @@ mod tests {
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(6);
         let (mut full, mut spared) = (Vec::new(), Vec::new());
         for (n, width) in [(1, 3), (17, 70), (128, 64), (300, 5)] {
-            for case in 0..32 {
+            for case in 0..64 {
                 let bit = |bit: usize| case >> bit & 1 == 1;
+                let gap = if bit(5) { 4 } else { 3 };
                 let (left, lower) = (bit(0), bit(1));
                 let (k, cols) = if left { (n, width) } else { (width, n) };
-                let mut lhs = Operand::new(&mut rng, n, k, bit(2), bit(3));
-                let rhs = Operand::new(&mut rng, k, cols, bit(4), false);
+                let mut lhs = Operand::new(&mut rng, (n, k), gap, bit(2), bit(3));
+                let rhs = Operand::new(&mut rng, (k, cols), gap, bit(4), false);
                 let zero = |i: usize, j: usize| if lower { j > i } else { j < i };
                 if left {
                     for (i, j) in
                         (0..n).flat_map(|i| (0..n).map(move |j| (i, j))).filter(|&(i, j)| zero(i, j))
                     {
-                        let at = if lhs.transposed { j * (n + GAP) + i } else { i * (n + GAP) + j };
+                        let at = if lhs.transposed { j * (n + gap) + i } else { i * (n + gap) + j };
                         (lhs.wide[at], lhs.narrow[at]) = (0.0, half::bf16::ZERO);
                     }
                 }

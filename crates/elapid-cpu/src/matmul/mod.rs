@@ -119,11 +119,13 @@ pub(crate) fn matmul(backend: &CpuBackend, into: Into, dst: &mut [f32], stride: 
 pub(crate) fn rounded(backend: &CpuBackend, dst: &mut [bf16], lhs: Mat, rhs: Mat, bias: Option<&[f32]>) {
     let width = rhs.cols;
     assert_eq!(dst.len(), lhs.rows * width);
+    // The same block for every tile, also for smaller ones at the edges.
+    let (rows, cols) = tile_extents(backend.isa, lhs.rows, width, backend.workers.threads());
     let shared = Shared::new(dst);
     tiles(backend, lhs, rhs, |i, j, lhs, rhs| {
-        let (m, n) = (lhs.rows, rhs.cols);
-        let mut sums = backend.pool.take::<f32>(m * n);
-        let sums = sums.as_mut_slice::<f32>(m * n);
+        let n = rhs.cols;
+        let mut sums = backend.pool.take::<f32>(rows * cols);
+        let sums = &mut sums.as_mut_slice::<f32>(rows * cols)[..lhs.rows * n];
         small(backend, Into::Set, sums, n, lhs, rhs);
         vectorize!(backend.isa, || {
             for (row, sums) in (i..).zip(sums.chunks_exact_mut(n)) {
@@ -143,9 +145,7 @@ fn tiles(backend: &CpuBackend, lhs: Mat, rhs: Mat, f: impl Fn(usize, usize, Mat,
     if m == 0 || n == 0 {
         return;
     }
-    // `gemm` may sum in another order in a tile of other extents: there they are those for so many threads, whatever their number.
-    let threads = if backend.isa.multiplies() { backend.workers.threads() } else { 8 };
-    let (tile_m, tile_n) = tile_extents(m, n, threads);
+    let (tile_m, tile_n) = tile_extents(backend.isa, m, n, backend.workers.threads());
     let (down, across) = (m.div_ceil(tile_m), n.div_ceil(tile_n));
     backend.workers.each(down * across, |piece| {
         let (i, j) = (piece / across * tile_m, piece % across * tile_n);
@@ -153,8 +153,13 @@ fn tiles(backend: &CpuBackend, lhs: Mat, rhs: Mat, f: impl Fn(usize, usize, Mat,
     });
 }
 
-/// Extents of the tiles with which so many threads are done with a product `[m, n]` first. No sum of the kernels here depends on them.
-pub fn tile_extents(m: usize, n: usize, threads: usize) -> (usize, usize) {
+/// Extents of the tiles of a product `[m, n]`: those with which so many threads are done first. No sum of the kernels here depends on them.
+/// `gemm` may sum in another order in a tile of other extents, so there they are the same for any number of threads.
+pub fn tile_extents(isa: Isa, m: usize, n: usize, threads: usize) -> (usize, usize) {
+    if !isa.multiplies() {
+        let even = |len: usize, most: usize| len.div_ceil(len.div_ceil(most).max(1));
+        return (even(m, 256), even(n, 512));
+    }
     /// Multiply-adds that take as long as packing a number.
     const PACKING: usize = 16;
     /// Most numbers of a tile: its sums stay in the second cache.
@@ -190,13 +195,14 @@ pub(crate) fn triangular(
     unsafe { product(backend, triangle, into, &Shared::new(dst), 0, stride, lhs, rhs) };
 }
 
-/// `out[o]` = x · row o of `weight`, whose rows follow each other, on the calling thread: every number of `weight` is read once.
-pub(crate) fn dots(backend: &CpuBackend, x: &[f32], weight: Floats, out: &mut [f32]) {
+/// `out[o]` = x · row o of `weight`, whose rows follow each other, on the calling thread. With `once`, nobody will read `weight` again soon: it
+/// need not stay in the caches.
+pub(crate) fn dots(backend: &CpuBackend, x: &[f32], weight: Floats, once: bool, out: &mut [f32]) {
     assert_eq!(weight.len(), x.len() * out.len());
     match backend.isa {
         // SAFETY: the backend runs no path that the CPU does not have; the lengths agree (above).
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Avx512Bf16 => unsafe { avx512::dots(x, weight, out) },
+        Isa::Avx512 | Isa::Avx512Bf16 => unsafe { avx512::dots(x, weight, once, out) },
         isa => {
             let mut scratch = vec![0.0; x.len()];
             vectorize!(isa, || for (o, out) in out.iter_mut().enumerate() {
@@ -313,7 +319,7 @@ mod tests {
                 let narrow: Vec<bf16> = wide.iter().map(|&w| bf16::from_f32(w)).collect();
                 for weight in [Floats::F32(&wide), Floats::Bf16(&narrow)] {
                     let mut out = vec![f32::NAN; outputs];
-                    dots(&backend, &x, weight, &mut out);
+                    dots(&backend, &x, weight, len % 2 == 0, &mut out);
                     for (o, out) in out.iter().enumerate() {
                         let row = o * len..(o + 1) * len;
                         let terms = x.iter().zip(row).map(|(x, at)| {

@@ -45,6 +45,7 @@ fn model_ops<B: Backend>(backend: &B, dtype: DType) -> Vec<f32> {
     let norm = check.random_parameter(&[d], F32, 1.0).device;
     let x = check.random(&[b, l, d], dtype, 1.0).device;
     let dy = check.random(&[b, l, o], dtype, 1.0).device;
+    let few = [1, 2].map(|rows| check.random(&[1, rows, d], dtype, 1.0).device);
     let (shape, [to_table, to_weight, to_bias, to_norm, to_head]) =
         layout([&[v, d], &[o, d], &[o], &[d], &[v, d]]);
     let mut grads = backend.buffer(shape, F32);
@@ -56,6 +57,7 @@ fn model_ops<B: Backend>(backend: &B, dtype: DType) -> Vec<f32> {
         backend.head_loss(&x, &table, &ids, v),
         backend.logits(&x, &table),
     ];
+    out.extend(few.iter().map(|x| backend.logits(x, &table)));
     backend.embedding_adjoint(&ids, &x, Sink { buffer: &mut grads, slot: &to_table });
     let sink = Sink { buffer: &mut grads, slot: &to_norm };
     out.push(backend.rms_norm_adjoint(&x, &norm, 1e-5, &x, sink));

@@ -20,7 +20,7 @@ pub(crate) struct Figures {
     pub(crate) tokens: u64,
     pub(crate) tokens_per_s: f64,
     pub(crate) step_time_s: f64,
-    /// Share of this machine's measured fp32 matrix-product rate; NaN: of a device whose rate is not known.
+    /// Share of this machine's measured rate of matrix products in the compute dtype; NaN: of a device whose rate is not known.
     pub(crate) mfu: f64,
     /// Where one was due after this step.
     pub(crate) evaluation: Option<Evaluation>,

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use elapid_cpu::tile_extents;
+use elapid_cpu::{Isa, tile_extents};
 use elapid_tensor::{Checkpointing, DType};
 
 use super::Demand;
@@ -309,7 +309,7 @@ impl Play {
         if compute != F32 {
             let [rows, output, count] =
                 [rows, output, threads].map(|n| usize::try_from(n).unwrap_or(usize::MAX));
-            let (rows, cols) = tile_extents(rows, output, count);
+            let (rows, cols) = tile_extents(Isa::best(), rows, output, count);
             self.scratch(threads, (rows * cols) as u128);
         }
         y
@@ -339,7 +339,7 @@ impl Play {
 
     /// Pieces of the gate that are under way at once.
     fn at_the_gate(&self) -> u128 {
-        self.threads.min(self.batch * self.part().min(self.chunks) * self.q.div_ceil(16))
+        self.threads.min(self.batch * self.part() * self.q.div_ceil(16))
     }
 
     /// Chunks of a part: `PART` of the backend's `mamba2`.
