@@ -19,7 +19,7 @@ pub(super) const TAPS: usize = 4;
 fn load_inputs(
     dims: &Dims,
     projected: Floats<'_>,
-    initial: Option<&[f32]>,
+    initial: Option<&Tensor>,
     b: usize,
     from: isize,
     (channel, width): (usize, usize),
@@ -32,7 +32,7 @@ fn load_inputs(
             projected.load(at + channel, row);
         } else if let Some(initial) = initial {
             let at = (b * before + (l + before as isize) as usize) * dims.c;
-            row.copy_from_slice(&initial[at + channel..][..width]);
+            row.copy_from_slice(&initial.f32()[at + channel..][..width]);
         } else {
             row.fill(0.0);
         }
@@ -132,10 +132,7 @@ impl<'a> Tile<'a> {
     fn load(&self, to: &mut [f32]) {
         let Self { call, b, first, channel, width, .. } = *self;
         let from = first as isize - (call.dims.spec.conv_kernel as isize - 1);
-        let initial = match &call.inputs.initial {
-            Some(state) => Some(state.conv.f32()),
-            None => None,
-        };
+        let initial = call.inputs.initial.as_ref().map(|state| &state.conv);
         load_inputs(&call.dims, call.inputs.projected.floats(), initial, b, from, (channel, width), to);
     }
 
@@ -400,7 +397,7 @@ pub(super) fn last_inputs(
     for b in 0..dims.batch {
         let rows = &mut rows[b * before * c..][..before * c];
         let from = len as isize - before as isize;
-        load_inputs(dims, projected.floats(), initial.map(Tensor::f32), b, from, (0, c), rows);
+        load_inputs(dims, projected.floats(), initial, b, from, (0, c), rows);
         for (l, row) in (from..).zip(rows.chunks_exact_mut(c)) {
             if !documents.sees(b, len - 1, l) {
                 row.fill(0.0);
