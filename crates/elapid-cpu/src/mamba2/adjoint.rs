@@ -56,7 +56,7 @@ pub(crate) fn adjoint(
     let d_scan = d_scan.as_mut_slice::<f32>(dims.batch * span * dims.e);
     let d_last = d_state.map(|state| state.ssm.f32());
     let outputs = out.shared(dims);
-    let mut d_ssm = scan::starting_states(&call, d_last);
+    let mut d_ssm = scan::starting_states(backend, dims, d_last);
     for part in dims.parts(threads).rev() {
         gate.part(part.clone(), d_scan, span, &d_projected);
         let pass = Pass {
@@ -67,13 +67,13 @@ pub(crate) fn adjoint(
             span,
             first: part.start * dims.q,
             d_projected: &d_projected,
-            d_last,
+            asked: d_last.is_some(),
             out: &outputs,
         };
         if dims.in_one_pass(threads) {
             pass.lanes(part, &mut d_ssm);
         } else {
-            d_ssm = pass.phases();
+            pass.phases(&mut d_ssm);
         }
     }
     let d_norm = gate.finish();
@@ -114,8 +114,8 @@ struct Pass<'a> {
     span: usize,
     first: usize,
     d_projected: &'a Target<'a>,
-    /// The cotangent of the state that leaves the last chunk, if any.
-    d_last: Option<&'a [f32]>,
+    /// Whether the state that leaves the last chunk has a cotangent.
+    asked: bool,
     out: &'a Outputs<'a>,
 }
 
@@ -174,8 +174,9 @@ struct HeadGrads {
 }
 
 impl Pass<'_> {
-    /// The adjoints of all units, whose chunks go to all threads; gives the cotangent of the initial state, `[B, H, P, N]`.
-    fn phases(&self) -> Block {
+    /// The adjoints of all units, whose chunks go to all threads, from the cotangents of the final states to those of the initial ones,
+    /// `[B, H, P, N]`.
+    fn phases(&self, d_running: &mut Block) {
         let Pass { call, front, .. } = *self;
         let Call { backend, ref dims, .. } = *call;
         let asking = usize::from(call.initial().is_none())..dims.chunks;
@@ -190,7 +191,7 @@ impl Pass<'_> {
             }
             self.ask(unit, Into::Set, s.weighted, d_states);
         });
-        let d_initial = scan::pass_states(call, front, Direction::Backwards, self.d_last, &mut d_states);
+        scan::pass_states(call, front, Direction::Backwards, d_running, &mut d_states);
         let d_states = d_states.as_slice::<f32>(dims.states());
         backend.workers.each(dims.units(), |index| {
             let unit = dims.unit(index);
@@ -198,7 +199,6 @@ impl Pass<'_> {
             let mut s = UnitScratch::new(dims, &unit, block.as_mut_slice(UnitScratch::len(dims)));
             self.unit(&unit, &d_states[dims.first_state(&unit)..], &mut s);
         });
-        d_initial
     }
 
     /// The same for some chunks, one block of heads of a sequence after the other on each thread, from the cotangents of the states that
@@ -226,7 +226,7 @@ impl Pass<'_> {
 
     /// Whether the state that leaves the chunk has a cotangent.
     fn leaves(&self, unit: &Unit) -> bool {
-        self.d_last.is_some() || unit.chunk + 1 < self.call.dims.chunks
+        self.asked || unit.chunk + 1 < self.call.dims.chunks
     }
 
     /// Place of Y of a head at the first position of the chunk.

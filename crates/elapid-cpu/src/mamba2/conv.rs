@@ -39,13 +39,19 @@ fn load_inputs(
     }
 }
 
+/// sum + Σ w · x over taps, of channel `i`.
+#[inline(always)]
+fn plus_terms(sum: f32, w: &[&[f32]; TAPS], x: &[&[f32]; TAPS], i: usize) -> f32 {
+    sum + w[0][i] * x[0][i] + w[1][i] * x[1][i] + w[2][i] * x[2][i] + w[3][i] * x[3][i]
+}
+
 /// to = from + Σ w · x over taps.
 #[inline(always)]
 fn products(to: &mut [f32], from: &[f32], w: [&[f32]; TAPS], x: [&[f32]; TAPS]) {
     let len = to.len();
     let (from, w, x) = (&from[..len], w.map(|w| &w[..len]), x.map(|x| &x[..len]));
     for (i, to) in to.iter_mut().enumerate() {
-        *to = from[i] + w[0][i] * x[0][i] + w[1][i] * x[1][i] + w[2][i] * x[2][i] + w[3][i] * x[3][i];
+        *to = plus_terms(from[i], &w, &x, i);
     }
 }
 
@@ -55,7 +61,7 @@ fn add_products(to: &mut [f32], w: [&[f32]; TAPS], x: [&[f32]; TAPS]) {
     let len = to.len();
     let (w, x) = (w.map(|w| &w[..len]), x.map(|x| &x[..len]));
     for (i, to) in to.iter_mut().enumerate() {
-        *to = *to + w[0][i] * x[0][i] + w[1][i] * x[1][i] + w[2][i] * x[2][i] + w[3][i] * x[3][i];
+        *to = plus_terms(*to, &w, &x, i);
     }
 }
 

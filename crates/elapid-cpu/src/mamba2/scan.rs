@@ -7,6 +7,7 @@
 use std::ops::Range;
 
 use super::{Call, Dims, Documents, Front, Target, Unit};
+use crate::CpuBackend;
 use crate::isa::vectorize;
 use crate::math::{self, LANES};
 use crate::matmul::{Into, Mat, Triangle, product, small, triangular};
@@ -268,7 +269,7 @@ pub(super) fn forward(
         done(0..dims.chunks);
         return last;
     }
-    let mut last = starting_states(call, call.initial());
+    let mut last = starting_states(backend, dims, call.initial());
     let len = dims.batch * dims.e * dims.spec.state;
     let running = Shared::new(last.as_mut_slice::<f32>(len));
     for part in dims.parts(threads) {
@@ -289,10 +290,10 @@ pub(super) fn forward(
     last
 }
 
-/// The state `[B, H, P, N]` that enters the first chunks: `initial`, or zeros.
-pub(super) fn starting_states(call: &Call<'_>, initial: Option<&[f32]>) -> Block {
-    let len = call.dims.batch * call.dims.e * call.dims.spec.state;
-    let mut states = call.backend.pool.take::<f32>(len);
+/// The states `[B, H, P, N]` that enter the first positions: `initial`, or zeros.
+pub(super) fn starting_states(backend: &CpuBackend, dims: &Dims, initial: Option<&[f32]>) -> Block {
+    let len = dims.batch * dims.e * dims.spec.state;
+    let mut states = backend.pool.take::<f32>(len);
     match initial {
         Some(initial) => states.as_mut_slice::<f32>(len).copy_from_slice(initial),
         None => states.as_mut_slice::<f32>(len).fill(0.0),
@@ -364,7 +365,8 @@ fn entering_states(call: &Call<'_>, front: &Front) -> (Block, Block) {
         vectorize!(backend.isa, || call.tile(unit).forward(s.inputs, s.x));
         add_state(call, front, unit, s.x, Into::Set, states, s.weighted, s.entering);
     });
-    let last = pass_states(call, front, Direction::Forwards, call.initial(), &mut states);
+    let mut last = starting_states(backend, &call.dims, call.initial());
+    pass_states(call, front, Direction::Forwards, &mut last, &mut states);
     (states, last)
 }
 
@@ -398,41 +400,44 @@ pub(super) enum Direction {
     Backwards,
 }
 
-/// The recurrence over chunks. Turns what each chunk adds into the state that enters each chunk, in place; gives the state
-/// after the last chunk, `[B, H, P, N]`, if what that one adds is there. Backwards the last chunk comes first: so cotangents of the
-/// states that leave chunks are made, and that of the state before the first one.
+/// The recurrence over chunks. Turns what each chunk adds into the state that enters each chunk, in place, and `running`
+/// `[B, H, P, N]` from the state before the first chunk into that after the last one. Backwards the last chunk comes first: so cotangents
+/// of the states that leave chunks are made, and that of the state before the first one.
 pub(super) fn pass_states(
     call: &Call<'_>,
     front: &Front,
     direction: Direction,
-    initial: Option<&[f32]>,
+    running: &mut Block,
     states: &mut Block,
-) -> Block {
+) {
     let Call { backend, ref dims, ref documents, .. } = *call;
     let (heads, state) = (dims.spec.heads, dims.state());
     let cum = front.cum.as_slice::<f32>(heads * dims.rows());
-    let mut last = starting_states(call, initial);
     let shared = Shared::new(states.as_mut_slice::<f32>(dims.states()));
-    backend.workers.rows(last.as_mut_slice::<f32>(dims.batch * heads * state), state, 1, |index, running| {
-        let (b, head) = (index / heads, index % heads);
-        for step in 0..dims.chunks {
-            let chunk = if direction == Direction::Forwards { step } else { dims.chunks - 1 - step };
-            let end = dims.len.min((chunk + 1) * dims.q) - 1;
-            // Nothing passes where a document begins inside the chunk.
-            let passes = documents.start(b, end) < (chunk * dims.q) as isize;
-            let decay = if passes { math::decay(cum[index * dims.len + end]) } else { 0.0 };
-            // SAFETY: each (sequence, head) is one piece.
-            let slot = unsafe { shared.slice(dims.state_at(b, chunk, head), state) };
-            vectorize!(backend.isa, || {
-                for (r, s) in running.iter_mut().zip(slot) {
-                    let local = *s;
-                    *s = *r;
-                    *r = decay * *r + local;
-                }
-            });
-        }
-    });
-    last
+    backend.workers.rows(
+        running.as_mut_slice::<f32>(dims.batch * heads * state),
+        state,
+        1,
+        |index, running| {
+            let (b, head) = (index / heads, index % heads);
+            for step in 0..dims.chunks {
+                let chunk = if direction == Direction::Forwards { step } else { dims.chunks - 1 - step };
+                let end = dims.len.min((chunk + 1) * dims.q) - 1;
+                // Nothing passes where a document begins inside the chunk.
+                let passes = documents.start(b, end) < (chunk * dims.q) as isize;
+                let decay = if passes { math::decay(cum[index * dims.len + end]) } else { 0.0 };
+                // SAFETY: each (sequence, head) is one piece.
+                let slot = unsafe { shared.slice(dims.state_at(b, chunk, head), state) };
+                vectorize!(backend.isa, || {
+                    for (r, s) in running.iter_mut().zip(slot) {
+                        let local = *s;
+                        *s = *r;
+                        *r = decay * *r + local;
+                    }
+                });
+            }
+        },
+    );
 }
 
 /// Scan output of one unit into `out` `[B·L, E]`, D skip included, from the state `[heads, P, N]` that enters the chunk, if one does.

@@ -6,7 +6,7 @@
 use elapid_tensor::{DType, Mamba2Inputs, Mamba2Output, Mamba2Weights, State};
 
 use super::target::{self, Target};
-use super::{Dims, Documents, conv, gate};
+use super::{Dims, Documents, conv, gate, scan};
 use crate::CpuBackend;
 use crate::isa::vectorize;
 use crate::math;
@@ -33,7 +33,7 @@ pub(super) fn step(
     let (projected, conv_state) = (&projected, conv_state.as_ref());
 
     let count = dims.batch * heads * dims.state();
-    let mut ssm = state(backend, ssm, count);
+    let mut ssm = state(backend, dims, ssm);
     let mut y = backend.pool.take::<f32>(dims.batch * dims.e);
     let shared_ssm = Shared::new(ssm.as_mut_slice::<f32>(count));
     let shared_y = Shared::new(y.as_mut_slice::<f32>(dims.batch * dims.e));
@@ -93,23 +93,10 @@ pub(super) fn step(
 
 /// Memory for the states `[B, H, P, N]`, which holds the old ones, or zeros. It is theirs where nobody else holds them, so that no line is
 /// fetched only to be overwritten; otherwise a copy.
-fn state(backend: &CpuBackend, old: Option<Tensor>, count: usize) -> Block {
-    let copy = |old: &Tensor| {
-        let mut block = backend.pool.take::<f32>(count);
-        block.as_mut_slice::<f32>(count).copy_from_slice(old.f32());
-        block
-    };
-    match old {
-        Some(old) if (old.dtype(), old.len()) != (DType::F32, count) => {
-            panic!("the initial state must be [B, H, P, N] in fp32")
-        }
-        Some(old) => old.into_block().unwrap_or_else(|old| copy(&old)),
-        None => {
-            let mut block = backend.pool.take::<f32>(count);
-            block.as_mut_slice::<f32>(count).fill(0.0);
-            block
-        }
-    }
+fn state(backend: &CpuBackend, dims: &Dims, old: Option<Tensor>) -> Block {
+    let Some(old) = old else { return scan::starting_states(backend, dims, None) };
+    assert_eq!((old.dtype(), old.len()), (DType::F32, dims.batch * dims.e * dims.spec.state));
+    old.into_block().unwrap_or_else(|old| scan::starting_states(backend, dims, Some(old.f32())))
 }
 
 /// The position of one sequence.
@@ -166,12 +153,27 @@ impl Side<'_> {
 
 #[cfg(test)]
 mod tests {
+    use elapid_tensor::{Mamba2Spec, NormGroup};
+
     use super::*;
     use crate::CpuOptions;
 
     #[test]
     fn the_only_holder_of_a_state_gives_its_memory_away() {
         let backend = CpuBackend::new(&CpuOptions::default()).unwrap();
+        let spec = Mamba2Spec {
+            heads: 1,
+            head_dim: 2,
+            groups: 1,
+            state: 3,
+            conv_kernel: 4,
+            chunk: 16,
+            dt_limit: (0.0, f32::INFINITY),
+            norm: NormGroup::PerGroup,
+            norm_ranks: 1,
+            norm_eps: 1e-5,
+        };
+        let dims = Dims::of(&spec, 1, 1);
         let old = || {
             let mut block = backend.pool.take::<f32>(6);
             block.as_mut_slice::<f32>(6).fill(2.0);
@@ -180,11 +182,11 @@ mod tests {
         let place = |block: &Block| block.as_slice::<f32>(6).as_ptr();
         let alone = old();
         let at = alone.f32().as_ptr();
-        assert_eq!(place(&state(&backend, Some(alone), 6)), at);
+        assert_eq!(place(&state(&backend, &dims, Some(alone))), at);
         let held = old();
-        let copy = state(&backend, Some(held.clone()), 6);
+        let copy = state(&backend, &dims, Some(held.clone()));
         assert_ne!(place(&copy), held.f32().as_ptr());
         assert_eq!(copy.as_slice::<f32>(6), held.f32());
-        assert_eq!(state(&backend, None, 6).as_slice::<f32>(6), [0.0; 6]);
+        assert_eq!(state(&backend, &dims, None).as_slice::<f32>(6), [0.0; 6]);
     }
 }

@@ -109,7 +109,8 @@ pub(crate) fn matmul(backend: &CpuBackend, into: Into, dst: &mut [f32], stride: 
     }
     assert!((m - 1) * stride + n <= dst.len());
     let shared = Shared::new(dst);
-    tiles(backend, lhs, rhs, |i, j, lhs, rhs| {
+    let extents = tile_extents(backend.isa, m, n, backend.workers.threads());
+    tiles(backend, extents, lhs, rhs, |i, j, lhs, rhs| {
         // SAFETY: tiles of one destination are disjoint.
         unsafe { product(backend, Triangle::None, into, &shared, i * stride + j, stride, lhs, rhs) };
     });
@@ -122,7 +123,7 @@ pub(crate) fn rounded(backend: &CpuBackend, dst: &mut [bf16], lhs: Mat, rhs: Mat
     // The same block for every tile, also for smaller ones at the edges.
     let (rows, cols) = tile_extents(backend.isa, lhs.rows, width, backend.workers.threads());
     let shared = Shared::new(dst);
-    tiles(backend, lhs, rhs, |i, j, lhs, rhs| {
+    tiles(backend, (rows, cols), lhs, rhs, |i, j, lhs, rhs| {
         let n = rhs.cols;
         let mut sums = backend.pool.take::<f32>(rows * cols);
         let sums = &mut sums.as_mut_slice::<f32>(rows * cols)[..lhs.rows * n];
@@ -140,12 +141,17 @@ pub(crate) fn rounded(backend: &CpuBackend, dst: &mut [bf16], lhs: Mat, rhs: Mat
 }
 
 /// Calls `f(row, column, rows of lhs, columns of rhs)` for every tile of a product, on all workers.
-fn tiles(backend: &CpuBackend, lhs: Mat, rhs: Mat, f: impl Fn(usize, usize, Mat, Mat) + Sync) {
+fn tiles(
+    backend: &CpuBackend,
+    (tile_m, tile_n): (usize, usize),
+    lhs: Mat,
+    rhs: Mat,
+    f: impl Fn(usize, usize, Mat, Mat) + Sync,
+) {
     let (m, n) = (lhs.rows, rhs.cols);
     if m == 0 || n == 0 {
         return;
     }
-    let (tile_m, tile_n) = tile_extents(backend.isa, m, n, backend.workers.threads());
     let (down, across) = (m.div_ceil(tile_m), n.div_ceil(tile_n));
     backend.workers.each(down * across, |piece| {
         let (i, j) = (piece / across * tile_m, piece % across * tile_n);

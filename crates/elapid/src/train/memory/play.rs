@@ -251,19 +251,18 @@ impl Play {
         let normed = self.pool.take(span * d * compute);
         let normed = self.gather(normed, d * compute);
         let projected = self.linear(proj);
-        let (y, scanned, state) = self.mamba2(save);
+        let (y, scanned, states, state) = self.mamba2(save);
         if !save {
-            self.pool.give(scanned.iter().copied());
+            self.pool.give([scanned]);
         }
         let out = self.linear(d);
         let out = self.reduce(out, d * compute);
         let sum = self.pool.take(span * d * residual);
         self.pool.give([out].into_iter().chain(state));
-        if !save {
+        let Some(states) = states else {
             self.pool.give([normed, projected, y]);
             return (sum, Vec::new());
-        }
-        let [scanned, states] = scanned[..] else { panic!("the mixer saves two blocks") };
+        };
         (sum, vec![normed, projected, scanned, states, y])
     }
 
@@ -316,14 +315,12 @@ impl Play {
     }
 
     /// The mixer: its output `[rows, E]`; the scan's output in fp32 and, if asked for, the states that enter chunks; the final state.
-    fn mamba2(&mut self, save: bool) -> (u128, Vec<u128>, [u128; 2]) {
+    fn mamba2(&mut self, save: bool) -> (u128, u128, Option<u128>, [u128; 2]) {
         let Self { rows, compute, e, .. } = *self;
         let front = self.front();
-        let mut saved = vec![self.pool.take(rows * e * F32)];
+        let scanned = self.pool.take(rows * e * F32);
         let y = self.pool.take(rows * e * compute);
-        if save {
-            saved.push(self.states(compute));
-        }
+        let saved = save.then(|| self.states(compute));
         let unit = self.unit();
         let states = self.passes_over_chunks().then(|| {
             let states = self.states(F32);
@@ -334,7 +331,7 @@ impl Play {
         self.scratch(self.at_once(), unit);
         self.scratch(self.at_the_gate(), 2 * e);
         self.pool.give(front.into_iter().chain(states));
-        (y, saved, state)
+        (y, scanned, saved, state)
     }
 
     /// Pieces of the gate that are under way at once.
@@ -404,12 +401,11 @@ impl Play {
             let units = self.lanes() * (chunks - 1);
             let d_states = self.states(F32);
             self.scratch(threads.min(units), self.unit());
-            let d_initial = self.pool.take(batch * e * n * F32);
-            [d_states, d_initial]
+            d_states
         });
         let unit = (k + 5 * q) * width + 3 * q * q + q * (p + n) + p * n + 4 * q + self.split();
         self.scratch(self.at_once(), unit);
-        self.pool.give([partial].into_iter().chain(d_states.into_iter().flatten()));
+        self.pool.give([partial].into_iter().chain(d_states));
         self.scratch(threads.min(pieces * self.groups * 2), (k - 1 + 3 * q + 1) * n);
         let d_conv = self.pool.take(batch * (k - 1) * c * F32);
         self.pool.give(front.into_iter().chain([d_scan, d_running, d_conv]).chain(sums));
